@@ -1,0 +1,18 @@
+"""jaxmoe: one life of one sparse mixture-of-experts model, in JAX."""
+
+from jaxmoe.config import ModelConfig, RopeConfig
+from jaxmoe.model import forward
+from jaxmoe.params import active_param_count, init_params, param_count
+from jaxmoe.presets import presets
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ModelConfig",
+    "RopeConfig",
+    "active_param_count",
+    "forward",
+    "init_params",
+    "param_count",
+    "presets",
+]

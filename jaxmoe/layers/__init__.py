@@ -1,0 +1,1 @@
+"""Building blocks of the model, as pure functions on parameter dicts."""

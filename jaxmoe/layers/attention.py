@@ -1,0 +1,195 @@
+"""Attention layers: multi-head latent attention and grouped-query attention (spec 2, 3).
+
+Each comes as two forms of the same function: ``*_sequence`` over a whole sequence (MLA's expanded form)
+and ``*_step`` over a cache (MLA's absorbed form). Both also return the rows to cache.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxmoe.config import ModelConfig
+from jaxmoe.layers import core_attention, step_attention
+from jaxmoe.layers.indexer import IndexInputs, index_inputs
+from jaxmoe.layers.linear import linear, precision_of
+from jaxmoe.layers.norm import rms_norm
+from jaxmoe.layers.rope import Rotation, rotate
+
+# Both low-rank norms use this constant in every released model; rms_norm_eps does not apply (spec 2.1).
+LATENT_NORM_EPS = 1e-6
+
+Entries = dict[str, jax.Array]
+
+
+class _Projected(NamedTuple):
+    """q_nope [B, T, H, N], q_rope [B, T, H, R], latent [B, T, C] normalised, k_rope [B, T, R] rotated."""
+
+    q_nope: jax.Array
+    q_rope: jax.Array
+    latent: jax.Array
+    k_rope: jax.Array
+    q_latent: jax.Array
+
+
+def _mla_project(p: dict, config: ModelConfig, x: jax.Array, r: Rotation) -> _Projected:
+    q_latent = x
+    if config.q_lora_rank is not None:
+        q_latent = rms_norm(linear(x, p["q_a"]), p["q_a_norm"], LATENT_NORM_EPS)
+    q_nope, q_rope = jnp.split(linear(q_latent, p["q_b"]), [config.qk_nope_head_dim], axis=-1)
+    latent, k_rope = jnp.split(linear(x, p["kv_a"]), [config.kv_lora_rank], axis=-1)
+    return _Projected(
+        q_nope,
+        rotate(q_rope, r, interleave=config.rope_interleave),
+        rms_norm(latent, p["kv_a_norm"], LATENT_NORM_EPS),
+        rotate(k_rope, r, interleave=config.rope_interleave),
+        q_latent,
+    )
+
+
+def _index(p: dict, config: ModelConfig, x: jax.Array, q_latent: jax.Array, r: Rotation) -> IndexInputs | None:
+    if "indexer" not in p:
+        return None
+    # Detached inputs: the indexer's loss must not reach the model, nor the model's loss the indexer (spec 4.1).
+    x, q_latent = lax.stop_gradient((x, q_latent))
+    return index_inputs(p["indexer"], config, x, q_latent, r)
+
+
+def _entries(projected: _Projected, index: IndexInputs | None) -> Entries:
+    entries = {"latent": jnp.concatenate([projected.latent, projected.k_rope], axis=-1)}
+    return entries if index is None else entries | {"index_k": index.k}
+
+
+def mla_sequence(
+    p: dict,
+    config: ModelConfig,
+    x: jax.Array,
+    r: Rotation,
+    options: core_attention.Options,
+    selection: jax.Array | None,
+) -> tuple[jax.Array, Entries, core_attention.Result]:
+    """MLA in expanded (MHA) form over a whole sequence.
+
+    Args:
+      p: layer parameters, with "attention" and, for a layer with an indexer, "indexer".
+      config: the model.
+      x: [B, T, D], normalised.
+      r: rotation at the tokens' positions.
+      options: static choices of the core.
+      selection: an earlier layer's selection, for a layer that shares it.
+
+    Returns:
+      (output [B, T, D], rows to cache, core result).
+    """
+    a = p["attention"]
+    projected = _mla_project(a, config, x, r)
+    index = _index(p, config, x, projected.q_latent, r)
+    precision = precision_of(x.dtype)
+    k_nope = jnp.einsum("btc,hnc->bthn", projected.latent, a["k_b"]["weight"].astype(x.dtype), precision=precision)
+    v = jnp.einsum("btc,hcv->bthv", projected.latent, a["v_b"]["weight"].astype(x.dtype), precision=precision)
+    k_rope = jnp.broadcast_to(projected.k_rope[:, :, None], (*k_nope.shape[:3], config.qk_rope_head_dim))
+    core = core_attention.causal_attention(
+        jnp.concatenate([projected.q_nope, projected.q_rope], axis=-1),
+        jnp.concatenate([k_nope, k_rope], axis=-1),
+        v,
+        options,
+        index=index,
+        selection=selection,
+    )
+    return linear(core.out, a["o"], contract=2), _entries(projected, index), core
+
+
+def mla_step(
+    p: dict,
+    config: ModelConfig,
+    x: jax.Array,
+    r: Rotation,
+    cached: Entries,
+    layer: jax.Array | int,
+    index_layer: jax.Array | int,
+    visible: step_attention.Selection,
+    selection: step_attention.Selection,
+) -> tuple[jax.Array, Entries, step_attention.Selection]:
+    """MLA in absorbed (MQA) form: T new tokens over the cache and each other.
+
+    Args:
+      p: layer parameters.
+      config: the model.
+      x: [B, T, D], normalised.
+      r: rotation at the new tokens' positions.
+      cached: "latent" [L, B, S, C] and, with an indexer, "index_k" [L', B, S, K], of all layers.
+      layer: this layer's row in "latent".
+      index_layer: this layer's row in "index_k", if it has an indexer.
+      visible: what causality allows.
+      selection: what the previous layer attended to, used if this layer shares it.
+
+    Returns:
+      (output [B, T, D], rows to cache, selection).
+    """
+    a = p["attention"]
+    projected = _mla_project(a, config, x, r)
+    index = _index(p, config, x, projected.q_latent, r)
+    if index is not None:
+        keys = lax.dynamic_index_in_dim(cached["index_k"], index_layer, 0, keepdims=False)
+        selection = step_attention.select(index, keys, visible, config.index_topk)
+    precision = precision_of(x.dtype)
+    q_latent = jnp.einsum(
+        "bthn,hnc->bthc", projected.q_nope, a["k_b"]["weight"].astype(x.dtype), precision=precision
+    )
+    entries = _entries(projected, index)
+    out = step_attention.latent_attention(
+        jnp.concatenate([q_latent, projected.q_rope], axis=-1),
+        cached["latent"],
+        layer,
+        entries["latent"],
+        selection,
+        scale=config.softmax_scale,
+        value_dim=config.kv_lora_rank,
+    )
+    heads = jnp.einsum("bthc,hcv->bthv", out, a["v_b"]["weight"].astype(x.dtype), precision=precision)
+    return linear(heads, a["o"], contract=2), entries, selection
+
+
+def _gqa_project(p: dict, config: ModelConfig, x: jax.Array, r: Rotation) -> tuple[jax.Array, ...]:
+    rotated = (rotate(linear(x, p[n]), r, interleave=config.rope_interleave) for n in ("q", "k"))
+    return (*rotated, linear(x, p["v"]))
+
+
+def _gqa_entries(k: jax.Array, v: jax.Array) -> Entries:
+    return {"k": k.reshape(*k.shape[:2], -1), "v": v.reshape(*v.shape[:2], -1)}
+
+
+def gqa_sequence(
+    p: dict, config: ModelConfig, x: jax.Array, r: Rotation, options: core_attention.Options
+) -> tuple[jax.Array, Entries, core_attention.Result]:
+    """Grouped-query attention over a whole sequence; see ``mla_sequence``."""
+    q, k, v = _gqa_project(p["attention"], config, x, r)
+    core = core_attention.causal_attention(q, k, v, options)
+    return linear(core.out, p["attention"]["o"], contract=2), _gqa_entries(k, v), core
+
+
+def gqa_step(
+    p: dict,
+    config: ModelConfig,
+    x: jax.Array,
+    r: Rotation,
+    cached: Entries,
+    layer: jax.Array | int,
+    visible: step_attention.Selection,
+) -> tuple[jax.Array, Entries]:
+    """Grouped-query attention of T new tokens over the cache and each other; see ``mla_step``."""
+    q, k, v = _gqa_project(p["attention"], config, x, r)
+    out = step_attention.grouped_query_attention(
+        q, (cached["k"], cached["v"]), layer, (k, v), visible, scale=config.softmax_scale
+    )
+    return linear(out, p["attention"]["o"], contract=2), _gqa_entries(k, v)
+
+
+def entry_sizes(config: ModelConfig) -> dict[str, int]:
+    """Elements cached per token and layer, by entry name."""
+    if not config.is_mla:
+        size: Any = config.num_key_value_heads * config.head_dim
+        return {"k": size, "v": size}
+    sizes = {"latent": config.kv_lora_rank + config.qk_rope_head_dim}
+    return sizes if config.index_topk is None else sizes | {"index_k": config.index_head_dim}

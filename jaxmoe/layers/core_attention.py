@@ -1,0 +1,182 @@
+"""Core attention over a whole sequence: forward pass, prefill and training."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxmoe.layers.indexer import IndexInputs
+from jaxmoe.layers.linear import precision_of
+from pallas_kernels.index_topk import index_scores, select_mask
+
+QUERY_BLOCK = 128  # rows of the [queries, keys] matrices that exist at once
+MAX_GROUPS = 8  # groups of query blocks with a static key length each, so that causality saves work
+
+
+class Options(NamedTuple):
+    """Static choices of a causal attention call.
+
+    Attributes:
+      scale: softmax scale.
+      topk: keys each query may attend to, chosen by the index scores; None for all visible ones.
+      index_loss: also compute the indexer's KL loss against this attention.
+      keep_selection: also return the selection, for later layers that share it.
+    """
+
+    scale: float
+    topk: int | None = None
+    index_loss: bool = False
+    keep_selection: bool = False
+
+
+class Result(NamedTuple):
+    """out [B, T, H, V]; selection [B, T, T] bool or None; index_loss float32 scalar, summed over queries."""
+
+    out: jax.Array
+    selection: jax.Array | None
+    index_loss: jax.Array
+
+
+class _Operands(NamedTuple):
+    """Head-major operands, queries padded to whole blocks; P is the padded and T the true length."""
+
+    q: jax.Array  # [B, G, M, P, K]
+    k: jax.Array  # [B, G, T, K]
+    v: jax.Array  # [B, G, T, V]
+    index: IndexInputs | None  # q [B, P, I, K], k [B, T, K], weights [B, P, I]
+    selection: jax.Array | None  # [B, P, T]
+
+
+def _pad(x: jax.Array, axis: int, size: int) -> jax.Array:
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, size - x.shape[axis])
+    return jnp.pad(x, widths)
+
+
+def indexer_kl(probabilities: jax.Array, scores: jax.Array, mask: jax.Array) -> jax.Array:
+    """Sum over queries of KL(head-mean attention || softmax of index scores), spec 4.1.
+
+    The target is detached; detaching the indexer's inputs is the caller's duty, so that the two losses never mix.
+
+    Args:
+      probabilities: [B, H, T, S] attention probabilities.
+      scores: [B, T, S] float32 index scores.
+      mask: [B, T, S] keys over which both distributions live; an all-False row adds nothing.
+    """
+    target = lax.stop_gradient(probabilities.mean(1))
+    log_model = jax.nn.log_softmax(jnp.where(mask, scores, jnp.finfo(jnp.float32).min), axis=-1)
+    log_target = jnp.log(jnp.maximum(target, jnp.finfo(jnp.float32).tiny))
+    return jnp.where(mask, target * (log_target - log_model), 0.0).sum()
+
+
+def _softmax_block(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, scale: float
+) -> tuple[jax.Array, jax.Array]:
+    """q [B, G, M, T, K] over k, v [B, G, S, .], mask [B, T, S]: out [B, G, M, T, V] and probabilities."""
+    precision = precision_of(q.dtype)
+    logits = jnp.einsum(
+        "bgmtk,bgsk->bgmts", q, k, precision=precision, preferred_element_type=jnp.float32
+    )
+    logits = jnp.where(mask[:, None, None], logits * jnp.float32(scale), jnp.finfo(jnp.float32).min)
+    probabilities = jax.nn.softmax(logits, axis=-1)
+    out = jnp.einsum(
+        "bgmts,bgsv->bgmtv",
+        probabilities.astype(v.dtype),
+        v,
+        precision=precision,
+        preferred_element_type=jnp.float32,
+    )
+    return out.astype(q.dtype), probabilities
+
+
+def _block(
+    x: _Operands, options: Options, start: jax.Array | int, rows: int, length: int
+) -> tuple[jax.Array, jax.Array | None, jax.Array]:
+    """Queries [start, start + rows) against keys [0, length): out, selection, loss."""
+    batch, groups, members = x.q.shape[:3]
+    q = lax.dynamic_slice_in_dim(x.q, start, rows, axis=3)
+    position = start + jnp.arange(rows, dtype=jnp.int32)
+    visible = jnp.arange(length, dtype=jnp.int32)[None] <= position[:, None]
+    mask = jnp.broadcast_to(visible[None], (batch, rows, length))
+    scores = None
+    if x.index is not None:
+        scores = index_scores(
+            lax.dynamic_slice_in_dim(x.index.q, start, rows, axis=1),
+            x.index.k[:, :length],
+            lax.dynamic_slice_in_dim(x.index.weights, start, rows, axis=1),
+        )
+    if x.selection is not None:
+        mask = mask & lax.dynamic_slice_in_dim(x.selection, start, rows, axis=1)[:, :, :length]
+    elif scores is not None and options.topk is not None and options.topk < length:
+        mask = select_mask(jnp.where(mask, lax.stop_gradient(scores), -jnp.inf), options.topk)
+    out, probabilities = _softmax_block(q, x.k[:, :, :length], x.v[:, :, :length], mask, options.scale)
+    loss = jnp.zeros((), jnp.float32)
+    if options.index_loss and scores is not None:
+        real = (position < x.k.shape[2])[None, :, None]  # padding rows are no queries
+        probabilities = probabilities.reshape(batch, groups * members, rows, length)
+        loss = indexer_kl(probabilities, scores, mask & real)
+    return out, mask if options.keep_selection else None, loss
+
+
+def _group(x: _Operands, options: Options, first: int, count: int, rows: int) -> Result:
+    """``count`` blocks of ``rows`` queries from block ``first``, with one static key length."""
+    tokens = x.k.shape[2]
+    length = min((first + count) * rows, tokens)
+    if count == 1:
+        out, mask, loss = _block(x, options, first * rows, rows, length)
+    else:
+        out, mask, loss = lax.map(
+            lambda i: _block(x, options, i * rows, rows, length), first + jnp.arange(count)
+        )
+        out = jnp.moveaxis(out, 0, 3)
+        out = out.reshape(*out.shape[:3], count * rows, out.shape[-1])
+        if mask is not None:
+            mask = jnp.moveaxis(mask, 0, 1).reshape(out.shape[0], count * rows, length)
+        loss = loss.sum()
+    return Result(out, None if mask is None else _pad(mask, 2, tokens), loss)
+
+
+def causal_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    options: Options,
+    *,
+    index: IndexInputs | None = None,
+    selection: jax.Array | None = None,
+) -> Result:
+    """Causal softmax attention in query blocks: memory is one block of rows times the keys before it.
+
+    Args:
+      q: [B, T, H, K].
+      k: [B, T, G, K], H a multiple of G.
+      v: [B, T, G, V].
+      options: static choices.
+      index: this layer's indexer inputs, if it has an indexer.
+      selection: [B, T, T] bool, an earlier layer's selection to reuse instead of selecting.
+
+    Returns:
+      ``Result``.
+    """
+    batch, tokens, heads, _ = q.shape
+    groups = k.shape[2]
+    rows = min(QUERY_BLOCK, tokens)
+    blocks = -(-tokens // rows)
+    padded = blocks * rows
+    q = _pad(q, 1, padded).reshape(batch, padded, groups, heads // groups, q.shape[-1])
+    if index is not None:
+        index = IndexInputs(_pad(index.q, 1, padded), index.k, _pad(index.weights, 1, padded))
+    selection = None if selection is None else _pad(selection, 1, padded)
+    operands = _Operands(q.transpose(0, 2, 3, 1, 4), k.swapaxes(1, 2), v.swapaxes(1, 2), index, selection)
+    step = -(-blocks // MAX_GROUPS)
+    parts = [
+        _group(operands, options, first, min(step, blocks - first), rows)
+        for first in range(0, blocks, step)
+    ]
+    out = jnp.concatenate([part.out for part in parts], axis=3)[:, :, :, :tokens]
+    out = out.transpose(0, 3, 1, 2, 4).reshape(batch, tokens, heads, v.shape[-1])
+    chosen = None
+    if options.keep_selection:
+        chosen = jnp.concatenate([part.selection for part in parts], axis=1)[:, :tokens]
+    return Result(out, chosen, sum((part.index_loss for part in parts), jnp.zeros((), jnp.float32)))

@@ -1,0 +1,160 @@
+"""Core attention of one step: new tokens over cached rows and over each other.
+
+The step never writes the cache. Attention over cached rows and over the step's own rows are two partial
+softmaxes, merged (architecture, idea 2).
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxmoe.layers.indexer import IndexInputs
+from pallas_kernels import merge_partials, sparse_mla
+from pallas_kernels.index_topk import index_scores, select_indices, select_mask
+from pallas_kernels.sparse_mla.reference import attend
+
+# While the cache holds at most this many times topk rows, masking them all is faster than gathering topk.
+GATHER_FACTOR = 4
+
+
+class Selection(NamedTuple):
+    """Which keys each query of a step attends to.
+
+    Attributes:
+      cached: [B, T, S] bool; or, when ``gathered``, [B, T, K] int32 cache rows with -1 for none.
+      new: [B, T, T] bool over the step's own tokens.
+    """
+
+    cached: jax.Array
+    new: jax.Array
+
+
+def gathers(topk: int | None, capacity: int, tokens: int) -> bool:
+    """Whether a step of ``tokens`` over a cache of ``capacity`` rows selects by index rather than by mask."""
+    return topk is not None and capacity + tokens > GATHER_FACTOR * topk
+
+
+def visible_mask(lengths: jax.Array, capacity: int, tokens: int) -> Selection:
+    """Everything causality allows: cached rows below each sequence's length, own tokens up to the query."""
+    cached = jnp.arange(capacity, dtype=jnp.int32)[None] < lengths[:, None]
+    own = jnp.tril(jnp.ones((tokens, tokens), bool))
+    batch = lengths.shape[0]
+    return Selection(
+        jnp.broadcast_to(cached[:, None], (batch, tokens, capacity)),
+        jnp.broadcast_to(own[None], (batch, tokens, tokens)),
+    )
+
+
+def select(index: IndexInputs, cached_keys: jax.Array, visible: Selection, topk: int) -> Selection:
+    """The topk best-scored keys among cached and new ones.
+
+    Cached rows precede new ones, so the concatenated order is the order of positions and the tie rule
+    (lowest position first) is the same as over a whole sequence.
+
+    Args:
+      index: the step's indexer inputs, T tokens.
+      cached_keys: [B, S, K].
+      visible: from ``visible_mask``.
+      topk: how many.
+    """
+    capacity, tokens = cached_keys.shape[1], index.k.shape[1]
+    if capacity + tokens <= topk:
+        return visible
+    scores = jnp.concatenate(
+        [
+            jnp.where(visible.cached, index_scores(index.q, cached_keys, index.weights), -jnp.inf),
+            jnp.where(visible.new, index_scores(index.q, index.k, index.weights), -jnp.inf),
+        ],
+        axis=-1,
+    )
+    if not gathers(topk, capacity, tokens):
+        mask = select_mask(scores, topk)
+        return Selection(mask[..., :capacity], mask[..., capacity:])
+    indices = select_indices(scores, topk)
+    own = jnp.arange(capacity, capacity + tokens, dtype=jnp.int32)
+    return Selection(
+        jnp.where(indices < capacity, indices, -1),
+        (indices[..., None] == own).any(-2),
+    )
+
+
+def latent_attention(
+    q: jax.Array,
+    cached: jax.Array,
+    layer: jax.Array | int,
+    new: jax.Array,
+    selection: Selection,
+    *,
+    scale: float,
+    value_dim: int,
+) -> jax.Array:
+    """Absorbed MLA attention of a step (spec 2.2).
+
+    Args:
+      q: [B, T, H, C] absorbed queries.
+      cached: [L, B, S, C] latent rows of all layers.
+      layer: which layer; may be traced.
+      new: [B, T, C] the step's own latent rows.
+      selection: keys to attend to.
+      scale: softmax scale.
+      value_dim: V, the latent part of a row.
+
+    Returns:
+      [B, T, H, V].
+    """
+    layers, batch, capacity, size = cached.shape
+    own = attend(q, new, new[..., :value_dim], selection.new, scale)
+    if selection.cached.dtype == jnp.bool_:
+        rows = jax.lax.dynamic_index_in_dim(cached, layer, 0, keepdims=False)
+        past = attend(q, rows, rows[..., :value_dim], selection.cached, scale)
+    else:
+        # Address rows of the whole stacked cache, so that only the selected ones are read.
+        first = (layer * batch + jnp.arange(batch, dtype=jnp.int32)) * capacity
+        address = jnp.where(selection.cached >= 0, selection.cached + first[:, None, None], -1)
+        tokens, heads = q.shape[1:3]
+        out, lse = sparse_mla(
+            q.reshape(1, batch * tokens, heads, size),
+            cached.reshape(1, layers * batch * capacity, size),
+            address.reshape(1, batch * tokens, address.shape[-1]),
+            scale=scale,
+            value_dim=value_dim,
+        )
+        past = out.reshape(batch, tokens, heads, value_dim), lse.reshape(batch, tokens, heads)
+    return merge_partials([past, own])[0]
+
+
+def grouped_query_attention(
+    q: jax.Array,
+    cached: tuple[jax.Array, jax.Array],
+    layer: jax.Array | int,
+    new: tuple[jax.Array, jax.Array],
+    visible: Selection,
+    *,
+    scale: float,
+) -> jax.Array:
+    """Grouped-query attention of a step.
+
+    Args:
+      q: [B, T, H, K].
+      cached: keys and values of all layers, each [L, B, S, G * K].
+      layer: which layer; may be traced.
+      new: the step's own keys and values, each [B, T, G, K].
+      visible: from ``visible_mask``.
+      scale: softmax scale.
+
+    Returns:
+      [B, T, H, K].
+    """
+    batch, tokens, heads, dim = q.shape
+    groups = new[0].shape[2]
+    q = q.reshape(batch, tokens, groups, heads // groups, dim).transpose(0, 2, 1, 3, 4)
+
+    def rows(x: jax.Array) -> jax.Array:
+        x = jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False)
+        return x.reshape(batch, -1, groups, dim).swapaxes(1, 2)
+
+    past = attend(q, rows(cached[0]), rows(cached[1]), visible.cached[:, None], scale)
+    own = attend(q, new[0].swapaxes(1, 2), new[1].swapaxes(1, 2), visible.new[:, None], scale)
+    out = merge_partials([past, own])[0]
+    return out.transpose(0, 2, 1, 3, 4).reshape(batch, tokens, heads, dim)

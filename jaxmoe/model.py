@@ -1,0 +1,458 @@
+"""The model: layers scanned in segments, as a whole-sequence pass and as a cached step."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from jaxmoe.cache import Cache
+from jaxmoe.config import LayerKind, ModelConfig
+from jaxmoe.layers import core_attention, step_attention
+from jaxmoe.layers.attention import Entries, gqa_sequence, gqa_step, mla_sequence, mla_step
+from jaxmoe.layers.linear import linear, matmul
+from jaxmoe.layers.mlp import mlp
+from jaxmoe.layers.norm import rms_norm
+from jaxmoe.layers.rope import Rotation, rotation
+from jaxmoe.moe import Experts, ExpertTables, MoeOptions, apply_experts, route
+from jaxmoe.moe.balance import sequence_balance_loss
+from jaxmoe.moe.route import expert_load
+from jaxmoe.params import Params
+
+ATTENTION_MODES = ("sparse", "dense")
+
+
+class LayerStats(NamedTuple):
+    """What a layer reports besides its output; zeros or empty where it does not apply.
+
+    Attributes:
+      expert_ids: [B, T, A] int32 chosen experts, best first.
+      load: [E] int32 (token, choice) pairs per expert.
+      balance_loss: float32, the sequence-wise balance loss without its coefficient.
+      index_loss: float32, the indexer's KL summed over queries.
+    """
+
+    expert_ids: jax.Array
+    load: jax.Array
+    balance_loss: jax.Array
+    index_loss: jax.Array
+
+
+class Output(NamedTuple):
+    """Result of a whole-sequence pass.
+
+    Attributes:
+      hidden: [B, T, D], after the final norm.
+      entries: rows to cache, by name [L, B, T, size].
+      stats: one ``LayerStats`` per decoder layer, stacked [layers, ...] within each segment member.
+    """
+
+    hidden: jax.Array
+    entries: Entries
+    stats: list[list[LayerStats]]
+
+
+class PassOptions(NamedTuple):
+    """Static choices of a whole-sequence pass.
+
+    Attributes:
+      attention: "sparse" (the indexer selects topk keys) or "dense" (all visible keys; how the indexer is first trained).
+      index_loss: compute the indexer's KL loss.
+      moe: how experts are computed.
+      remat: recompute each layer in the backward pass instead of keeping its activations.
+    """
+
+    attention: str = "sparse"
+    index_loss: bool = False
+    moe: MoeOptions = MoeOptions()
+    remat: bool = False
+
+
+# -- one layer -------------------------------------------------------------------------------------
+
+
+def _feed_forward(
+    p: dict,
+    config: ModelConfig,
+    x: jax.Array,
+    experts: Experts | None,
+    tables: ExpertTables | None,
+    options: MoeOptions,
+) -> tuple[jax.Array, LayerStats]:
+    """Dense MLP or routed plus shared experts, on x [B, T, D]."""
+    batch, tokens, size = x.shape
+    nothing = jnp.zeros((), jnp.float32)
+    if "mlp" in p:
+        none = jnp.zeros((batch, tokens, 0), jnp.int32)
+        return mlp(p["mlp"], config, x), LayerStats(none, jnp.zeros(0, jnp.int32), nothing, nothing)
+    flat = x.reshape(batch * tokens, size)
+    with jax.named_scope("route"):
+        routing = route(p["moe"]["router"], config, flat)
+    with jax.named_scope("experts"):
+        y = apply_experts(
+            flat,
+            routing.expert_ids,
+            routing.weights,
+            experts,
+            activation=config.hidden_act,
+            tables=tables,
+            options=options,
+        )
+    if "shared" in p["moe"]:
+        with jax.named_scope("shared_expert"):
+            y = y + mlp(p["moe"]["shared"], config, flat)
+    ids = routing.expert_ids.reshape(batch, tokens, -1)
+    balance = sequence_balance_loss(routing.scores.reshape(batch, tokens, -1), ids)
+    stats = LayerStats(ids, expert_load(ids, config.n_routed_experts), balance, nothing)
+    return y.reshape(x.shape), stats
+
+
+def _experts_of(p: dict) -> Experts | None:
+    if "moe" not in p:
+        return None
+    weights = p["moe"]["experts"]
+    return Experts(weights["gate_up"], weights["down"], slots=weights["down"].shape[0])
+
+
+def sequence_layer(
+    p: dict,
+    config: ModelConfig,
+    x: jax.Array,
+    r: Rotation,
+    options: PassOptions,
+    tables: ExpertTables | None = None,
+    selection: jax.Array | None = None,
+    *,
+    kind: LayerKind,
+    keep_selection: bool = False,
+) -> tuple[jax.Array, Entries, LayerStats, jax.Array | None]:
+    """One decoder layer over whole sequences, x [B, T, D]."""
+    core_options = core_attention.Options(
+        scale=config.softmax_scale,
+        topk=config.index_topk if options.attention == "sparse" else None,
+        index_loss=options.index_loss,
+        keep_selection=keep_selection,
+    )
+    h = rms_norm(x, p["attention_norm"], config.rms_norm_eps)
+    with jax.named_scope("attention"):
+        if config.is_mla:
+            shared = selection if kind.indexer == "shared" else None
+            h, entries, core = mla_sequence(p, config, h, r, core_options, shared)
+        else:
+            h, entries, core = gqa_sequence(p, config, h, r, core_options)
+    x = x + h
+    h = rms_norm(x, p["mlp_norm"], config.rms_norm_eps)
+    with jax.named_scope("mlp"):
+        h, stats = _feed_forward(p, config, h, _experts_of(p), tables, options.moe)
+    return x + h, entries, stats._replace(index_loss=core.index_loss), core.selection
+
+
+# -- whole sequences -------------------------------------------------------------------------------
+
+
+def _interleave(members: list[Entries]) -> Entries:
+    """Entries of a segment's members, each [R, ...], in layer order [R * members, ...]."""
+    names = {name for member in members for name in member}
+    joined = {}
+    for name in sorted(names):
+        having = [member[name] for member in members if name in member]
+        stacked = jnp.stack(having, axis=1)
+        joined[name] = stacked.reshape(-1, *stacked.shape[2:])
+    return joined
+
+
+def _concatenate(parts: list[Entries]) -> Entries:
+    return {name: jnp.concatenate([p[name] for p in parts if name in p]) for name in sorted(set().union(*parts))}
+
+
+def run(
+    params: Params,
+    config: ModelConfig,
+    tokens: Int[Array, "B T"],
+    *,
+    positions: Int[Array, "B T"] | None = None,
+    tables: ExpertTables | None = None,
+    options: PassOptions = PassOptions(),
+) -> Output:
+    """A whole-sequence pass; everything that prefill, training and ``forward`` need.
+
+    Args:
+      params: parameters.
+      config: the model.
+      tokens: token ids.
+      positions: positions for the rotary embedding; default 0..T-1. Causality follows array order.
+      tables: expert placement; None means expert e in slot e.
+      options: static choices.
+    """
+    batch, length = tokens.shape
+    if positions is None:
+        positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
+    r = rotation(config, positions)
+    x = params["embed"]["weight"][tokens]
+    sharing = any(kind.indexer == "shared" for kind in config.layer_kinds)
+    keep = sharing and options.attention == "sparse"
+    selection = jnp.zeros((batch, length, length), bool) if keep else None
+    all_entries, all_stats = [], []
+    for segment, stacked in zip(config.segments, params["segments"], strict=True):
+
+        def body(carry, members, kinds=segment.kinds):
+            x, selection = carry
+            entries, stats = [], []
+            for kind, p in zip(kinds, members, strict=True):
+                layer = functools.partial(sequence_layer, kind=kind, keep_selection=keep)
+                if options.remat:
+                    layer = jax.checkpoint(layer, static_argnums=(1, 4))
+                x, e, s, chosen = layer(p, config, x, r, options, tables, selection)
+                selection = chosen if keep else None
+                entries.append(e)
+                stats.append(s)
+            return (x, selection), (entries, stats)
+
+        (x, selection), (entries, stats) = lax.scan(body, (x, selection), stacked)
+        all_entries.append(_interleave(entries))
+        all_stats.append(stats)
+    hidden = rms_norm(x, params["norm"], config.rms_norm_eps)
+    return Output(hidden, _concatenate(all_entries), all_stats)
+
+
+def unembed(params: Params, hidden: Float[Array, "*S D"]) -> Float[Array, "*S V"]:
+    """Logits in float32 (spec 11, trap 23) from final hidden states."""
+    if "lm_head" in params:
+        weight = params["lm_head"]["weight"]
+    else:
+        weight = params["embed"]["weight"].T
+    return matmul(hidden.astype(jnp.float32), weight.astype(jnp.float32))
+
+
+def mtp_hidden(
+    p: dict,
+    params: Params,
+    config: ModelConfig,
+    hidden: Float[Array, "B T D"],
+    next_tokens: Int[Array, "B T"],
+    *,
+    options: PassOptions = PassOptions(),
+    tables: ExpertTables | None = None,
+) -> tuple[Float[Array, "B T D"], LayerStats]:
+    """One multi-token-prediction module (spec 6): normalised hidden states that predict one token further.
+
+    Args:
+      p: the module, ``params["mtp"][i]``.
+      params: the model (for the shared embedding).
+      config: the model.
+      hidden: the previous depth's hidden states, after its final norm.
+      next_tokens: the token after each position (t_{i+1}).
+      options: static choices.
+      tables: expert placement.
+
+    Returns:
+      (hidden states that predict t_{i+2} through the shared head, statistics of the module's layer).
+    """
+    batch, length = next_tokens.shape
+    embedded = rms_norm(params["embed"]["weight"][next_tokens], p["embed_norm"], config.rms_norm_eps)
+    previous = rms_norm(hidden, p["hidden_norm"], config.rms_norm_eps)
+    # Embedding first: the checkpoint's order, not the report's equation 21.
+    x = linear(jnp.concatenate([embedded, previous], axis=-1), p["proj"])
+    positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
+    x, _, stats, _ = sequence_layer(
+        p["layer"], config, x, rotation(config, positions), options, tables, kind=config.mtp_kind
+    )
+    return rms_norm(x, p["norm"], config.rms_norm_eps), stats
+
+
+@functools.partial(jax.jit, static_argnames=("config", "options"))
+def _forward(params, config, tokens, positions, tables, options):
+    output = run(params, config, tokens, positions=positions, tables=tables, options=options)
+    return unembed(params, output.hidden)
+
+
+def check_tokens(tokens: Any, config: ModelConfig, name: str = "tokens") -> jax.Array:
+    """``tokens`` as an int32 array [B, T].
+
+    Raises:
+      ValueError, TypeError: for a wrong rank, an empty sequence, a dtype that is no integer, or (outside jit) ids
+        outside the vocabulary.
+    """
+    array = tokens if isinstance(tokens, jax.core.Tracer) else np.asarray(tokens)
+    if array.ndim != 2 or 0 in array.shape:
+        raise ValueError(f"{name} must be a non-empty [batch, length] array; got shape {array.shape}. Use {name}[None] for one.")
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        raise TypeError(f"{name} must be integer token ids; got {array.dtype}. Cast with .astype('int32').")
+    if not isinstance(array, jax.core.Tracer) and (array.min() < 0 or array.max() >= config.vocab_size):
+        raise ValueError(
+            f"{name} must lie in [0, vocab_size={config.vocab_size}); got {array.min()}..{array.max()}. Check the tokenizer."
+        )
+    return jnp.asarray(array, jnp.int32)
+
+
+def forward(
+    params: Params,
+    config: ModelConfig,
+    tokens: Int[Array, "B T"],
+    *,
+    positions: Int[Array, "B T"] | None = None,
+    tables: ExpertTables | None = None,
+    options: PassOptions = PassOptions(),
+) -> Float[Array, "B T V"]:
+    """Logits of every position.
+
+    Args:
+      params: parameters (``init_params``, ``checkpoint.load_hf``, ``checkpoint.restore``).
+      config: the model.
+      tokens: token ids.
+      positions: rotary positions; default 0..T-1.
+      tables: expert placement; default expert e in slot e.
+      options: attention mode, MoE path, rematerialisation.
+
+    Returns:
+      float32 logits.
+
+    Raises:
+      ValueError, TypeError: for tokens of the wrong shape, dtype or range.
+
+    Example:
+      >>> import jax, jaxmoe, numpy as np
+      >>> config = jaxmoe.presets["tiny"]
+      >>> params = jaxmoe.init_params(config, jax.random.key(0))
+      >>> jaxmoe.forward(params, config, np.array([[72, 105]])).shape
+      (1, 2, 320)
+    """
+    if options.attention not in ATTENTION_MODES:
+        raise ValueError(f"options.attention must be one of {ATTENTION_MODES}; got {options.attention!r}.")
+    tokens = check_tokens(tokens, config)
+    if positions is not None and positions.shape != tokens.shape:
+        raise ValueError(f"positions must have tokens' shape {tokens.shape}; got {positions.shape}.")
+    return _forward(params, config, tokens, positions, tables, options)
+
+
+# -- one step over a cache -------------------------------------------------------------------------
+
+
+class _StepState(NamedTuple):
+    """Loop-invariant inputs of a step's layers."""
+
+    cache: Cache
+    rotation: Rotation
+    visible: step_attention.Selection
+    tables: ExpertTables | None
+    moe: MoeOptions
+
+
+def _step_layer(p, config, x, experts, state, layer, index_layer, selection):
+    """One decoder layer of a step; returns x, entries, stats, selection."""
+    h = rms_norm(x, p["attention_norm"], config.rms_norm_eps)
+    with jax.named_scope("attention"):
+        if config.is_mla:
+            h, entries, selection = mla_step(
+                p, config, h, state.rotation, state.cache.entries, layer, index_layer, state.visible, selection
+            )
+        else:
+            h, entries = gqa_step(p, config, h, state.rotation, state.cache.entries, layer, state.visible)
+    x = x + h
+    h = rms_norm(x, p["mlp_norm"], config.rms_norm_eps)
+    with jax.named_scope("mlp"):
+        h, stats = _feed_forward(p, config, h, experts, state.tables, state.moe)
+    return x + h, entries, stats, selection
+
+
+def _split_experts(member: dict, options: MoeOptions) -> tuple[dict, Any]:
+    """Takes the stacked experts out of what the scan slices, unless the exchange needs per-layer weights.
+
+    A scan copies each slice it takes. For experts that would read all of a layer's weights to use a few of them.
+    """
+    if "moe" not in member or options.path != "local":
+        return member, None
+    moe = dict(member["moe"])
+    stacked = moe.pop("experts")
+    return {**member, "moe": moe}, stacked
+
+
+def _layer_experts(p: dict, stacked: Any, repeat: jax.Array) -> Experts | None:
+    if stacked is None:
+        return _experts_of(p)
+    gate_up, down = stacked["gate_up"], stacked["down"]
+    slots = gate_up.shape[1]
+    return Experts(
+        gate_up.reshape(-1, *gate_up.shape[2:]),
+        down.reshape(-1, *down.shape[2:]),
+        slots,
+        repeat * slots,
+    )
+
+
+def _run_step_segment(segment, members, config, x, state, first_layer, first_index, selection):
+    """Scans one segment; returns x, entries, stats, selection."""
+    split = [_split_experts(member, state.moe) for member in members]
+    full = [kind.indexer == "full" for kind in segment.kinds]
+    width = len(segment.kinds)
+
+    def body(carry, scanned):
+        x, selection = carry
+        slices, repeat = scanned
+        entries, stats = [], []
+        for j, p in enumerate(slices):
+            layer = first_layer + repeat * width + j
+            index_layer = first_index + repeat * sum(full) + sum(full[:j])
+            experts = _layer_experts(p, split[j][1], repeat)
+            x, e, s, selection = _step_layer(p, config, x, experts, state, layer, index_layer, selection)
+            entries.append(e)
+            stats.append(s)
+        return (x, selection), (entries, stats)
+
+    repeats = jnp.arange(segment.repeats, dtype=jnp.int32)
+    (x, selection), (entries, stats) = lax.scan(
+        body, (x, selection), ([member for member, _ in split], repeats)
+    )
+    return x, _interleave(entries), stats, selection
+
+
+def _initial_selection(config: ModelConfig, visible: step_attention.Selection) -> step_attention.Selection:
+    """A carry of the form that ``step_attention.select`` will return; its values are never read before that."""
+    batch, tokens, capacity = visible.cached.shape
+    if not step_attention.gathers(config.index_topk, capacity, tokens):
+        return visible
+    rows = min(config.index_topk, capacity + tokens)
+    return visible._replace(cached=jnp.full((batch, tokens, rows), -1, jnp.int32))
+
+
+def step(
+    params: Params,
+    config: ModelConfig,
+    tokens: Int[Array, "B T"],
+    cache: Cache,
+    *,
+    tables: ExpertTables | None = None,
+    moe: MoeOptions = MoeOptions(),
+) -> tuple[Float[Array, "B T V"], Entries]:
+    """T new tokens per sequence over the cache. Pure: reads the cache, never writes it.
+
+    Args:
+      params: parameters.
+      config: the model.
+      tokens: the new tokens, at positions ``cache.lengths + 0..T-1``.
+      cache: what came before.
+      tables: expert placement.
+      moe: how experts are computed.
+
+    Returns:
+      (float32 logits, rows for ``cache.commit``).
+    """
+    batch, length = tokens.shape
+    positions = cache.lengths[:, None] + jnp.arange(length, dtype=jnp.int32)
+    visible = step_attention.visible_mask(cache.lengths, cache.capacity, length)
+    state = _StepState(cache, rotation(config, positions), visible, tables, moe)
+    x = params["embed"]["weight"][tokens]
+    selection = _initial_selection(config, visible)
+    parts, first_layer, first_index = [], 0, 0
+    for segment, members in zip(config.segments, params["segments"], strict=True):
+        x, entries, _, selection = _run_step_segment(
+            segment, members, config, x, state, first_layer, first_index, selection
+        )
+        parts.append(entries)
+        first_layer += segment.repeats * len(segment.kinds)
+        first_index += segment.repeats * sum(kind.indexer == "full" for kind in segment.kinds)
+    hidden = rms_norm(x, params["norm"], config.rms_norm_eps)
+    return unembed(params, hidden), _concatenate(parts)

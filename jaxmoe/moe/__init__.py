@@ -1,0 +1,16 @@
+"""Mixture of experts: routing, dispatch paths, expert computation."""
+
+from jaxmoe.moe.dispatch import MoeOptions, apply_experts
+from jaxmoe.moe.experts import Experts
+from jaxmoe.moe.route import Routing, route
+from jaxmoe.moe.tables import ExpertTables, identity_tables
+
+__all__ = [
+    "ExpertTables",
+    "Experts",
+    "MoeOptions",
+    "Routing",
+    "apply_experts",
+    "identity_tables",
+    "route",
+]

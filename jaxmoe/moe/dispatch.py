@@ -1,0 +1,169 @@
+"""Three ways to bring tokens to experts and back, behind one function.
+
+* ``dense``: every token through every expert, then a weighted sum of the chosen ones. The oracle.
+* ``local``: all experts here; sort pairs by slot, grouped matmul, unsort.
+* ``all_to_all``: experts sharded over a mesh axis, tokens too; padded exchange under ``shard_map``, with a
+  capacity that no routing can exceed, so nothing is ever dropped.
+
+All three add a token's expert outputs in the order of its choices, in float32: the result does not depend on
+where an expert runs.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh, PartitionSpec
+
+from jaxmoe.moe.experts import Experts, every_expert, grouped_experts
+from jaxmoe.moe.tables import ExpertTables, slots_of
+from pallas_kernels import combine, dispatch
+
+PATHS = ("dense", "local", "all_to_all")
+
+
+@dataclasses.dataclass(frozen=True)
+class MoeOptions:
+    """How experts are computed; static under jit.
+
+    Attributes:
+      path: "dense", "local" or "all_to_all".
+      mesh: for all_to_all, the mesh whose ``axis`` the slots are sharded over.
+      axis: mesh axis of the exchange.
+      token_axes: mesh axes over which tokens are sharded; must include ``axis``.
+    """
+
+    path: str = "local"
+    mesh: Mesh | None = None
+    axis: str = "expert"
+    token_axes: tuple[str, ...] = ("data", "expert")
+
+    def __post_init__(self):
+        if self.path not in PATHS:
+            raise ValueError(f"path must be one of {PATHS}; got {self.path!r}.")
+        if self.path != "all_to_all":
+            return
+        if self.mesh is None or self.axis not in self.mesh.shape:
+            axes = None if self.mesh is None else tuple(self.mesh.shape)
+            raise ValueError(
+                f"path 'all_to_all' needs a mesh with axis {self.axis!r}; got axes {axes}. Use sharding.make_mesh(expert=N)."
+            )
+        if self.axis not in self.token_axes:
+            raise ValueError(f"token_axes must include {self.axis!r}; got {self.token_axes}.")
+
+
+def _dense(x: jax.Array, slots: jax.Array, weights: jax.Array, experts: Experts, act: str) -> jax.Array:
+    outputs = every_expert(experts, x, act)
+    token = jnp.arange(x.shape[0])
+    total = jnp.zeros(x.shape, jnp.float32)
+    for a in range(slots.shape[1]):
+        chosen = outputs[jnp.maximum(slots[:, a], 0), token].astype(jnp.float32)
+        weight = jnp.where(slots[:, a] >= 0, weights[:, a], 0.0)
+        total = total + weight[:, None] * chosen
+    return total.astype(x.dtype)
+
+
+def _local(x: jax.Array, slots: jax.Array, weights: jax.Array, experts: Experts, act: str) -> jax.Array:
+    moved = dispatch(x, slots, experts.slots)
+    y = grouped_experts(experts, moved.rows, moved.group_sizes, act)
+    return combine(y, moved.position, weights)
+
+
+def _exchange(x: jax.Array, slots: jax.Array, weights: jax.Array, experts: Experts, axis: str, act: str) -> jax.Array:
+    """The per-rank body of ``all_to_all``: x [T, D], slots [T, A] global, experts this rank's L slots."""
+    ranks = lax.axis_size(axis)
+    per_rank = experts.slots
+    tokens, active = slots.shape
+    # A token's choices are distinct slots, so it can send at most min(A, L) rows to any one rank.
+    capacity = tokens * min(active, per_rank)
+    rank = jnp.where(slots >= 0, slots // per_rank, -1)
+    outgoing = dispatch(x, rank, ranks)
+    start = jnp.cumsum(outgoing.group_sizes) - outgoing.group_sizes
+    lane = outgoing.position - start[jnp.maximum(rank, 0)]
+    cell = jnp.where(rank >= 0, rank * capacity + lane, -1)
+
+    pair = jnp.arange(tokens * active, dtype=jnp.int32)
+    target = jnp.where(cell >= 0, cell, ranks * capacity).reshape(-1)
+    pair_of_cell = jnp.full(ranks * capacity + 1, -1, jnp.int32).at[target].set(pair)[:-1]
+    filled = pair_of_cell >= 0
+    send = combine(x, jnp.where(filled, pair_of_cell // active, -1)[:, None], filled[:, None].astype(jnp.float32))
+    send_slot = jnp.where(filled, slots.reshape(-1)[jnp.maximum(pair_of_cell, 0)] % per_rank, -1)
+
+    swap = functools.partial(lax.all_to_all, axis_name=axis, split_axis=0, concat_axis=0, tiled=True)
+    received, received_slot = swap(send), swap(send_slot)
+    arrived = dispatch(received, received_slot[:, None], per_rank)
+    y = grouped_experts(experts, arrived.rows, arrived.group_sizes, act)
+    y = combine(y, arrived.position, jnp.ones_like(arrived.position, jnp.float32))
+    return combine(swap(y), cell, weights)
+
+
+def _all_to_all(
+    x: jax.Array, slots: jax.Array, weights: jax.Array, experts: Experts, options: MoeOptions, act: str
+) -> jax.Array:
+    mesh, axis = options.mesh, options.axis
+    token_axes = tuple(a for a in options.token_axes if a in mesh.shape)
+    shards = 1
+    for a in token_axes:
+        shards *= mesh.shape[a]
+    tokens = x.shape[0]
+    short = -tokens % shards
+    x = jnp.pad(x, ((0, short), (0, 0)))
+    slots = jnp.pad(slots, ((0, short), (0, 0)), constant_values=-1)
+    weights = jnp.pad(weights, ((0, short), (0, 0)))
+    by_token, by_slot = PartitionSpec(token_axes), PartitionSpec(axis)
+
+    def body(x, slots, weights, gate_up, down):
+        return _exchange(x, slots, weights, Experts(gate_up, down, gate_up.shape[0]), axis, act)
+
+    y = jax.shard_map(
+        body,
+        mesh=mesh,
+        in_specs=(by_token, by_token, by_token, by_slot, by_slot),
+        out_specs=by_token,
+        # combine and dispatch hide custom derivatives, through which varying axes are not tracked.
+        check_vma=False,
+    )(x, slots, weights, experts.gate_up, experts.down)
+    return y[:tokens]
+
+
+def apply_experts(
+    x: jax.Array,
+    expert_ids: jax.Array,
+    weights: jax.Array,
+    experts: Experts,
+    *,
+    activation: str = "silu",
+    tables: ExpertTables | None = None,
+    options: MoeOptions = MoeOptions(),
+) -> jax.Array:
+    """``y[t] = sum_a weights[t, a] * expert[expert_ids[t, a]](x[t])``.
+
+    Args:
+      x: [T, D].
+      expert_ids: [T, A] int32, distinct per token; -1 for none.
+      weights: [T, A] float32.
+      experts: weights by slot.
+      activation: of the gated MLP.
+      tables: expert -> slots; None means expert e is in slot e.
+      options: the path.
+
+    Returns:
+      [T, D] in x's dtype.
+
+    Raises:
+      ValueError: if the slots do not divide over the mesh axis.
+    """
+    slots = expert_ids if tables is None else slots_of(tables, expert_ids)
+    if options.path == "dense":
+        return _dense(x, slots, weights, experts, activation)
+    if options.path == "local":
+        return _local(x, slots, weights, experts, activation)
+    ranks = options.mesh.shape[options.axis]
+    if experts.slots % ranks:
+        raise ValueError(
+            f"the number of expert slots ({experts.slots}) must be divisible by mesh axis {options.axis!r} ({ranks}); use a divisor, or add "
+            "redundant slots."
+        )
+    return _all_to_all(x, slots, weights, experts, options, activation)

@@ -1,0 +1,70 @@
+"""Public grouped matmul."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import _implementation
+from pallas_kernels.grouped_matmul import reference, xla
+
+_BACKENDS = {"reference": reference.grouped_matmul, "xla": xla.grouped_matmul, "ragged_dot": xla.ragged_dot}
+_PREFERENCE = {"cpu": ("xla",), "gpu": ("ragged_dot", "xla"), "tpu": ("ragged_dot", "xla")}
+
+
+def _check(x: jax.Array, w: jax.Array, group_sizes: jax.Array) -> None:
+    if x.ndim != 2 or w.ndim != 3 or group_sizes.ndim != 1:
+        raise ValueError(
+            "grouped_matmul: x must be [M, K], w [G, K, N] and group_sizes [E]; got shapes "
+            f"{x.shape}, {w.shape} and {group_sizes.shape}. Flatten leading dimensions of x first."
+        )
+    if x.shape[1] != w.shape[1]:
+        raise ValueError(
+            f"grouped_matmul: x's K ({x.shape[1]}) must equal w's K ({w.shape[1]}); weights are [group, in, out]."
+        )
+    if group_sizes.shape[0] > w.shape[0]:
+        raise ValueError(
+            f"grouped_matmul: group_sizes has {group_sizes.shape[0]} groups but w holds {w.shape[0]} matrices; "
+            "pass one size per matrix used."
+        )
+    if not jnp.issubdtype(group_sizes.dtype, jnp.integer):
+        raise TypeError(f"grouped_matmul: group_sizes must be integers; got {group_sizes.dtype}. Cast to int32.")
+    if x.dtype != w.dtype:
+        raise TypeError(f"grouped_matmul: x is {x.dtype} but w is {w.dtype}; cast one to the other's dtype.")
+
+
+def grouped_matmul(
+    x: Float[Array, "M K"],
+    w: Float[Array, "G K N"],
+    group_sizes: Int[Array, "E"],
+    *,
+    group_offset: Int[Array, ""] | int = 0,
+    implementation: _implementation.Implementation = None,
+) -> Float[Array, "M N"]:
+    """Multiplies consecutive row groups of ``x`` by their own matrices.
+
+    ``y[r] = x[r] @ w[group_offset + e]`` for the rows r of group e; groups are consecutive, group e has
+    ``group_sizes[e]`` rows. Rows past the last group are zero. Accumulates in float32; differentiable in x and w.
+
+    Args:
+      x: rows sorted by group.
+      w: one matrix per group, [in, out]; may hold more than the E groups in use (a rank's slice, stacked layers).
+      group_sizes: rows per group; must sum to at most M (not checked: it is data).
+      group_offset: index in ``w`` of group 0's matrix; may be traced.
+      implementation: None, "xla" (block loop), "ragged_dot" (jax.lax), "reference", or a sequence of these.
+
+    Returns:
+      [M, N] in x's dtype.
+
+    Raises:
+      ValueError, TypeError: for shapes or dtypes that do not fit, naming both.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> x, w = jnp.ones((3, 2)), jnp.stack([jnp.eye(2), 2 * jnp.eye(2)])
+      >>> grouped_matmul(x, w, jnp.array([1, 2])).tolist()
+      [[1.0, 1.0], [2.0, 2.0], [2.0, 2.0]]
+    """
+    _check(x, w, group_sizes)
+    return _implementation.call(
+        "grouped_matmul", _BACKENDS, _PREFERENCE, implementation, x, w, group_sizes.astype(jnp.int32), group_offset
+    )

@@ -1,0 +1,64 @@
+"""Public lightning-index selection."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import _implementation
+from pallas_kernels.index_topk import reference
+
+_BACKENDS = {"xla": reference.index_topk}
+_PREFERENCE = {"cpu": ("xla",), "gpu": ("xla",), "tpu": ("xla",)}
+
+
+def index_topk(
+    q: Float[Array, "B T I K"],
+    k: Float[Array, "B S K"],
+    weights: Float[Array, "B T I"],
+    topk: int,
+    *,
+    visible: Int[Array, "B T"] | None = None,
+    implementation: _implementation.Implementation = None,
+) -> Int[Array, "B T topk"]:
+    """Positions of the ``topk`` keys with the largest index score for each query (DeepSeek-V3.2, spec 3.1).
+
+    The score of key s for query t is sum_i weights[t, i] * relu(q[t, i] . k[s]), in float32. Exact; ties go to the lower
+    position. Forward only (a selection has no gradient).
+
+    Args:
+      q: index queries, rotated.
+      k: index keys, rotated; one per position, shared by the heads.
+      weights: signed head weights, all scale factors multiplied in.
+      topk: how many to select; the result has min(topk, S) columns.
+      visible: how many leading keys each query may see; None means causal with the last query at the last key.
+      implementation: None, "xla", or a sequence.
+
+    Returns:
+      int32 positions, best first; -1 fills rows with fewer visible keys.
+
+    Raises:
+      ValueError: if shapes disagree or topk < 1.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> keys = jnp.array([[[1.0], [3.0], [2.0]]])
+      >>> index_topk(jnp.ones((1, 1, 1, 1)), keys, jnp.ones((1, 1, 1)), 2).tolist()
+      [[[1, 2]]]
+    """
+    if q.ndim != 4 or k.ndim != 3 or weights.shape != q.shape[:3]:
+        raise ValueError(
+            f"index_topk: q must be [B, T, I, K], k [B, S, K], weights [B, T, I]; got {q.shape}, {k.shape}, {weights.shape}."
+        )
+    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[2]:
+        raise ValueError(f"index_topk: q and k must share B and K; got {q.shape} and {k.shape}.")
+    if topk < 1:
+        raise ValueError(f"index_topk: topk must be >= 1; got {topk}.")
+    if visible is None:
+        ahead = k.shape[1] - q.shape[1]
+        if ahead < 0:
+            raise ValueError(
+                f"index_topk: {q.shape[1]} queries but {k.shape[1]} keys; pass visible= when queries are not the last positions."
+            )
+        visible = jnp.broadcast_to(jnp.arange(q.shape[1], dtype=jnp.int32) + ahead + 1, q.shape[:2])
+    return _implementation.call(
+        "index_topk", _BACKENDS, _PREFERENCE, implementation, q, k, weights, topk, visible
+    )

@@ -1,0 +1,74 @@
+"""Public sparse latent attention."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import _implementation
+from pallas_kernels.sparse_mla import reference
+
+_BACKENDS = {"xla": reference.sparse_mla}
+_PREFERENCE = {"cpu": ("xla",), "gpu": ("xla",), "tpu": ("xla",)}
+
+
+def sparse_mla(
+    q: Float[Array, "B T H C"],
+    kv: Float[Array, "B S C"],
+    indices: Int[Array, "B T K"],
+    *,
+    scale: float,
+    value_dim: int,
+    implementation: _implementation.Implementation = None,
+) -> tuple[Float[Array, "B T H V"], Float[Array, "B T H"]]:
+    """Attention over the latent rows that ``indices`` names, in the absorbed (MQA) form of MLA (spec 2.2).
+
+    Keys are whole rows of ``kv``, values their first ``value_dim`` entries; all heads share them. Cost grows with
+    K, not with S. Differentiable in q and kv.
+
+    Args:
+      q: absorbed queries, latent part first, then the rotary part.
+      kv: cached rows, normalised latent then rotated key.
+      indices: rows to attend to; -1 is no row. Distinct where not -1.
+      scale: softmax scale (``ModelConfig.softmax_scale``).
+      value_dim: length of the latent part.
+      implementation: None, "xla", or a sequence.
+
+    Returns:
+      (out, lse): the normalised output, and the natural log of the softmax denominator in float32, so that parts over
+      disjoint rows merge (``merge_partials``). A query without rows gives zeros and -inf.
+
+    Raises:
+      ValueError: if shapes disagree.
+    """
+    if q.ndim != 4 or kv.ndim != 3 or indices.ndim != 3:
+        raise ValueError(
+            f"sparse_mla: q must be [B, T, H, C], kv [B, S, C], indices [B, T, K]; got {q.shape}, {kv.shape}, {indices.shape}."
+        )
+    if q.shape[0] != kv.shape[0] or q.shape[3] != kv.shape[2] or indices.shape[:2] != q.shape[:2]:
+        raise ValueError(
+            f"sparse_mla: B, T and C must agree; got q {q.shape}, kv {kv.shape}, indices {indices.shape}."
+        )
+    if not 0 < value_dim <= kv.shape[2]:
+        raise ValueError(f"sparse_mla: value_dim must be in 1..{kv.shape[2]} (kv's last size); got {value_dim}.")
+    return _implementation.call(
+        "sparse_mla", _BACKENDS, _PREFERENCE, implementation, q, kv, indices, scale, value_dim
+    )
+
+
+def merge_partials(
+    parts: list[tuple[Float[Array, "*S V"], Float[Array, "*S"]]],
+) -> tuple[Float[Array, "*S V"], Float[Array, "*S"]]:
+    """Joins attention outputs over disjoint key sets by the split-softmax rule.
+
+    Args:
+      parts: (out [..., V], lse [...] float32 natural log) of each part.
+
+    Returns:
+      (out, lse) as if the softmax had run over all keys at once.
+    """
+    lse = jnp.stack([l for _, l in parts])
+    peak = jnp.maximum(lse.max(0), jnp.finfo(jnp.float32).min)
+    share = jnp.exp(lse - peak)
+    total = share.sum(0)
+    weight = share / jnp.where(total > 0, total, 1.0)
+    out = sum(w[..., None] * o.astype(jnp.float32) for w, (o, _) in zip(weight, parts, strict=True))
+    return out.astype(parts[0][0].dtype), jnp.where(total > 0, jnp.log(total) + peak, -jnp.inf)
