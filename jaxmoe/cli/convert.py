@@ -1,0 +1,60 @@
+"""``jaxmoe convert``: between Hugging Face and native checkpoints."""
+
+import pathlib
+import shutil
+from typing import Annotated, Literal
+
+import rich.console
+import tyro
+
+from jaxmoe import checkpoint
+from jaxmoe.cli._models import dtype_of, is_hf, load
+from jaxmoe.params import param_count
+from jaxmoe.report import make_report, write_report
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json")
+
+
+def convert(
+    source: Annotated[pathlib.Path, tyro.conf.Positional],
+    target: Annotated[pathlib.Path, tyro.conf.Positional],
+    to: Literal["hf", "native"] | None = None,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    mtp: bool = True,
+    step: int = 0,
+    json: pathlib.Path | None = None,
+) -> None:
+    """Converts a checkpoint: Hugging Face safetensors to native, or native to Hugging Face.
+
+    Args:
+      source: Checkpoint directory of either kind.
+      target: Directory to write; must not exist or be empty.
+      to: Kind to write; default: the other kind.
+      dtype: Parameter dtype to write. fp8 checkpoints are dequantised.
+      mtp: Keep multi-token-prediction layers if the source has them.
+      step: Step number of a native target.
+      json: Also write a JSON report.
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"target {target} exists and is not an empty directory; choose another, or remove it.")
+    to = to or ("native" if is_hf(source) else "hf")
+    params, config = load(str(source), dtype_of(dtype), mtp=None if mtp else False)
+    if not mtp and "mtp" in params:
+        params = {name: value for name, value in params.items() if name != "mtp"}
+        config = config.replace(num_nextn_predict_layers=0)
+    if to == "hf":
+        checkpoint.save_hf(target, params, config)
+    else:
+        checkpoint.save(target, params, config, step)
+    # A tokenizer belongs to the model whatever the format of its weights.
+    copied = [name for name in _TOKENIZER_FILES if (source / name).is_file()]
+    for name in copied:
+        shutil.copyfile(source / name, target / name)
+    count = param_count(config, include_mtp=True)
+    rich.console.Console(soft_wrap=True).print(
+        f"wrote {target}: {to}, {config.model_type}, {count:,} parameters in {dtype}"
+        + (f", with {', '.join(copied)}" if copied else "")
+    )
+    if json is not None:
+        rows = [{"name": "parameters", "value": count, "unit": "parameters", "to": to, "dtype": dtype}]
+        write_report(json, make_report("convert", rows))

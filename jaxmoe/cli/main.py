@@ -1,0 +1,35 @@
+"""Entry point: subcommands, and errors as one line instead of a traceback."""
+
+import os
+import sys
+from collections.abc import Sequence
+
+import rich.console
+import tyro
+
+from jaxmoe.cli.convert import convert
+from jaxmoe.cli.demo import demo
+from jaxmoe.cli.generate import generate
+from jaxmoe.cli.info import info
+from jaxmoe.cli.train import train
+from jaxmoe.errors import JaxMoeError
+
+COMMANDS = {"demo": demo, "train": train, "generate": generate, "convert": convert, "info": info}
+
+# What a user can cause and mend; anything else is our bug and keeps its traceback.
+_USER_ERRORS = (ValueError, TypeError, JaxMoeError, FileNotFoundError, NotADirectoryError, PermissionError)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Runs the command line; exits 0, 1 for a user's mistake, 2 for a wrong option, 130 when interrupted."""
+    try:
+        tyro.extras.subcommand_cli_from_dict(
+            COMMANDS, prog="jaxmoe", description="One life of one sparse mixture-of-experts model.", args=args
+        )
+    except _USER_ERRORS as error:
+        if os.environ.get("JAXMOE_TRACEBACK"):
+            raise
+        rich.console.Console(stderr=True, soft_wrap=True).print(f"[red]error:[/] {rich.markup.escape(str(error))}")
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,215 @@
+"""Text generation from a notebook or script: prefill once, then a compiled decode loop.
+
+Shapes are bucketed, so that any prompt length and any number of new tokens run in a few executables.
+For many concurrent requests of different lengths use the engine; this is the simple path and the oracle.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from jaxmoe.cache import Cache, commit
+from jaxmoe.config import ModelConfig
+from jaxmoe.model import PassOptions, check_tokens, run, step, unembed
+from jaxmoe.params import Params
+
+DECODE_CHUNK = 64  # tokens per call of the decode loop, and with a callback the most between two calls of it
+CALLBACK_CHUNK = 8
+
+
+def bucket(n: int, *, smallest: int = 16) -> int:
+    """The smallest of 16, 24, 32, 48, 64, 96, ... that is >= n: at most a third is padding."""
+    size = smallest
+    while size < n:
+        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
+    return size
+
+
+class Sampling(NamedTuple):
+    """Per-sequence sampling parameters, as arrays: temperature [B], top_p [B], key [B]."""
+
+    temperature: jax.Array
+    top_p: jax.Array
+    key: jax.Array
+
+
+class _State(NamedTuple):
+    """token [B] sampled but not yet fed; index: tokens sampled so far; done [B]: has produced a stop token."""
+
+    cache: Cache
+    token: jax.Array
+    index: jax.Array
+    done: jax.Array
+
+
+def _nucleus(logits: jax.Array, top_p: jax.Array) -> jax.Array:
+    """Logits with everything outside the smallest set of mass >= top_p at -inf; the best token always stays."""
+    order = jnp.argsort(logits, axis=-1, descending=True)
+    probability = jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1), axis=-1)
+    before = jnp.cumsum(probability, axis=-1) - probability
+    keep_sorted = (before < top_p[:, None]).at[:, 0].set(True)
+    keep = jnp.put_along_axis(jnp.zeros_like(keep_sorted), order, keep_sorted, axis=-1, inplace=False)
+    return jnp.where(keep, logits, -jnp.inf)
+
+
+def sample(
+    logits: Float[Array, "B V"], sampling: Sampling | None, index: Int[Array, ""], *, nucleus: bool = True
+) -> Int[Array, "B"]:
+    """The next token of each sequence.
+
+    Args:
+      logits: float32.
+      sampling: parameters; None means greedy. A temperature of 0 is greedy for that sequence.
+      index: how many tokens each sequence has sampled; together with its own key it fixes the draw, so a
+        sequence's tokens do not depend on what else is in the batch.
+      nucleus: whether any top_p is below 1 (static: it costs a sort).
+    """
+    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    if sampling is None:
+        return greedy
+    scaled = logits / jnp.maximum(sampling.temperature, 1e-6)[:, None]
+    if nucleus:
+        scaled = _nucleus(scaled, sampling.top_p)
+    keys = jax.vmap(jax.random.fold_in, (0, None))(sampling.key, index)
+    drawn = jax.vmap(jax.random.categorical)(keys, scaled).astype(jnp.int32)
+    return jnp.where(sampling.temperature > 0, drawn, greedy)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "capacity", "options", "nucleus"))
+def _prefill(params, config, tokens, lengths, sampling, stop, *, capacity, options, nucleus):
+    output = run(params, config, tokens, options=options)
+    last = jnp.take_along_axis(output.hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+    token = sample(unembed(params, last), sampling, jnp.zeros((), jnp.int32), nucleus=nucleus)
+    widths = ((0, 0), (0, 0), (0, capacity - tokens.shape[1]), (0, 0))
+    cache = Cache({name: jnp.pad(rows, widths) for name, rows in output.entries.items()}, lengths)
+    done = (token[:, None] == stop).any(-1)
+    return _State(cache, token, jnp.ones((), jnp.int32), done)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "chunk", "options", "nucleus"), donate_argnums=(2,))
+def _decode(params, config, state, sampling, stop, steps, *, chunk, options, nucleus):
+    """Up to ``steps`` (<= chunk) more tokens; ends early when every sequence is done. Returns state, tokens, count."""
+
+    def body(carry):
+        state, tokens = carry
+        logits, entries = step(params, config, state.token[:, None], state.cache, moe=options.moe)
+        ones = jnp.ones_like(state.cache.lengths)
+        token = sample(logits[:, 0], sampling, state.index, nucleus=nucleus)
+        token = jnp.where(state.done, state.token, token)
+        done = state.done | (token[:, None] == stop).any(-1)
+        column = state.index - first
+        tokens = lax.dynamic_update_slice_in_dim(tokens, token[:, None], column, 1)
+        return _State(commit(state.cache, entries, ones), token, state.index + 1, done), tokens
+
+    def more(carry):
+        state, _ = carry
+        return (state.index - first < steps) & ~state.done.all()
+
+    first = state.index
+    tokens = jnp.zeros((state.token.shape[0], chunk), jnp.int32)
+    state, tokens = lax.while_loop(more, body, (state, tokens))
+    return state, tokens, state.index - first
+
+
+def _sampling(
+    temperature: Any, top_p: Any, key: jax.Array | None, batch: int
+) -> tuple[Sampling | None, bool]:
+    """Checked sampling parameters, and whether any sequence needs the nucleus sort."""
+    temperature = np.broadcast_to(np.asarray(temperature, np.float32), (batch,))
+    top_p = np.broadcast_to(np.asarray(top_p, np.float32), (batch,))
+    if not (np.isfinite(temperature).all() and (temperature >= 0).all()):
+        raise ValueError(f"temperature must be finite and >= 0; got {temperature.min()}. Use 0 for greedy.")
+    if not ((top_p > 0) & (top_p <= 1)).all():
+        raise ValueError(f"top_p must be in (0, 1]; got {top_p.min()}..{top_p.max()}. Use 1.0 for no cut.")
+    if not (temperature > 0).any():
+        return None, False
+    if key is None:
+        raise ValueError("temperature > 0 needs a random key; pass key=jax.random.key(seed).")
+    if key.ndim == 0:
+        key = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
+    if key.shape != (batch,):
+        raise ValueError(f"key must be one key or one per sequence ({batch}); got shape {key.shape}.")
+    return Sampling(jnp.asarray(temperature), jnp.asarray(top_p), key), bool((top_p < 1).any())
+
+
+def _stop_ids(eos_token_id: int | Sequence[int] | None) -> np.ndarray:
+    ids = [] if eos_token_id is None else np.atleast_1d(np.asarray(eos_token_id))
+    return np.asarray(ids, np.int32)
+
+
+def generate(
+    params: Params,
+    config: ModelConfig,
+    tokens: Int[Array, "B T"],
+    max_new_tokens: int,
+    *,
+    temperature: float | Float[Array, "B"] = 0.0,
+    top_p: float | Float[Array, "B"] = 1.0,
+    key: jax.Array | None = None,
+    width: int | None = None,
+    lengths: Int[Array, "B"] | None = None,
+    eos_token_id: int | Sequence[int] | None = None,
+    on_tokens: Callable[[np.ndarray], None] | None = None,
+    options: PassOptions = PassOptions(),
+) -> Int[Array, "B max_new_tokens"]:
+    """Continues every prompt by ``max_new_tokens`` tokens.
+
+    Args:
+      params: parameters.
+      config: the model.
+      tokens: prompts. Of different lengths: pad on the right and pass ``lengths``.
+      max_new_tokens: how many tokens to add.
+      temperature: 0 for greedy; a scalar or one per sequence.
+      top_p: nucleus mass in (0, 1]; a scalar or one per sequence.
+      key: one PRNG key (sequence i then uses ``fold_in(key, i)``) or one per sequence. A sequence's draws depend on its
+        own key only, not on the rest of the batch.
+      width: SEFP bit width; reserved, must be None.
+      lengths: true prompt lengths; default all of ``tokens``.
+      eos_token_id: stop id or ids. None (the default) never stops: exactly ``max_new_tokens`` tokens are sampled.
+        A stopped sequence repeats its stop id to the end.
+      on_tokens: called with int32 [B, n] as tokens appear, n <= 8; the pieces concatenate to the result.
+      options: MoE path of both phases and attention of the prefill.
+
+    Returns:
+      int32 [B, max_new_tokens].
+
+    Raises:
+      ValueError, TypeError: for arguments out of range, naming them.
+    """
+    tokens = check_tokens(tokens, config)
+    batch, length = tokens.shape
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be >= 1; got {max_new_tokens}.")
+    if width is not None:
+        raise ValueError(f"width={width} needs SEFP weights, which this version cannot serve; leave width=None.")
+    lengths = np.full(batch, length, np.int32) if lengths is None else np.asarray(lengths, np.int32)
+    if lengths.shape != (batch,) or lengths.min() < 1 or lengths.max() > length:
+        raise ValueError(f"lengths must be {batch} numbers in 1..{length}; got {lengths}.")
+    sampling, nucleus = _sampling(temperature, top_p, key, batch)
+    stop = jnp.asarray(_stop_ids(eos_token_id))
+    static = {"options": options, "nucleus": nucleus}
+
+    padded = jnp.pad(tokens, ((0, 0), (0, bucket(length) - length)))
+    capacity = bucket(max(length + max_new_tokens, padded.shape[1]))
+    state = _prefill(params, config, padded, jnp.asarray(lengths), sampling, stop, capacity=capacity, **static)
+    pieces = [np.asarray(state.token)[:, None]]
+    if on_tokens is not None:
+        on_tokens(pieces[0])
+    produced, chunk = 1, DECODE_CHUNK if on_tokens is None else CALLBACK_CHUNK
+    while produced < max_new_tokens and not (stop.size and np.asarray(state.done).all()):
+        steps = min(chunk, max_new_tokens - produced)
+        state, new, count = _decode(params, config, state, sampling, stop, steps, chunk=chunk, **static)
+        piece = np.asarray(new)[:, : int(count)]
+        pieces.append(piece)
+        produced += piece.shape[1]
+        if on_tokens is not None:
+            on_tokens(piece)
+    if produced < max_new_tokens:
+        pieces.append(np.repeat(pieces[-1][:, -1:], max_new_tokens - produced, axis=1))
+    return jnp.asarray(np.concatenate(pieces, axis=1))
