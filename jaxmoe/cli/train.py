@@ -1,0 +1,98 @@
+"""``jaxmoe train``: a byte-level language model on the user's text, with a progress bar."""
+
+import contextlib
+import dataclasses
+import pathlib
+from collections.abc import Callable, Iterator
+
+import rich.console
+import rich.progress
+
+from jaxmoe.cli._models import find_config
+from jaxmoe.config import ModelConfig
+from jaxmoe.params import active_param_count, param_count
+from jaxmoe.report import make_report, write_report
+from jaxmoe.train import Progress, Summary, TrainConfig
+from jaxmoe.train import train as run_training
+from jaxmoe.train.data import gzip_bits_per_byte
+from jaxmoe.train.plot import plot_run
+
+
+@contextlib.contextmanager
+def training_progress(console: rich.console.Console, steps: int) -> Iterator[Callable[[Progress], None]]:
+    """A progress bar with loss, tokens/s and ETA; yields the callback for ``train``."""
+    columns = (
+        rich.progress.TextColumn("training"),
+        rich.progress.BarColumn(),
+        rich.progress.MofNCompleteColumn(),
+        rich.progress.TextColumn("{task.fields[figures]}"),
+        rich.progress.TimeRemainingColumn(),
+    )
+    with rich.progress.Progress(*columns, console=console) as bar:
+        task = bar.add_task("training", total=steps, figures="compiling ...")
+
+        def update(p: Progress) -> None:
+            figures = f"loss {p.loss:.3f} nats  {p.tokens_per_s:,.0f} tokens/s"
+            bar.update(task, completed=p.step, figures=figures)
+            if p.bits_per_byte is not None:
+                bar.console.print(f"step {p.step}: {p.bits_per_byte:.3f} bits per held-out byte")
+
+        yield update
+
+
+def report_rows(summary: Summary, train_config: TrainConfig) -> tuple[list[dict], dict[str, float]]:
+    """Rows and ratios of a training report: held-out bits per byte beside gzip's on the same bytes."""
+    baseline = gzip_bits_per_byte(summary.corpus, train_config.eval_bytes)
+    rows = [
+        {"name": "held-out, sparse attention", "value": summary.bits_per_byte, "unit": "bits/byte", "step": summary.step},
+        {"name": "gzip -9, same bytes", "value": baseline, "unit": "bits/byte"},
+        {"name": "training time", "value": summary.seconds, "unit": "s"},
+    ]
+    return rows, {"model_over_gzip": summary.bits_per_byte / baseline}
+
+
+def run_and_report(
+    config: ModelConfig,
+    train_config: TrainConfig,
+    output: pathlib.Path,
+    data: pathlib.Path | None,
+    console: rich.console.Console,
+) -> tuple[Summary, list[dict], dict[str, float]]:
+    """Trains with a progress bar, prints the outcome, draws the plot."""
+    console.print(
+        f"{param_count(config, include_mtp=True):,} parameters, {active_param_count(config):,} active per token; "
+        f"{train_config.steps} steps of {train_config.batch_size} x {train_config.seq_len} bytes"
+    )
+    with training_progress(console, train_config.steps) as update:
+        summary = run_training(config, train_config, output, data=data, on_progress=update)
+    rows, ratios = report_rows(summary, train_config)
+    console.print(f"corpus: {summary.corpus}")
+    console.print(
+        f"held out: [bold]{rows[0]['value']:.3f}[/] bits per byte; gzip -9 on the same bytes: {rows[1]['value']:.3f}"
+    )
+    console.print(f"plot: {plot_run(output)}")
+    return summary, rows, ratios
+
+
+def train(
+    model: str = "tiny",
+    output: pathlib.Path = pathlib.Path("runs/train"),
+    data: pathlib.Path | None = None,
+    options: TrainConfig = TrainConfig(),
+    json: pathlib.Path | None = None,
+) -> None:
+    """Trains a byte-level model and goes on where an interrupted run stopped.
+
+    Args:
+      model: Preset, or a checkpoint whose architecture to use (with a byte vocabulary).
+      output: Directory of the run: checkpoints, metrics.jsonl, training.png.
+      data: File or directory of text; default: the sources of Python's standard library.
+      options: Hyper-parameters.
+      json: Also write a JSON report.
+    """
+    console = rich.console.Console(soft_wrap=True, highlight=False)
+    _, rows, ratios = run_and_report(find_config(model), options, output, data, console)
+    console.print(f"generate with: jaxmoe generate {output}")
+    if json is not None:
+        report = make_report("train", rows, ratios)
+        write_report(json, report | {"options": dataclasses.asdict(options)})

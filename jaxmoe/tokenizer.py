@@ -1,0 +1,67 @@
+"""Tokenizers: bytes, or a checkpoint's own ``tokenizer.json``."""
+
+import os
+import pathlib
+from collections.abc import Sequence
+
+from jaxmoe.presets import BYTE_VOCAB_SIZE
+
+BOS, EOS, PAD = 256, 257, 258
+
+
+class ByteTokenizer:
+    """Token ids are bytes; 256 begins a document, 257 ends it, 258 pads."""
+
+    vocab_size = BYTE_VOCAB_SIZE
+    bos, eos, pad = BOS, EOS, PAD
+
+    def encode(self, text: str | bytes, *, bos: bool = False) -> list[int]:
+        """Ids of ``text`` (UTF-8 if a string), optionally after the beginning-of-document token."""
+        data = text.encode() if isinstance(text, str) else bytes(text)
+        return [BOS] * bos + list(data)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ``ids``: special tokens are skipped, invalid UTF-8 becomes U+FFFD."""
+        return bytes(i for i in ids if 0 <= i < 256).decode(errors="replace")
+
+    def __repr__(self) -> str:
+        return f"ByteTokenizer(vocab_size={self.vocab_size})"
+
+
+class FileTokenizer:
+    """A ``tokenizer.json`` read with the ``tokenizers`` package."""
+
+    def __init__(self, path: str | os.PathLike[str]):
+        import tokenizers
+
+        self._path = pathlib.Path(path)
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the package raises bare Exception
+            raise ValueError(f"{path} is no tokenizer.json that tokenizers can read ({error}); get it again.") from error
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, added tokens included."""
+        return self._tokenizer.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, text: str | bytes, *, bos: bool = True) -> list[int]:
+        """Ids of ``text``, with the special tokens that the file's template adds if ``bos``."""
+        text = text if isinstance(text, str) else text.decode()
+        return self._tokenizer.encode(text, add_special_tokens=bos).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ``ids``, special tokens skipped."""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    def __repr__(self) -> str:
+        return f"FileTokenizer({self._path.name}, vocab_size={self.vocab_size})"
+
+
+def load_tokenizer(directory: str | os.PathLike[str] | None = None) -> ByteTokenizer | FileTokenizer:
+    """The tokenizer that lies in a checkpoint directory; bytes if there is none."""
+    if directory is not None:
+        path = pathlib.Path(directory) / "tokenizer.json"
+        if path.is_file():
+            return FileTokenizer(path)
+    return ByteTokenizer()

@@ -1,0 +1,75 @@
+"""Training configuration."""
+
+import dataclasses
+from typing import Any
+
+from jaxmoe.config import ModelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Hyper-parameters of a run; defaults follow V3's pre-training where a laptop can (spec 4.3)."""
+
+    steps: int = 1000
+    """Optimiser steps in all."""
+    batch_size: int = 16
+    """Sequences per step."""
+    seq_len: int = 256
+    """Tokens per sequence."""
+    learning_rate: float = 3e-3
+    """Peak learning rate."""
+    final_learning_rate_ratio: float = 0.1
+    """Learning rate at the last step, relative to the peak (cosine)."""
+    warmup_steps: int = 50
+    """Steps of linear warm-up from 0; at most a tenth of the run."""
+    beta1: float = 0.9
+    """AdamW first-moment decay."""
+    beta2: float = 0.95
+    """AdamW second-moment decay."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay, on matrices only."""
+    clip_norm: float = 1.0
+    """Global gradient norm above which gradients are scaled down."""
+    mtp_weight: float = 0.3
+    """Weight of the multi-token-prediction loss (lambda)."""
+    balance_weight: float = 1e-4
+    """Weight of the sequence-wise balance loss (alpha)."""
+    bias_update_speed: float = 1e-3
+    """Step of the routers' correction bias (gamma)."""
+    index_weight: float = 1.0
+    """Weight of the indexer's KL loss."""
+    eval_every: int = 200
+    """Steps between evaluations; there is one at the end in any case."""
+    eval_bytes: int = 65536
+    """Held-out bytes scored by one evaluation."""
+    save_every: int = 200
+    """Steps between checkpoints; there is one at the end in any case."""
+    keep: int = 3
+    """Checkpoints to keep."""
+    seed: int = 0
+    """Seed of parameters and data order."""
+    remat: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+
+    def __post_init__(self):
+        positive = ("steps", "batch_size", "seq_len", "learning_rate", "clip_norm", "eval_every", "save_every", "keep")
+        for name in (*positive, "eval_bytes"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive; got {getattr(self, name)}.")
+        for name in ("mtp_weight", "balance_weight", "bias_update_speed", "index_weight", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be >= 0; got {getattr(self, name)}.")
+        if self.warmup_steps < 0:
+            raise ValueError(f"warmup_steps must be >= 0; got {self.warmup_steps}.")
+
+    def check(self, model: ModelConfig) -> None:
+        """Raises ValueError if this run does not fit the model."""
+        if self.seq_len > model.max_position_embeddings:
+            raise ValueError(
+                f"seq_len ({self.seq_len}) must be <= the model's max_position_embeddings "
+                f"({model.max_position_embeddings}); shorten seq_len or derive a config with more positions."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-serialisable dict."""
+        return dataclasses.asdict(self)
