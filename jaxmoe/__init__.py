@@ -1,6 +1,8 @@
 """jaxmoe: one life of one sparse mixture-of-experts model, in JAX."""
 
+from jaxmoe import checkpoint
 from jaxmoe.config import ModelConfig, RopeConfig
+from jaxmoe.generate import generate
 from jaxmoe.model import forward
 from jaxmoe.params import active_param_count, init_params, param_count
 from jaxmoe.presets import presets
@@ -11,7 +13,9 @@ __all__ = [
     "ModelConfig",
     "RopeConfig",
     "active_param_count",
+    "checkpoint",
     "forward",
+    "generate",
     "init_params",
     "param_count",
     "presets",

@@ -50,7 +50,12 @@ _ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
 }
 # Settings that change the logits and that this library implements for one value only.
-_FIXED = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "partial_rotary_factor": 1.0, "pretraining_tp": 1}
+_FIXED = {
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+    "partial_rotary_factor": 1.0,
+    "pretraining_tp": 1,
+}
 
 
 def read_config_json(source: Any) -> dict[str, Any]:
@@ -60,11 +65,18 @@ def read_config_json(source: Any) -> dict[str, Any]:
     path = pathlib.Path(source)
     path = path / "config.json" if path.is_dir() else path
     if not path.is_file():
-        raise ValueError(f"no Hugging Face config at {path}; pass a dict, a config.json, or a directory with one.")
+        raise ValueError(
+            f"no Hugging Face config at {path}; pass a dict, a config.json, or a directory with one."
+        )
     try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        config = json.loads(path.read_text())
+    except ValueError as error:  # bad JSON or bad UTF-8
         raise ValueError(f"{path} is not valid JSON ({error}); download it again.") from error
+    if not isinstance(config, dict):
+        raise ValueError(
+            f"{path} must hold a JSON object; got a {type(config).__name__}. Download it again."
+        )
+    return config
 
 
 def from_hf(source: Any) -> ModelConfig:
@@ -77,8 +89,13 @@ def from_hf(source: Any) -> ModelConfig:
         )
     for name, value in _FIXED.items():
         if hf.get(name) not in (None, value):
-            raise ValueError(f"{name}={hf[name]!r} is not supported; jaxmoe implements {name}={value!r}.")
-    values = {**_DEFAULTS[model_type], **{k: v for k, v in hf.items() if v is not None or k == "q_lora_rank"}}
+            raise ValueError(
+                f"{name}={hf[name]!r} is not supported; jaxmoe implements {name}={value!r}."
+            )
+    values = {
+        **_DEFAULTS[model_type],
+        **{k: v for k, v in hf.items() if v is not None or k == "q_lora_rank"},
+    }
     names = list(_COMMON)
     extra: dict[str, Any] = {"rope": _rope_from_hf(hf, values)}
     if model_type == "llama":
@@ -90,13 +107,16 @@ def from_hf(source: Any) -> ModelConfig:
         if model_type != "deepseek_v3":
             names += _INDEX
     fields = {name: values[name] for name in names if values.get(name) is not None}
+    if isinstance(fields.get("eos_token_id"), list):
+        fields["eos_token_id"] = tuple(fields["eos_token_id"])
     return ModelConfig(**{**fields, **extra})
 
 
 def _deepseek_fields(model_type: str, hf: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
     layers = values["num_hidden_layers"]
     fields: dict[str, Any] = {
-        "num_nextn_predict_layers": hf.get("num_nextn_predict_layers", hf.get("num_mtp_layers")) or 0,
+        "num_nextn_predict_layers": hf.get("num_nextn_predict_layers", hf.get("num_mtp_layers"))
+        or 0,
         "first_k_dense_replace": values["first_k_dense_replace"],
         "rope_interleave": hf.get("rope_interleave", True) is not False,
     }
@@ -104,8 +124,12 @@ def _deepseek_fields(model_type: str, hf: dict[str, Any], values: dict[str, Any]
     types = hf.get("mlp_layer_types")
     first_dense = fields["first_k_dense_replace"]
     if types is None and frequency != 1:
-        types = ["sparse" if i >= first_dense and i % frequency == 0 else "dense" for i in range(layers)]
-    if types is not None and list(types) != ["dense" if i < first_dense else "sparse" for i in range(layers)]:
+        types = [
+            "sparse" if i >= first_dense and i % frequency == 0 else "dense" for i in range(layers)
+        ]
+    if types is not None and list(types) != [
+        "dense" if i < first_dense else "sparse" for i in range(layers)
+    ]:
         fields["mlp_layer_types"] = tuple(types)
     if model_type == "glm_moe_dsa":
         fields["indexer_rope_interleave"] = True
@@ -173,7 +197,14 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
             "no supported Hugging Face type has grouped-query attention with routed experts; export an MLA or a dense model."
         )
     if kind in ("deepseek_v32", "glm_moe_dsa") and not config.rope_interleave:
-        raise ValueError("rope_interleave=False with an indexer has no Hugging Face type; set rope_interleave=True.")
+        raise ValueError(
+            "rope_interleave=False with an indexer has no Hugging Face type; set rope_interleave=True."
+        )
+    if kind == "glm_moe_dsa" and not config.indexer_rope_interleave:
+        raise ValueError(
+            "indexer_types with 'shared' layers is glm_moe_dsa, which rotates the indexer interleaved; got "
+            "indexer_rope_interleave=False. Set it to True, or make every layer 'full'."
+        )
     out: dict[str, Any] = {"architectures": [_ARCHITECTURES[kind]], "model_type": kind}
     names = [*_COMMON, "num_key_value_heads"]
     if kind == "llama":

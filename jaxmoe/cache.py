@@ -37,7 +37,8 @@ def entry_layers(config: ModelConfig) -> dict[str, int]:
     """How many layers cache each entry: layers that share a selection have no index keys of their own."""
     full = sum(kind.indexer == "full" for kind in config.layer_kinds)
     return {
-        name: full if name == "index_k" else config.num_hidden_layers for name in entry_sizes(config)
+        name: full if name == "index_k" else config.num_hidden_layers
+        for name in entry_sizes(config)
     }
 
 
@@ -54,7 +55,10 @@ def init_cache(config: ModelConfig, batch: int, capacity: int, dtype: Any = jnp.
 def bytes_per_token(config: ModelConfig, dtype: Any = jnp.bfloat16) -> int:
     """Cache bytes per token over all layers."""
     layers = entry_layers(config)
-    return sum(size * layers[name] for name, size in entry_sizes(config).items()) * jnp.dtype(dtype).itemsize
+    return (
+        sum(size * layers[name] for name, size in entry_sizes(config).items())
+        * jnp.dtype(dtype).itemsize
+    )
 
 
 def commit(cache: Cache, entries: Entries, counts: jax.Array) -> Cache:
@@ -70,11 +74,13 @@ def commit(cache: Cache, entries: Entries, counts: jax.Array) -> Cache:
     """
     tokens = next(iter(entries.values())).shape[2]
     batch = cache.lengths.shape[0]
-    row = cache.lengths[:, None] + jnp.arange(tokens, dtype=jnp.int32)
+    row = cache.lengths[:, None] + jnp.arange(tokens, dtype=jnp.int32)[None]
     sequence = jnp.arange(batch, dtype=jnp.int32)[:, None]
 
     def write(stored: jax.Array, new: jax.Array) -> jax.Array:
-        return stored.at[:, sequence, row].set(new.astype(stored.dtype), mode="drop", unique_indices=True)
+        return stored.at[:, sequence, row].set(
+            new.astype(stored.dtype), mode="drop", unique_indices=True
+        )
 
     written = {name: write(stored, entries[name]) for name, stored in cache.entries.items()}
     return Cache(written, cache.lengths + counts)

@@ -5,8 +5,9 @@ A config is hashable and therefore static under ``jax.jit``.
 """
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
@@ -45,14 +46,20 @@ class RopeConfig:
             self.type in ROPE_TYPES,
             f"rope type must be one of {ROPE_TYPES}; got {self.type!r}. Convert the checkpoint's rope_scaling to one of these.",
         )
-        _require(self.theta > 1, f"rope theta must be > 1; got {self.theta}.")
+        _require(
+            self.theta > 1, f"rope theta must be > 1; got {self.theta}. DeepSeek uses 10000.0."
+        )
         if self.type != "default":
-            _require(self.factor >= 1, f"rope factor must be >= 1 for type {self.type!r}; got {self.factor}.")
+            _require(
+                self.factor >= 1,
+                f"rope factor must be >= 1 for type {self.type!r}; got {self.factor}. Give the ratio of the extended to "
+                "the original length, or type='default'.",
+            )
         if self.type in ("llama3", "yarn"):
             _require(
                 bool(self.original_max_position_embeddings),
-                f"rope type {self.type!r} needs original_max_position_embeddings (the length before extension); got "
-                f"{self.original_max_position_embeddings}.",
+                f"rope type {self.type!r} needs original_max_position_embeddings; got "
+                f"{self.original_max_position_embeddings}. Give the context length before extension.",
             )
 
     def softmax_mscale(self) -> float:
@@ -68,7 +75,9 @@ class RopeConfig:
         if self.attention_factor is not None:
             return self.attention_factor
         if self.mscale and self.mscale_all_dim:
-            return _yarn_mscale(self.factor, self.mscale) / _yarn_mscale(self.factor, self.mscale_all_dim)
+            return _yarn_mscale(self.factor, self.mscale) / _yarn_mscale(
+                self.factor, self.mscale_all_dim
+            )
         return _yarn_mscale(self.factor, 1.0)
 
 
@@ -158,7 +167,7 @@ class ModelConfig:
         self._check_moe()
 
     def _fill_defaults(self) -> None:
-        put: Callable[[str, Any], None] = lambda k, v: object.__setattr__(self, k, v)
+        put = functools.partial(object.__setattr__, self)
         for name in ("indexer_types", "mlp_layer_types", "eos_token_id"):
             if isinstance(getattr(self, name), list):
                 put(name, tuple(getattr(self, name)))
@@ -180,15 +189,25 @@ class ModelConfig:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             integer = isinstance(value, int) and not isinstance(value, bool)
-            if integer and not field.name.endswith("_token_id") and field.name not in _MAY_BE_ZERO:
-                _require(value > 0, f"{field.name} must be positive; got {value}.")
+            if integer and not field.name.endswith("_token_id"):
+                least = 0 if field.name in _MAY_BE_ZERO else 1
+                off = ", or None" if field.default is None else ""
+                _require(
+                    value >= least,
+                    f"{field.name} must be >= {least}; got {value}. Give {least} or more{off}.",
+                )
         _require(
-            self.hidden_act in ACTIVATIONS, f"hidden_act must be one of {ACTIVATIONS}; got {self.hidden_act!r}."
+            self.hidden_act in ACTIVATIONS,
+            f"hidden_act must be one of {ACTIVATIONS}; got {self.hidden_act!r}.",
         )
 
     def _check_attention(self) -> None:
         if self.is_mla:
-            missing = [n for n in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim") if getattr(self, n) is None]
+            missing = [
+                n
+                for n in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+                if getattr(self, n) is None
+            ]
             _require(
                 not missing,
                 f"MLA (kv_lora_rank={self.kv_lora_rank}) also needs {', '.join(missing)}; set them, or unset "
@@ -196,7 +215,7 @@ class ModelConfig:
             )
             _require(
                 self.qk_rope_head_dim % 2 == 0,
-                f"qk_rope_head_dim must be even (rotary pairs); got {self.qk_rope_head_dim}.",
+                f"qk_rope_head_dim must be even (rotary pairs); got {self.qk_rope_head_dim}. Add or drop one.",
             )
             return
         _require(
@@ -204,7 +223,10 @@ class ModelConfig:
             f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_key_value_heads "
             f"({self.num_key_value_heads}); use a divisor.",
         )
-        _require(self.head_dim % 2 == 0, f"head_dim must be even (rotary pairs); got {self.head_dim}.")
+        _require(
+            self.head_dim % 2 == 0,
+            f"head_dim must be even (rotary pairs); got {self.head_dim}. Set head_dim.",
+        )
         for name in ("q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
             _require(
                 getattr(self, name) is None,
@@ -215,10 +237,16 @@ class ModelConfig:
         fields = ("index_topk", "index_n_heads", "index_head_dim")
         given = [n for n in fields if getattr(self, n) is not None]
         if not given:
-            _require(self.indexer_types is None, "indexer_types is set but index_topk is not; set index_topk.")
+            _require(
+                self.indexer_types is None,
+                "indexer_types is set but index_topk is not; set index_topk.",
+            )
             return
         missing = [n for n in fields if n not in given]
-        _require(not missing, f"the indexer needs {', '.join(fields)} together; missing {', '.join(missing)}.")
+        _require(
+            not missing,
+            f"the indexer needs {', '.join(fields)} together; missing {', '.join(missing)}. Set all or none.",
+        )
         _require(
             self.is_mla and self.q_lora_rank is not None,
             f"index_topk={self.index_topk} needs MLA with a query latent (the indexer reads it); got "
@@ -235,12 +263,16 @@ class ModelConfig:
             )
             bad = sorted(set(self.indexer_types) - {"full", "shared"})
             _require(not bad, f"indexer_types may hold 'full' or 'shared'; got {bad}.")
-            _require(self.indexer_types[0] == "full", "indexer_types[0] must be 'full': a shared layer needs an earlier selection.")
+            _require(
+                self.indexer_types[0] == "full",
+                "indexer_types[0] must be 'full': a shared layer needs an earlier selection.",
+            )
 
     def _check_moe(self) -> None:
         if self.mlp_layer_types is not None:
             _require(
-                len(self.mlp_layer_types) == self.num_hidden_layers and set(self.mlp_layer_types) <= {"dense", "sparse"},
+                len(self.mlp_layer_types) == self.num_hidden_layers
+                and set(self.mlp_layer_types) <= {"dense", "sparse"},
                 f"mlp_layer_types must hold 'dense' or 'sparse' for each of {self.num_hidden_layers} layers; got {self.mlp_layer_types}.",
             )
         if not self.n_routed_experts:
@@ -254,9 +286,13 @@ class ModelConfig:
             k is not None and self.moe_intermediate_size is not None,
             f"n_routed_experts={e} also needs num_experts_per_tok and moe_intermediate_size; got {k} and {self.moe_intermediate_size}.",
         )
-        _require(e % g == 0, f"n_routed_experts ({e}) must be a multiple of n_group ({g}); use a divisor of {e}.")
         _require(
-            self.topk_group <= g, f"topk_group ({self.topk_group}) must be <= n_group ({g}); lower topk_group."
+            e % g == 0,
+            f"n_routed_experts ({e}) must be a multiple of n_group ({g}); use a divisor of {e}.",
+        )
+        _require(
+            self.topk_group <= g,
+            f"topk_group ({self.topk_group}) must be <= n_group ({g}); lower topk_group.",
         )
         _require(
             g == 1 or e // g >= 2,
@@ -364,8 +400,14 @@ class ModelConfig:
         """Inverse of ``to_dict``."""
         known = {f.name for f in dataclasses.fields(cls)}
         unknown = sorted(set(data) - known)
-        _require(not unknown, f"unknown ModelConfig fields {unknown}; this checkpoint was written by a newer jaxmoe.")
-        return cls(**{**data, "rope": RopeConfig(**data["rope"])})
+        _require(
+            not unknown,
+            f"unknown ModelConfig fields {unknown}; this checkpoint was written by a newer jaxmoe.",
+        )
+        fields = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in data.items()
+        }  # JSON has no tuples
+        return cls(**{**fields, "rope": RopeConfig(**data["rope"])})
 
 
 _MAY_BE_ZERO = {"n_shared_experts", "first_k_dense_replace", "num_nextn_predict_layers"}

@@ -291,9 +291,9 @@ def check_tokens(tokens: Any, config: ModelConfig, name: str = "tokens") -> jax.
 def forward(
     params: Params,
     config: ModelConfig,
-    tokens: Int[Array, "B T"],
+    tokens: Int[Array | np.ndarray, "B T"],
     *,
-    positions: Int[Array, "B T"] | None = None,
+    positions: Int[Array | np.ndarray, "B T"] | None = None,
     tables: ExpertTables | None = None,
     options: PassOptions = PassOptions(),
 ) -> Float[Array, "B T V"]:
@@ -441,7 +441,7 @@ def step(
       (float32 logits, rows for ``cache.commit``).
     """
     batch, length = tokens.shape
-    positions = cache.lengths[:, None] + jnp.arange(length, dtype=jnp.int32)
+    positions = cache.lengths[:, None] + jnp.arange(length, dtype=jnp.int32)[None]
     visible = step_attention.visible_mask(cache.lengths, cache.capacity, length)
     state = _StepState(cache, rotation(config, positions), visible, tables, moe)
     x = params["embed"]["weight"][tokens]

@@ -11,9 +11,9 @@ absorbed and the expanded form are transpose-free matmuls.
 """
 
 import dataclasses
+import functools
 import math
 import zlib
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -84,7 +84,9 @@ def _gqa_spec(c: ModelConfig) -> dict[str, Any]:
     tree["o"] = {"weight": Spec((c.num_attention_heads, dim, d), ("heads", None, "embed"))}
     if c.attention_bias:
         for name, n in heads.items():
-            tree[name]["bias"] = Spec((n, dim), ("heads" if name == "q" else "kv_heads", None), "zeros")
+            tree[name]["bias"] = Spec(
+                (n, dim), ("heads" if name == "q" else "kv_heads", None), "zeros"
+            )
         tree["o"]["bias"] = Spec((d,), ("embed",), "zeros")
     return tree
 
@@ -95,7 +97,9 @@ def _indexer_spec(c: ModelConfig) -> dict[str, Any]:
         "q_b": {"weight": Spec((c.q_lora_rank, heads, dim), (None, None, None))},
         "k": {"weight": Spec((c.hidden_size, dim), ("embed", None))},
         "k_norm": {**_norm(dim), "bias": Spec((dim,), (None,), "zeros")},
-        "head_weights": {"weight": Spec((c.hidden_size, heads), ("embed", None), dtype=jnp.float32)},
+        "head_weights": {
+            "weight": Spec((c.hidden_size, heads), ("embed", None), dtype=jnp.float32)
+        },
     }
 
 
@@ -204,20 +208,59 @@ def abstract_params(config: ModelConfig, dtype: Any = jnp.float32, shardings: An
     )
 
 
-def _initializer(name: str, s: Spec, config: ModelConfig, dtype: Any) -> Callable[[jax.Array], jax.Array]:
+# Normal leaves of at most this many elements are drawn together, in blocks: the random generator takes XLA a
+# second per shape to compile. Larger ones are drawn in their own shape, which the compiler can shard.
+_DRAWN_TOGETHER = 1 << 24
+_BLOCK = 1024
+
+
+def _tag(name: str) -> int:
     # crc32 is stable across processes and Python versions, unlike hash(); so a parameter's values depend
-    # on the seed and its own name alone.
-    tag = zlib.crc32(name.encode())
+    # on the seed, its own name and shape alone.
+    return zlib.crc32(name.encode())
 
-    def init(key: jax.Array) -> jax.Array:
+
+def _draw_together(key: jax.Array, sizes: dict[str, int]) -> dict[str, jax.Array]:
+    """``sizes[name]`` standard normal float32 numbers for each name, from one compiled generator."""
+    blocks = [-(-size // _BLOCK) for size in sizes.values()]
+    tags = np.repeat(np.asarray([_tag(name) for name in sizes], np.uint32), blocks)
+    starts = np.cumsum([0, *blocks])[:-1]
+    indices = np.arange(len(tags)) - np.repeat(starts, blocks)
+
+    def draw(tag: jax.Array, index: jax.Array) -> jax.Array:
+        block_key = jax.random.fold_in(jax.random.fold_in(key, tag), index)
+        return jax.random.normal(block_key, (_BLOCK,), jnp.float32)
+
+    values = jax.vmap(draw)(jnp.asarray(tags), jnp.asarray(indices, jnp.uint32)).reshape(-1)
+    # Without the barrier the generator could be fused into, and compiled for, each of its uses.
+    values = jax.lax.optimization_barrier(values)
+    return {
+        name: jax.lax.slice(values, (start * _BLOCK,), (start * _BLOCK + size,))
+        for (name, size), start in zip(sizes.items(), starts.tolist(), strict=True)
+    }
+
+
+def _initial_values(config: ModelConfig, key: jax.Array, dtype: Any) -> Params:
+    """Every leaf of ``spec(config)`` initialised; see ``init_params``."""
+    tree = spec(config)
+    leaves = flatten(tree)
+    sizes = {name: math.prod(s.shape) for name, s in leaves.items() if s.init == "normal"}
+    drawn = _draw_together(key, {name: n for name, n in sizes.items() if n <= _DRAWN_TOGETHER})
+
+    def init(name: str, s: Spec) -> jax.Array:
         if s.init == "ones":
-            return jnp.ones(s.shape, dtype)
+            return jnp.ones(s.shape, s.dtype or dtype)
         if s.init == "zeros":
-            return jnp.zeros(s.shape, dtype)
-        values = jax.random.normal(jax.random.fold_in(key, tag), s.shape, jnp.float32)
-        return (values * config.initializer_range).astype(dtype)
+            return jnp.zeros(s.shape, s.dtype or dtype)
+        if name in drawn:
+            values = drawn[name].reshape(s.shape)
+        else:
+            values = jax.random.normal(jax.random.fold_in(key, _tag(name)), s.shape, jnp.float32)
+        return (values * config.initializer_range).astype(s.dtype or dtype)
 
-    return init
+    return jax.tree.unflatten(
+        jax.tree.structure(tree), [init(name, s) for name, s in leaves.items()]
+    )
 
 
 def init_params(
@@ -237,15 +280,9 @@ def init_params(
       >>> params["embed"]["weight"].shape
       (320, 128)
     """
-    tree = spec(config)
-
-    def build(key: jax.Array) -> Params:
-        return jax.tree_util.tree_map_with_path(
-            lambda path, s: _initializer(path_name(path), s, config, s.dtype or dtype)(key), tree
-        )
-
     if isinstance(key, int) or not hasattr(key, "dtype"):
         raise TypeError(f"key must be a JAX PRNG key; got {key!r}. Use jax.random.key({key!r}).")
+    build = functools.partial(_initial_values, config, dtype=dtype)
     return jax.jit(build, out_shardings=shardings)(key)
 
 
@@ -278,4 +315,6 @@ def nbytes(config: ModelConfig, dtype: Any = jnp.bfloat16, *, include_mtp: bool 
     tree = spec(config)
     if not include_mtp:
         tree.pop("mtp", None)
-    return sum(math.prod(s.shape) * np.dtype(s.dtype or dtype).itemsize for s in jax.tree.leaves(tree))
+    return sum(
+        math.prod(s.shape) * np.dtype(s.dtype or dtype).itemsize for s in jax.tree.leaves(tree)
+    )

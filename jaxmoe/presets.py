@@ -2,7 +2,9 @@
 
 from jaxmoe.config import ModelConfig, RopeConfig
 
-BYTE_VOCAB_SIZE = 320  # 256 bytes, then special tokens (jaxmoe.tokenizer), padded to a multiple of 64.
+BYTE_VOCAB_SIZE = (
+    320  # 256 bytes, then special tokens (jaxmoe.tokenizer), padded to a multiple of 64.
+)
 
 _DEEPSEEK_YARN = RopeConfig(
     theta=10000.0,

@@ -51,7 +51,9 @@ def make_mesh(
     )
 
 
-def partition_spec(spec: params_lib.Spec, mesh: Mesh, rules: Rules, name: str = "") -> PartitionSpec:
+def partition_spec(
+    spec: params_lib.Spec, mesh: Mesh, rules: Rules, name: str = ""
+) -> PartitionSpec:
     """The ``PartitionSpec`` of one parameter.
 
     Raises:
@@ -82,6 +84,8 @@ def shardings(config: ModelConfig, mesh: Mesh, rules: Rules | None = None) -> An
     """Tree of ``NamedSharding`` with the structure of the parameters."""
     rules = rules or Rules()
     return jax.tree_util.tree_map_with_path(
-        lambda path, s: NamedSharding(mesh, partition_spec(s, mesh, rules, params_lib.path_name(path))),
+        lambda path, s: NamedSharding(
+            mesh, partition_spec(s, mesh, rules, params_lib.path_name(path))
+        ),
         params_lib.spec(config),
     )

@@ -8,4 +8,12 @@ from pallas_kernels.index_topk import index_topk
 from pallas_kernels.moe_dispatch import Dispatched, combine, dispatch
 from pallas_kernels.sparse_mla import merge_partials, sparse_mla
 
-__all__ = ["Dispatched", "combine", "dispatch", "grouped_matmul", "index_topk", "merge_partials", "sparse_mla"]
+__all__ = [
+    "Dispatched",
+    "combine",
+    "dispatch",
+    "grouped_matmul",
+    "index_topk",
+    "merge_partials",
+    "sparse_mla",
+]

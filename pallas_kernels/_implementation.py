@@ -38,7 +38,9 @@ def call(
       ExceptionGroup: if every backend of a sequence refuses.
     """
     if implementation is None:
-        names: Sequence[str] = preference[jax.default_backend()] if jax.default_backend() in preference else ("xla",)
+        names: Sequence[str] = (
+            preference[jax.default_backend()] if jax.default_backend() in preference else ("xla",)
+        )
     elif isinstance(implementation, str):
         names = (implementation,)
     else:

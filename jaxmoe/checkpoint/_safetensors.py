@@ -1,7 +1,8 @@
 """The safetensors format: read lazily, checked strictly, written as a stream.
 
-The ``safetensors`` package's numpy loader knows neither bfloat16 nor fp8, and loads more than it must;
-the format is a JSON header and raw bytes, so it is read here with ``np.memmap`` and ml_dtypes.
+The ``safetensors`` package's numpy loader knows neither bfloat16 nor fp8, and loads more than it
+must; the format is a JSON header and raw bytes, so it is read here with ``np.memmap`` and
+ml_dtypes.
 """
 
 import json
@@ -22,7 +23,8 @@ DTYPES: dict[str, np.dtype] = {
     name: np.dtype(dtype)
     for name, dtype in {
         "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
-        "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2, "F8_E8M0": ml_dtypes.float8_e8m0fnu,
+        "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2,
+        "F8_E8M0": ml_dtypes.float8_e8m0fnu,
         "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8,
         "U64": np.uint64, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8, "BOOL": np.bool_,
     }.items()
@@ -61,13 +63,18 @@ def read_header(path: pathlib.Path) -> dict[str, Tensor]:
             length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
             if not 0 < length <= size - 8:
                 raise CheckpointCorrupt(
-                    f"{path}: header of {length} bytes does not fit in a file of {size} bytes; download it again."
+                    f"{path}: header of {length} bytes does not fit in a file of {size} bytes; "
+                    "download it again."
                 )
             header = json.loads(file.read(length))
     except OSError as error:
-        raise CheckpointCorrupt(f"{path}: cannot be read ({error.strerror}); download it again.") from error
+        raise CheckpointCorrupt(
+            f"{path}: cannot be read ({error.strerror}); download it again."
+        ) from error
     except ValueError as error:  # bad JSON or bad UTF-8
-        raise CheckpointCorrupt(f"{path}: header is not valid JSON ({error}); download it again.") from error
+        raise CheckpointCorrupt(
+            f"{path}: header is not valid JSON ({error}); download it again."
+        ) from error
     return _check_header(path, header, 8 + length, size)
 
 
@@ -79,19 +86,25 @@ def _check_header(path: pathlib.Path, header: Any, base: int, size: int) -> dict
         if name == "__metadata__":
             continue
         try:
-            dtype, shape = entry["dtype"], tuple(int(n) for n in entry["shape"])
+            dtype, shape = str(entry["dtype"]), tuple(int(n) for n in entry["shape"])
             start, stop = (int(n) for n in entry["data_offsets"])
         except (TypeError, KeyError, ValueError) as error:
-            raise CheckpointCorrupt(f"{path}: header entry of {name} is malformed: {entry!r}.") from error
+            raise CheckpointCorrupt(
+                f"{path}: header entry of {name} is malformed: {entry!r}."
+            ) from error
         if dtype not in DTYPES:
-            raise CheckpointCorrupt(f"{path}: {name} has unknown dtype {dtype!r}; known: {', '.join(DTYPES)}.")
+            raise CheckpointCorrupt(
+                f"{path}: {name} has unknown dtype {dtype!r}; known: {', '.join(DTYPES)}."
+            )
         if min(shape, default=0) < 0 or math.prod(shape) * DTYPES[dtype].itemsize != stop - start:
             raise CheckpointCorrupt(
-                f"{path}: {name} is {dtype} {shape} but its offsets [{start}, {stop}) span {stop - start} bytes."
+                f"{path}: {name} is {dtype} {shape} but its offsets [{start}, {stop}) span "
+                f"{stop - start} bytes."
             )
         tensors[name] = Tensor(path, dtype, shape, base + start, base + stop)
     tensors = dict(sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)))
-    # The format allows neither holes nor overlaps; so this also finds files cut short and files with a tail.
+    # The format allows neither holes nor overlaps; so this also finds files cut short and files
+    # with a tail.
     at = base
     for name, tensor in tensors.items():
         if tensor.start != at:
@@ -99,7 +112,8 @@ def _check_header(path: pathlib.Path, header: Any, base: int, size: int) -> dict
         at = tensor.stop
     if at != size:
         raise CheckpointCorrupt(
-            f"{path}: tensors end at byte {at} but the file has {size}; it is truncated or altered, download it again."
+            f"{path}: tensors end at byte {at} but the file has {size}; it is truncated or altered, "
+            "download it again."
         )
     return tensors
 
@@ -122,7 +136,8 @@ def scan(directory: pathlib.Path, *, extra_files: Iterable[str] = ()) -> dict[st
         files = sorted(set(index.values()))
     else:
         raise ValueError(
-            f"{directory} holds neither {SINGLE_FILE} nor {INDEX_FILE}; convert the weights to safetensors."
+            f"{directory} holds neither {SINGLE_FILE} nor {INDEX_FILE}; "
+            "convert the weights to safetensors."
         )
     found: dict[str, Tensor] = {}
     problems = []
@@ -133,7 +148,9 @@ def scan(directory: pathlib.Path, *, extra_files: Iterable[str] = ()) -> dict[st
             found[name] = tensor
             if index is not None and file in files and index.pop(name, file) != file:
                 problems.append(f"{name} is in {file}, not where the index says")
-    problems += [f"{name} is not in {file}, where the index says" for name, file in (index or {}).items()]
+    problems += [
+        f"{name} is not in {file}, where the index says" for name, file in (index or {}).items()
+    ]
     if problems:
         raise CheckpointMismatch(summarise(f"{index_path} and the files disagree", problems))
     return found
@@ -145,8 +162,12 @@ def _read_index(path: pathlib.Path) -> dict[str, str]:
         if all(isinstance(file, str) and "/" not in file for file in weight_map.values()):
             return dict(weight_map)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointCorrupt(f"{path}: not a safetensors index ({error!r}); download it again.") from error
-    raise CheckpointCorrupt(f"{path}: weight_map must map tensor names to files of the same directory.")
+        raise CheckpointCorrupt(
+            f"{path}: not a safetensors index ({error!r}); download it again."
+        ) from error
+    raise CheckpointCorrupt(
+        f"{path}: weight_map must map tensor names to files of the same directory."
+    )
 
 
 class Plan(NamedTuple):
@@ -186,8 +207,10 @@ def write(path: pathlib.Path, plans: list[Plan], values: Callable[[str], np.ndar
     at = 0
     for plan in plans:
         header[plan.name] = {
-            "dtype": _NAMES[plan.dtype], "shape": list(plan.shape), "data_offsets": [at, at + plan.nbytes],
-        }  # fmt: skip
+            "dtype": _NAMES[plan.dtype],
+            "shape": list(plan.shape),
+            "data_offsets": [at, at + plan.nbytes],
+        }
         at += plan.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # data starts 8-byte aligned
@@ -197,7 +220,8 @@ def write(path: pathlib.Path, plans: list[Plan], values: Callable[[str], np.ndar
             array = values(plan.name)
             if array.dtype != plan.dtype or array.shape != plan.shape:
                 raise RuntimeError(
-                    f"{plan.name}: planned {plan.dtype} {plan.shape}, produced {array.dtype} {array.shape}."
+                    f"{plan.name}: planned {plan.dtype} {plan.shape}, "
+                    f"produced {array.dtype} {array.shape}."
                 )
             # ml_dtypes arrays export no buffer; their bytes do.
             file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)

@@ -4,9 +4,11 @@ import contextlib
 import dataclasses
 import pathlib
 from collections.abc import Callable, Iterator
+from typing import Annotated
 
 import rich.console
 import rich.progress
+import tyro
 
 from jaxmoe.cli._models import find_config
 from jaxmoe.config import ModelConfig
@@ -78,7 +80,7 @@ def train(
     model: str = "tiny",
     output: pathlib.Path = pathlib.Path("runs/train"),
     data: pathlib.Path | None = None,
-    options: TrainConfig = TrainConfig(),
+    options: Annotated[TrainConfig, tyro.conf.arg(name="")] = TrainConfig(),
     json: pathlib.Path | None = None,
 ) -> None:
     """Trains a byte-level model and goes on where an interrupted run stopped.

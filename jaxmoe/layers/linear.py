@@ -41,4 +41,6 @@ def linear(x: jax.Array, p: dict[str, jax.Array], *, contract: int = 1) -> jax.A
     lead = x.shape[: x.ndim - contract]
     y = matmul(x.reshape(*lead, math.prod(inputs)), w.reshape(math.prod(inputs), math.prod(outputs)))
     y = y.reshape(*lead, *outputs)
-    return y + p["bias"].astype(y.dtype) if "bias" in p else y
+    if "bias" in p:
+        y = y + jnp.expand_dims(p["bias"].astype(y.dtype), tuple(range(len(lead))))
+    return y

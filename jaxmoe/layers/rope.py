@@ -58,7 +58,7 @@ def _yarn(rope: RopeConfig, base: np.ndarray, dim: int) -> np.ndarray:
 def rotation(config: ModelConfig, positions: jax.Array) -> Rotation:
     """cos and sin for integer ``positions`` [B, T]; angles are float32 products (spec 11, trap 13)."""
     frequency = jnp.asarray(inverse_frequencies(config.rope, config.rope_dim))
-    angle = positions.astype(jnp.float32)[..., None] * frequency
+    angle = positions.astype(jnp.float32)[..., None] * frequency[None, None]
     scale = jnp.float32(config.rope.cos_sin_scale())
     return Rotation(jnp.cos(angle) * scale, jnp.sin(angle) * scale)
 

@@ -1,7 +1,7 @@
 """Core attention of one step: new tokens over cached rows and over each other.
 
-The step never writes the cache. Attention over cached rows and over the step's own rows are two partial
-softmaxes, merged (architecture, idea 2).
+The step never writes the cache: one softmax covers the cached rows and the step's own rows, which stay two
+operands (architecture, idea 2).
 """
 
 from typing import NamedTuple
@@ -10,20 +10,22 @@ import jax
 import jax.numpy as jnp
 
 from jaxmoe.layers.indexer import IndexInputs
-from pallas_kernels import merge_partials, sparse_mla
-from pallas_kernels.index_topk import index_scores, select_indices, select_mask
-from pallas_kernels.sparse_mla.reference import attend
+from pallas_kernels.index_topk import index_scores, select_positions, select_mask
+from pallas_kernels.sparse_mla.reference import Part, attend
 
-# While the cache holds at most this many times topk rows, masking them all is faster than gathering topk.
-GATHER_FACTOR = 4
+# While the cache holds at most this many times topk rows, masking all of them is faster than gathering topk of them
+# (measured on CPU). Several queries share a masked matmul, but each gathers rows of its own.
+GATHER_FACTOR_DECODE = 2
+GATHER_FACTOR_CHUNK = 4
 
 
 class Selection(NamedTuple):
     """Which keys each query of a step attends to.
 
     Attributes:
-      cached: [B, T, S] bool; or, when ``gathered``, [B, T, K] int32 cache rows with -1 for none.
-      new: [B, T, T] bool over the step's own tokens.
+      cached: [B, T, S] bool; or, where ``gathers``, [B, T, K] int32 rows: cache rows below S, then the step's own
+        from S on; -1 for none.
+      new: [B, T, T] bool over the step's own tokens; not read where ``gathers``.
     """
 
     cached: jax.Array
@@ -32,7 +34,8 @@ class Selection(NamedTuple):
 
 def gathers(topk: int | None, capacity: int, tokens: int) -> bool:
     """Whether a step of ``tokens`` over a cache of ``capacity`` rows selects by index rather than by mask."""
-    return topk is not None and capacity + tokens > GATHER_FACTOR * topk
+    factor = GATHER_FACTOR_DECODE if tokens == 1 else GATHER_FACTOR_CHUNK
+    return topk is not None and capacity + tokens > factor * topk
 
 
 def visible_mask(lengths: jax.Array, capacity: int, tokens: int) -> Selection:
@@ -71,12 +74,15 @@ def select(index: IndexInputs, cached_keys: jax.Array, visible: Selection, topk:
     if not gathers(topk, capacity, tokens):
         mask = select_mask(scores, topk)
         return Selection(mask[..., :capacity], mask[..., capacity:])
-    indices = select_indices(scores, topk)
-    own = jnp.arange(capacity, capacity + tokens, dtype=jnp.int32)
-    return Selection(
-        jnp.where(indices < capacity, indices, -1),
-        (indices[..., None] == own).any(-2),
-    )
+    return visible._replace(cached=select_positions(scores, topk))
+
+
+def _silence(rows: jax.Array, valid: jax.Array) -> jax.Array:
+    """Rows that no query may see, as zeros: what lies there may be NaN, which a weight of 0 would not silence.
+
+    Fused into the copy that slicing a layer out of the cache makes anyway.
+    """
+    return jnp.where(valid.any(-2)[..., None], rows, jnp.zeros((), rows.dtype))
 
 
 def latent_attention(
@@ -104,24 +110,21 @@ def latent_attention(
       [B, T, H, V].
     """
     layers, batch, capacity, size = cached.shape
-    own = attend(q, new, new[..., :value_dim], selection.new, scale)
     if selection.cached.dtype == jnp.bool_:
         rows = jax.lax.dynamic_index_in_dim(cached, layer, 0, keepdims=False)
-        past = attend(q, rows, rows[..., :value_dim], selection.cached, scale)
-    else:
-        # Address rows of the whole stacked cache, so that only the selected ones are read.
-        first = (layer * batch + jnp.arange(batch, dtype=jnp.int32)) * capacity
-        address = jnp.where(selection.cached >= 0, selection.cached + first[:, None, None], -1)
-        tokens, heads = q.shape[1:3]
-        out, lse = sparse_mla(
-            q.reshape(1, batch * tokens, heads, size),
-            cached.reshape(1, layers * batch * capacity, size),
-            address.reshape(1, batch * tokens, address.shape[-1]),
-            scale=scale,
-            value_dim=value_dim,
-        )
-        past = out.reshape(batch, tokens, heads, value_dim), lse.reshape(batch, tokens, heads)
-    return merge_partials([past, own])[0]
+        rows = _silence(rows, selection.cached)
+        parts = [Part(rows, rows, selection.cached), Part(new, new, selection.new)]
+        return attend(q, parts, scale)[0][..., :value_dim]
+    # Address rows of the whole stacked cache, so that only the selected ones are read; the step's own rows
+    # take their places in the gathered set, so that one softmax covers both.
+    chosen = selection.cached
+    first = (layer * batch + jnp.arange(batch, dtype=jnp.int32)) * capacity
+    address = first[:, None, None] + jnp.clip(chosen, 0, capacity - 1)
+    flat = cached.reshape(layers * batch * capacity, size)
+    rows = flat.at[address].get(mode="promise_in_bounds")
+    own = jax.vmap(lambda x, i: x.at[i].get(mode="clip"))(new, jnp.maximum(chosen - capacity, 0))
+    rows = jnp.where((chosen >= capacity)[..., None], own, rows)
+    return attend(q, [Part(rows, rows, chosen >= 0)], scale)[0][..., :value_dim]
 
 
 def grouped_query_attention(
@@ -152,9 +155,10 @@ def grouped_query_attention(
 
     def rows(x: jax.Array) -> jax.Array:
         x = jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False)
+        x = _silence(x, visible.cached)
         return x.reshape(batch, -1, groups, dim).swapaxes(1, 2)
 
-    past = attend(q, rows(cached[0]), rows(cached[1]), visible.cached[:, None], scale)
-    own = attend(q, new[0].swapaxes(1, 2), new[1].swapaxes(1, 2), visible.new[:, None], scale)
-    out = merge_partials([past, own])[0]
+    past = Part(rows(cached[0]), rows(cached[1]), visible.cached[:, None])
+    own = Part(new[0].swapaxes(1, 2), new[1].swapaxes(1, 2), visible.new[:, None])
+    out, _ = attend(q, [past, own], scale)
     return out.transpose(0, 2, 1, 3, 4).reshape(batch, tokens, heads, dim)

@@ -19,8 +19,8 @@ def sequence_balance_loss(scores: jax.Array, expert_ids: jax.Array) -> jax.Array
       float32 scalar; 1.0 when perfectly balanced.
     """
     experts, active = scores.shape[-1], expert_ids.shape[-1]
-    chosen = (expert_ids[..., None] == jnp.arange(experts, dtype=jnp.int32)).sum((1, 2), dtype=jnp.int32)
-    share = chosen.astype(jnp.float32) * (experts / (active * expert_ids.shape[1]))
+    chosen = jax.nn.one_hot(expert_ids, experts, dtype=jnp.float32).sum((1, 2))
+    share = chosen * (experts / (active * expert_ids.shape[1]))
     mean_score = (scores / scores.sum(-1, keepdims=True)).mean(1)
     return (jax.lax.stop_gradient(share) * mean_score).sum(-1).mean()
 

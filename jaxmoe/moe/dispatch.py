@@ -54,24 +54,30 @@ class MoeOptions:
             raise ValueError(f"token_axes must include {self.axis!r}; got {self.token_axes}.")
 
 
-def _dense(x: jax.Array, slots: jax.Array, weights: jax.Array, experts: Experts, act: str) -> jax.Array:
+def _dense(
+    x: jax.Array, slots: jax.Array, weights: jax.Array, experts: Experts, act: str
+) -> jax.Array:
     outputs = every_expert(experts, x, act)
     token = jnp.arange(x.shape[0])
     total = jnp.zeros(x.shape, jnp.float32)
     for a in range(slots.shape[1]):
         chosen = outputs[jnp.maximum(slots[:, a], 0), token].astype(jnp.float32)
-        weight = jnp.where(slots[:, a] >= 0, weights[:, a], 0.0)
-        total = total + weight[:, None] * chosen
+        # Replaced, not multiplied by zero: slot 0 may be a lost one.
+        total = total + jnp.where(slots[:, a, None] >= 0, weights[:, a, None] * chosen, 0.0)
     return total.astype(x.dtype)
 
 
-def _local(x: jax.Array, slots: jax.Array, weights: jax.Array, experts: Experts, act: str) -> jax.Array:
+def _local(
+    x: jax.Array, slots: jax.Array, weights: jax.Array, experts: Experts, act: str
+) -> jax.Array:
     moved = dispatch(x, slots, experts.slots)
     y = grouped_experts(experts, moved.rows, moved.group_sizes, act)
     return combine(y, moved.position, weights)
 
 
-def _exchange(x: jax.Array, slots: jax.Array, weights: jax.Array, experts: Experts, axis: str, act: str) -> jax.Array:
+def _exchange(
+    x: jax.Array, slots: jax.Array, weights: jax.Array, experts: Experts, axis: str, act: str
+) -> jax.Array:
     """The per-rank body of ``all_to_all``: x [T, D], slots [T, A] global, experts this rank's L slots."""
     ranks = lax.axis_size(axis)
     per_rank = experts.slots
@@ -84,14 +90,21 @@ def _exchange(x: jax.Array, slots: jax.Array, weights: jax.Array, experts: Exper
     lane = outgoing.position - start[jnp.maximum(rank, 0)]
     cell = jnp.where(rank >= 0, rank * capacity + lane, -1)
 
-    pair = jnp.arange(tokens * active, dtype=jnp.int32)
     target = jnp.where(cell >= 0, cell, ranks * capacity).reshape(-1)
-    pair_of_cell = jnp.full(ranks * capacity + 1, -1, jnp.int32).at[target].set(pair)[:-1]
-    filled = pair_of_cell >= 0
-    send = combine(x, jnp.where(filled, pair_of_cell // active, -1)[:, None], filled[:, None].astype(jnp.float32))
-    send_slot = jnp.where(filled, slots.reshape(-1)[jnp.maximum(pair_of_cell, 0)] % per_rank, -1)
 
-    swap = functools.partial(lax.all_to_all, axis_name=axis, split_axis=0, concat_axis=0, tiled=True)
+    def by_cell(of_pair: jax.Array) -> jax.Array:
+        return (
+            jnp.full(ranks * capacity + 1, -1, jnp.int32).at[target].set(of_pair.reshape(-1))[:-1]
+        )
+
+    # Cells are filled from the dispatched rows, each of which goes to one cell: combine's positions must be distinct.
+    row = by_cell(outgoing.position)[:, None]
+    send = combine(outgoing.rows, row, jnp.ones_like(row, jnp.float32))
+    send_slot = by_cell(slots % per_rank)
+
+    swap = functools.partial(
+        lax.all_to_all, axis_name=axis, split_axis=0, concat_axis=0, tiled=True
+    )
     received, received_slot = swap(send), swap(send_slot)
     arrived = dispatch(received, received_slot[:, None], per_rank)
     y = grouped_experts(experts, arrived.rows, arrived.group_sizes, act)
@@ -100,7 +113,12 @@ def _exchange(x: jax.Array, slots: jax.Array, weights: jax.Array, experts: Exper
 
 
 def _all_to_all(
-    x: jax.Array, slots: jax.Array, weights: jax.Array, experts: Experts, options: MoeOptions, act: str
+    x: jax.Array,
+    slots: jax.Array,
+    weights: jax.Array,
+    experts: Experts,
+    options: MoeOptions,
+    act: str,
 ) -> jax.Array:
     mesh, axis = options.mesh, options.axis
     token_axes = tuple(a for a in options.token_axes if a in mesh.shape)

@@ -23,7 +23,7 @@ def _allowed_groups(choice: jax.Array, config: ModelConfig) -> jax.Array:
     grouped = choice.reshape(tokens, config.n_group, experts // config.n_group)
     group_score = lax.top_k(grouped, 2)[0].sum(-1)
     best = lax.top_k(group_score, config.topk_group)[1]
-    chosen = (best[:, :, None] == jnp.arange(config.n_group)).any(1)
+    chosen = jax.nn.one_hot(best, config.n_group, dtype=bool).any(1)
     return jnp.repeat(chosen, experts // config.n_group, axis=1, total_repeat_length=experts)
 
 
@@ -45,7 +45,7 @@ def route(p: dict, config: ModelConfig, x: jax.Array) -> Routing:
         precision=lax.Precision.HIGHEST,
     )
     scores = jax.nn.sigmoid(logits)
-    choice = lax.stop_gradient(scores) + p["bias"].astype(jnp.float32)
+    choice = lax.stop_gradient(scores) + p["bias"].astype(jnp.float32)[None]
     if config.n_group > 1 and config.topk_group < config.n_group:
         choice = jnp.where(_allowed_groups(choice, config), choice, -jnp.inf)
     ids = lax.top_k(choice, config.num_experts_per_tok)[1].astype(jnp.int32)
@@ -57,5 +57,4 @@ def route(p: dict, config: ModelConfig, x: jax.Array) -> Routing:
 
 def expert_load(expert_ids: jax.Array, num_experts: int) -> jax.Array:
     """[E] int32: how many (token, choice) pairs chose each expert."""
-    chosen = expert_ids.reshape(-1)[:, None] == jnp.arange(num_experts, dtype=jnp.int32)
-    return chosen.sum(0, dtype=jnp.int32)
+    return jax.nn.one_hot(expert_ids.reshape(-1), num_experts, dtype=jnp.int32).sum(0)

@@ -23,7 +23,9 @@ class ExpertTables:
     copies: jax.Array
 
     @classmethod
-    def from_slots(cls, slot_expert: np.ndarray, num_experts: int, *, max_copies: int = 1) -> "ExpertTables":
+    def from_slots(
+        cls, slot_expert: np.ndarray, num_experts: int, *, max_copies: int = 1
+    ) -> "ExpertTables":
         """Tables for slots holding ``slot_expert`` [S] (-1 for an empty or lost slot).
 
         Raises:
@@ -35,10 +37,14 @@ class ExpertTables:
                 slots[expert].append(slot)
         missing = [e for e, s in enumerate(slots) if not s]
         if missing:
-            raise ValueError(f"slot_expert must hold every expert; missing {missing}. Give each expert a slot.")
+            raise ValueError(
+                f"slot_expert must hold every expert; missing {missing}. Give each expert a slot."
+            )
         most = max(len(s) for s in slots)
         if most > max_copies:
-            raise ValueError(f"an expert has {most} copies but max_copies is {max_copies}; raise max_copies.")
+            raise ValueError(
+                f"an expert has {most} copies but max_copies is {max_copies}; raise max_copies."
+            )
         padded = [s + [-1] * (max_copies - len(s)) for s in slots]
         return cls(jnp.asarray(padded, jnp.int32), jnp.asarray([len(s) for s in slots], jnp.int32))
 

@@ -7,7 +7,11 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import _implementation
 from pallas_kernels.grouped_matmul import reference, xla
 
-_BACKENDS = {"reference": reference.grouped_matmul, "xla": xla.grouped_matmul, "ragged_dot": xla.ragged_dot}
+_BACKENDS = {
+    "reference": reference.grouped_matmul,
+    "xla": xla.grouped_matmul,
+    "ragged_dot": xla.ragged_dot,
+}
 _PREFERENCE = {"cpu": ("xla",), "gpu": ("ragged_dot", "xla"), "tpu": ("ragged_dot", "xla")}
 
 
@@ -27,15 +31,19 @@ def _check(x: jax.Array, w: jax.Array, group_sizes: jax.Array) -> None:
             "pass one size per matrix used."
         )
     if not jnp.issubdtype(group_sizes.dtype, jnp.integer):
-        raise TypeError(f"grouped_matmul: group_sizes must be integers; got {group_sizes.dtype}. Cast to int32.")
+        raise TypeError(
+            f"grouped_matmul: group_sizes must be integers; got {group_sizes.dtype}. Cast to int32."
+        )
     if x.dtype != w.dtype:
-        raise TypeError(f"grouped_matmul: x is {x.dtype} but w is {w.dtype}; cast one to the other's dtype.")
+        raise TypeError(
+            f"grouped_matmul: x is {x.dtype} but w is {w.dtype}; cast one to the other's dtype."
+        )
 
 
 def grouped_matmul(
     x: Float[Array, "M K"],
     w: Float[Array, "G K N"],
-    group_sizes: Int[Array, "E"],
+    group_sizes: Int[Array, " E"],
     *,
     group_offset: Int[Array, ""] | int = 0,
     implementation: _implementation.Implementation = None,
@@ -66,5 +74,12 @@ def grouped_matmul(
     """
     _check(x, w, group_sizes)
     return _implementation.call(
-        "grouped_matmul", _BACKENDS, _PREFERENCE, implementation, x, w, group_sizes.astype(jnp.int32), group_offset
+        "grouped_matmul",
+        _BACKENDS,
+        _PREFERENCE,
+        implementation,
+        x,
+        w,
+        group_sizes.astype(jnp.int32),
+        group_offset,
     )

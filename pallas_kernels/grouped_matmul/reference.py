@@ -11,8 +11,13 @@ def grouped_matmul(
     ends = jnp.cumsum(group_sizes)
     row = jnp.arange(x.shape[0], dtype=ends.dtype)
     member = (row[:, None] >= (ends - group_sizes)[None]) & (row[:, None] < ends[None])
+    # Rows of no group are replaced, not only masked out of the result: their gradient would be 0 * NaN.
+    x = jnp.where(member.any(1)[:, None], x, jnp.zeros((), x.dtype))
     w = jax.lax.dynamic_slice_in_dim(w, group_offset, group_sizes.shape[0])
     every = jnp.einsum(
-        "mk,ekn->men", x.astype(jnp.float32), w.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
+        "mk,ekn->men",
+        x.astype(jnp.float32),
+        w.astype(jnp.float32),
+        precision=jax.lax.Precision.HIGHEST,
     )
     return jnp.where(member[:, :, None], every, 0.0).sum(1).astype(x.dtype)

@@ -14,7 +14,9 @@ from jax import lax
 from pallas_kernels.grouped_matmul import config
 
 
-def _schedule(group_sizes: jax.Array, rows: int, block: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _schedule(
+    group_sizes: jax.Array, rows: int, block: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Group and first row of every block, and the number of blocks in use.
 
     The static bound follows from sum(ceil(n/b)) <= floor(rows/b) + (non-empty groups).
@@ -27,7 +29,9 @@ def _schedule(group_sizes: jax.Array, rows: int, block: int) -> tuple[jax.Array,
     # How many groups end at or before this block: its group. Compare-and-sum beats searchsorted at these sizes.
     group = (index[:, None] >= block_end[None]).sum(1, dtype=jnp.int32)
     group = jnp.minimum(group, groups - 1)
-    first_row = (jnp.cumsum(group_sizes) - group_sizes)[group] + (index - (block_end - blocks)[group]) * block
+    first_row = (jnp.cumsum(group_sizes) - group_sizes)[group] + (
+        index - (block_end - blocks)[group]
+    ) * block
     return group, first_row, block_end[-1]
 
 
@@ -38,7 +42,12 @@ def _dot(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
 
 
 def _rows_times_groups(
-    x: jax.Array, w: jax.Array, group_sizes: jax.Array, group_offset: jax.Array | int, *, transpose: bool
+    x: jax.Array,
+    w: jax.Array,
+    group_sizes: jax.Array,
+    group_offset: jax.Array | int,
+    *,
+    transpose: bool,
 ) -> jax.Array:
     """y[r] = x[r] @ w[group of r] (or its transpose); rows past the last group are zero."""
     rows, out = x.shape[0], w.shape[1] if transpose else w.shape[2]
@@ -69,10 +78,14 @@ def _groups_outer(
     dy = jnp.pad(dy, ((0, block), (0, 0)))
 
     def body(i: jax.Array, dw: jax.Array) -> jax.Array:
-        inside = first_row[i] + jnp.arange(block) < ends[group[i]]
-        x_block = lax.dynamic_slice_in_dim(x, first_row[i], block)
-        x_block = jnp.where(inside[:, None], x_block, jnp.zeros((), x.dtype))
-        dy_block = lax.dynamic_slice_in_dim(dy, first_row[i], block)
+        # Both factors are masked, not one: what lies past the group may be inf or NaN.
+        inside = (first_row[i] + jnp.arange(block) < ends[group[i]])[:, None]
+        x_block = jnp.where(
+            inside, lax.dynamic_slice_in_dim(x, first_row[i], block), jnp.zeros((), x.dtype)
+        )
+        dy_block = jnp.where(
+            inside, lax.dynamic_slice_in_dim(dy, first_row[i], block), jnp.zeros((), dy.dtype)
+        )
         g = group_offset + group[i]
         total = lax.dynamic_index_in_dim(dw, g, 0, keepdims=False) + _dot(x_block, dy_block, (0, 0))
         return lax.dynamic_update_index_in_dim(dw, total, g, 0)
@@ -111,5 +124,3 @@ def ragged_dot(
     # Zeros after the last group are this op's contract, not ragged_dot's on every backend.
     inside = jnp.arange(x.shape[0]) < group_sizes.sum()
     return jnp.where(inside[:, None], y, jnp.zeros((), y.dtype))
-
-

@@ -1,6 +1,11 @@
 """Lightning-index scores and exact top-k selection."""
 
 from pallas_kernels.index_topk.api import index_topk
-from pallas_kernels.index_topk.reference import index_scores, select_indices, select_mask
+from pallas_kernels.index_topk.reference import (
+    index_scores,
+    select_indices,
+    select_mask,
+    select_positions,
+)
 
-__all__ = ["index_scores", "index_topk", "select_indices", "select_mask"]
+__all__ = ["index_scores", "index_topk", "select_indices", "select_mask", "select_positions"]

@@ -21,35 +21,49 @@ def index_scores(q: jax.Array, k: jax.Array, weights: jax.Array) -> jax.Array:
       [B, T, S] float32.
     """
     batch, tokens, heads, dim = q.shape
-    # One batched matmul with (t, i) as rows, rather than an einsum that might transpose the keys.
-    dots = lax.dot_general(
-        q.reshape(batch, tokens * heads, dim),
-        k,
-        (((2,), (2,)), ((0,), (0,))),
-        precision=lax.Precision.HIGHEST if q.dtype == jnp.float32 else None,
-        preferred_element_type=jnp.float32,
-    ).reshape(batch, tokens, heads, k.shape[1])
-    return (jax.nn.relu(dots) * weights[..., None].astype(jnp.float32)).sum(2)
+    precision = lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
+    weights = weights.astype(jnp.float32)
+    if tokens > 1:
+        # One head at a time: [B, T, I, S] would be many times larger than the result and leave the cache.
+        def head(total: jax.Array, q_and_weight: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+            q_head, weight = q_and_weight
+            dots = jnp.einsum(
+                "btk,bsk->bts", q_head, k, precision=precision, preferred_element_type=jnp.float32
+            )
+            return total + jax.nn.relu(dots) * weight[..., None], None
+
+        zeros = jnp.zeros((batch, tokens, k.shape[1]), jnp.float32)
+        return lax.scan(head, zeros, (jnp.moveaxis(q, 2, 0), jnp.moveaxis(weights, 2, 0)))[0]
+    dots = jnp.einsum(
+        "bik,bsk->bis", q[:, 0], k, precision=precision, preferred_element_type=jnp.float32
+    )
+    return (jax.nn.relu(dots) * weights[:, 0, :, None]).sum(1)[:, None]
+
+
+def _positive_zero(scores: jax.Array) -> jax.Array:
+    # Not ``scores + 0.0``: XLA drops that addition, and sorts -0.0 below 0.0.
+    return jnp.where(scores == 0, jnp.zeros((), scores.dtype), scores)
 
 
 def _ordered_bits(scores: jax.Array) -> jax.Array:
     """float32 -> uint32 whose unsigned order is the floats' order (+0 and -0 equal)."""
-    bits = lax.bitcast_convert_type(scores + jnp.float32(0.0), jnp.uint32)
+    bits = lax.bitcast_convert_type(_positive_zero(scores), jnp.uint32)
     return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(0x80000000))
 
 
 def _kth_largest(bits: jax.Array, k: int) -> jax.Array:
-    """The k-th largest value of each row, [..., 1], found four bits at a time from the top.
+    """The k-th largest value of each row, [..., 1], found bit by bit from the top.
 
-    A radix search needs eight passes of compare-and-count over the row, which vectorise; a sort does not.
+    32 passes of compare-and-count over the row, which vectorise and stay in cache: several times faster on CPU than
+    a sort or ``lax.top_k`` (docs/log.md, 2026-11-23), and the same for any k.
     """
-    threshold = jnp.zeros((*bits.shape[:-1], 1), jnp.uint32)
-    digits = jnp.arange(1, 16, dtype=jnp.uint32)
-    for shift in range(28, -1, -4):
-        candidates = threshold | (digits << shift)
-        enough = (bits[..., None, :] >= candidates[..., None]).sum(-1, dtype=jnp.int32) >= k
-        threshold = threshold | (enough.sum(-1, keepdims=True, dtype=jnp.uint32) << shift)
-    return threshold
+
+    def bit(i: jax.Array, threshold: jax.Array) -> jax.Array:
+        candidate = threshold | (jnp.uint32(1) << (31 - i).astype(jnp.uint32))
+        enough = (bits >= candidate).sum(-1, keepdims=True, dtype=jnp.int32) >= k
+        return jnp.where(enough, candidate, threshold)
+
+    return lax.fori_loop(0, 32, bit, jnp.zeros((*bits.shape[:-1], 1), jnp.uint32))
 
 
 def select_mask(scores: jax.Array, k: int) -> jax.Array:
@@ -82,8 +96,33 @@ def select_indices(scores: jax.Array, k: int) -> jax.Array:
     Returns:
       [..., min(k, S)] int32.
     """
-    values, index = lax.top_k(scores + jnp.float32(0.0), min(k, scores.shape[-1]))
+    values, index = lax.top_k(_positive_zero(scores), min(k, scores.shape[-1]))
     return jnp.where(values > -jnp.inf, index.astype(jnp.int32), -1)
+
+
+def select_positions(scores: jax.Array, k: int) -> jax.Array:
+    """``select_indices`` in ascending order of position: the mask, compacted.
+
+    On CPU four times faster than ``lax.top_k``, whose order a softmax does not need (docs/log.md, 2026-11-23).
+
+    Args:
+      scores: [..., S] float32; -inf where the key is not visible.
+      k: how many; the result has min(k, S) columns.
+
+    Returns:
+      [..., min(k, S)] int32, ascending, -1 after the last.
+    """
+    size = scores.shape[-1]
+    k = min(k, size)
+    mask = select_mask(scores, k).reshape(-1, size)
+    # Every position writes: the chosen ones to their rank, the others to a spare column.
+    target = jnp.where(mask, jnp.cumsum(mask, -1, dtype=jnp.int32) - 1, k)
+    position = jnp.arange(size, dtype=jnp.int32)
+
+    def compact(row: jax.Array) -> jax.Array:
+        return jnp.full(k + 1, -1, jnp.int32).at[row].set(position, mode="promise_in_bounds")[:k]
+
+    return jax.vmap(compact)(target).reshape(*scores.shape[:-1], k)
 
 
 def index_topk(
@@ -91,5 +130,5 @@ def index_topk(
 ) -> jax.Array:
     """See ``api.index_topk``."""
     scores = index_scores(q, k, weights)
-    seen = jnp.arange(k.shape[1], dtype=jnp.int32) < visible[..., None]
+    seen = jnp.arange(k.shape[1], dtype=jnp.int32)[None, None] < visible[..., None]
     return select_indices(jnp.where(seen, scores, -jnp.inf), topk)

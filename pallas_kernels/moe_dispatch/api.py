@@ -38,7 +38,9 @@ def _rank(keys: jax.Array) -> tuple[jax.Array, jax.Array]:
     n = keys.shape[0]
     index = jnp.arange(n, dtype=jnp.int32)
     if n <= _PAIRWISE_LIMIT:
-        before = (keys[None] < keys[:, None]) | ((keys[None] == keys[:, None]) & (index[None] < index[:, None]))
+        before = (keys[None] < keys[:, None]) | (
+            (keys[None] == keys[:, None]) & (index[None] < index[:, None])
+        )
         row = before.sum(1, dtype=jnp.int32)
         return jnp.zeros(n, jnp.int32).at[row].set(index, unique_indices=True), row
     _, order = lax.sort((keys, index), num_keys=1, is_stable=True)
@@ -50,14 +52,18 @@ def _gather(implementation, x, index):
 
 
 def _sum(implementation, rows, position, weights):
-    return _implementation.call("combine", _SUM, _PREFERENCE, implementation, rows, position, weights)
+    return _implementation.call(
+        "combine", _SUM, _PREFERENCE, implementation, rows, position, weights
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _permute(implementation, x, pair_of_row, position):
     del position
     active = pair_of_row.shape[0] // max(x.shape[0], 1)
-    return _gather(implementation, x, jnp.where(pair_of_row >= 0, pair_of_row // max(active, 1), -1))
+    return _gather(
+        implementation, x, jnp.where(pair_of_row >= 0, pair_of_row // max(active, 1), -1)
+    )
 
 
 def _permute_forward(implementation, x, pair_of_row, position):
@@ -88,11 +94,16 @@ def _unpermute_backward(implementation, residuals, dy):
     flat = jnp.where(position >= 0, position, rows.shape[0]).reshape(-1)
     pair = jnp.full(rows.shape[0] + 1, -1, jnp.int32)
     pair = pair.at[flat].set(jnp.arange(tokens * active, dtype=jnp.int32))[:-1]
-    row_weight = jnp.where(pair >= 0, weights.reshape(-1)[jnp.maximum(pair, 0)], jnp.zeros((), weights.dtype))
+    row_weight = jnp.where(
+        pair >= 0, weights.reshape(-1)[jnp.maximum(pair, 0)], jnp.zeros((), weights.dtype)
+    )
     d_rows = _gather(implementation, dy, jnp.where(pair >= 0, pair // active, -1))
     d_weights = jnp.stack(
         [
-            (_gather(implementation, rows, position[:, k]).astype(jnp.float32) * dy.astype(jnp.float32)).sum(-1)
+            (
+                _gather(implementation, rows, position[:, k]).astype(jnp.float32)
+                * dy.astype(jnp.float32)
+            ).sum(-1)
             for k in range(active)
         ],
         axis=1,
@@ -139,7 +150,7 @@ def dispatch(
         )
     ids = expert_ids.reshape(-1).astype(jnp.int32)
     pair_of_row, row_of_pair = _rank(jnp.where(ids >= 0, ids, num_experts))
-    group_sizes = (ids[:, None] == jnp.arange(num_experts, dtype=jnp.int32)).sum(0, dtype=jnp.int32)
+    group_sizes = jax.nn.one_hot(ids, num_experts, dtype=jnp.int32).sum(0)
     position = jnp.where(ids >= 0, row_of_pair, -1).reshape(expert_ids.shape)
     pair_of_row = jnp.where(jnp.arange(ids.shape[0]) < group_sizes.sum(), pair_of_row, -1)
     return Dispatched(_permute(implementation, x, pair_of_row, position), group_sizes, position)

@@ -32,7 +32,9 @@ def gather_rows(x: jax.Array, index: jax.Array) -> jax.Array:
             num_scalar_prefetch=1,
             grid=(index.shape[0],),
             # Rows get a unit axis: TPU blocks must cover the last two dimensions whole.
-            in_specs=[pl.BlockSpec((1, 1, size), lambda r, index: (jnp.maximum(index[r], 0), 0, 0))],
+            in_specs=[
+                pl.BlockSpec((1, 1, size), lambda r, index: (jnp.maximum(index[r], 0), 0, 0))
+            ],
             out_specs=pl.BlockSpec((1, 1, size), lambda r, index: (r, 0, 0)),
         ),
         interpret=_interpret(),
@@ -53,10 +55,9 @@ def weighted_sum(rows: jax.Array, position: jax.Array, weights: jax.Array) -> ja
         def _():
             out_ref[...] = jnp.zeros_like(out_ref)
 
-        # A missing row is replaced, not multiplied by zero: what lies there may be inf or NaN.
-        row = row_ref[...].astype(jnp.float32)
-        row = jnp.where(position_ref[t * active + k] >= 0, row, jnp.zeros_like(row))
-        out_ref[...] += weight_ref[t * active + k] * row
+        # A missing term is replaced, not multiplied by zero: what lies there may be inf or NaN.
+        term = weight_ref[t * active + k] * row_ref[...].astype(jnp.float32)
+        out_ref[...] += jnp.where(position_ref[t * active + k] >= 0, term, jnp.zeros_like(term))
 
     def row_index(t, k, position, weight):
         return jnp.maximum(position[t * active + k], 0), 0, 0

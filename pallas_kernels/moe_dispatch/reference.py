@@ -19,5 +19,6 @@ def weighted_sum(rows: jax.Array, position: jax.Array, weights: jax.Array) -> ja
     total = jnp.zeros((position.shape[0], rows.shape[1]), jnp.float32)
     for k in range(position.shape[1]):
         row = gather_rows(rows, position[:, k]).astype(jnp.float32)
-        total = total + weights[:, k, None].astype(jnp.float32) * row
+        weight = jnp.where(position[:, k] >= 0, weights[:, k].astype(jnp.float32), 0.0)
+        total = total + weight[:, None] * row
     return total.astype(rows.dtype)

@@ -48,7 +48,9 @@ def sparse_mla(
             f"sparse_mla: B, T and C must agree; got q {q.shape}, kv {kv.shape}, indices {indices.shape}."
         )
     if not 0 < value_dim <= kv.shape[2]:
-        raise ValueError(f"sparse_mla: value_dim must be in 1..{kv.shape[2]} (kv's last size); got {value_dim}.")
+        raise ValueError(
+            f"sparse_mla: value_dim must be in 1..{kv.shape[2]} (kv's last size); got {value_dim}."
+        )
     return _implementation.call(
         "sparse_mla", _BACKENDS, _PREFERENCE, implementation, q, kv, indices, scale, value_dim
     )
@@ -65,10 +67,10 @@ def merge_partials(
     Returns:
       (out, lse) as if the softmax had run over all keys at once.
     """
-    lse = jnp.stack([l for _, l in parts])
+    lse = jnp.stack([part_lse for _, part_lse in parts])
     peak = jnp.maximum(lse.max(0), jnp.finfo(jnp.float32).min)
-    share = jnp.exp(lse - peak)
+    share = jnp.exp(lse - peak[None])
     total = share.sum(0)
-    weight = share / jnp.where(total > 0, total, 1.0)
+    weight = share / jnp.where(total > 0, total, 1.0)[None]
     out = sum(w[..., None] * o.astype(jnp.float32) for w, (o, _) in zip(weight, parts, strict=True))
     return out.astype(parts[0][0].dtype), jnp.where(total > 0, jnp.log(total) + peak, -jnp.inf)

@@ -1,19 +1,33 @@
 """XLA backend: gather the chosen latent rows, then one softmax over them."""
 
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
 
-def attend(
-    q: jax.Array, k: jax.Array, v: jax.Array, valid: jax.Array, scale: float
-) -> tuple[jax.Array, jax.Array]:
-    """Softmax attention of H heads that share their keys and values.
+class Part(NamedTuple):
+    """Keys and values that one softmax covers together with other parts.
 
-    Args:
-      q: [..., T, H, K].
+    Attributes:
       k: [..., S, K]; or [..., T, S, K], own keys per query.
       v: [..., S, V] or [..., T, S, V], like k.
       valid: [..., T, S] bool.
+    """
+
+    k: jax.Array
+    v: jax.Array
+    valid: jax.Array
+
+
+def attend(q: jax.Array, parts: Sequence[Part], scale: float) -> tuple[jax.Array, jax.Array]:
+    """Softmax attention of H heads that share their keys and values, over all parts jointly.
+
+    Args:
+      q: [..., T, H, K].
+      parts: disjoint key sets; never copied into one. Rows that are not valid must still be finite.
       scale: softmax scale.
 
     Returns:
@@ -21,21 +35,24 @@ def attend(
       key gives zeros and -inf.
     """
     precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
-    keys = "...ts" if k.ndim == q.ndim else "...s"
-    logits = jnp.einsum(
-        f"...thk,{keys}k->...ths", q, k, precision=precision, preferred_element_type=jnp.float32
-    )
-    logits = jnp.where(valid[..., None, :], logits * jnp.float32(scale), -jnp.inf)
+    dot = functools.partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
+    rows = ["...ts" if part.k.ndim == q.ndim else "...s" for part in parts]
+    logits = [
+        jnp.where(
+            part.valid[..., None, :],
+            dot(f"...thk,{r}k->...ths", q, part.k) * jnp.float32(scale),
+            -jnp.inf,
+        )
+        for part, r in zip(parts, rows, strict=True)
+    ]
     # A row without keys has peak -inf; the finite floor keeps its exponentials at exp(-inf) = 0, not NaN.
-    peak = jnp.maximum(logits.max(-1, keepdims=True), jnp.finfo(jnp.float32).min)
-    weight = jnp.exp(logits - peak)
-    total = weight.sum(-1)
-    out = jnp.einsum(
-        f"...ths,{keys}v->...thv",
-        weight.astype(q.dtype),
-        v,
-        precision=precision,
-        preferred_element_type=jnp.float32,
+    peak = functools.reduce(jnp.maximum, [x.max(-1, keepdims=True) for x in logits])
+    peak = jnp.maximum(peak, jnp.finfo(jnp.float32).min)
+    weights = [jnp.exp(x - peak) for x in logits]
+    total = sum(w.sum(-1) for w in weights)
+    out = sum(
+        dot(f"...ths,{r}v->...thv", w.astype(q.dtype), part.v)
+        for w, part, r in zip(weights, parts, rows, strict=True)
     )
     safe_total = jnp.where(total > 0, total, 1.0)
     lse = jnp.where(total > 0, jnp.log(safe_total) + peak[..., 0], -jnp.inf)
@@ -47,4 +64,8 @@ def sparse_mla(
 ) -> tuple[jax.Array, jax.Array]:
     """See ``api.sparse_mla``."""
     rows = jax.vmap(lambda kv_b, i: kv_b.at[i].get(mode="clip"))(kv, jnp.maximum(indices, 0))
-    return attend(q, rows, rows[..., :value_dim], indices >= 0, scale)
+    rows = jnp.where((indices >= 0)[..., None], rows, jnp.zeros((), rows.dtype))
+    # The values are the first entries of the rows. Whole rows are summed and the result is cut: cutting
+    # the rows would copy them all.
+    out, lse = attend(q, [Part(rows, rows, indices >= 0)], scale)
+    return out[..., :value_dim], lse

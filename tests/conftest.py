@@ -1,0 +1,96 @@
+"""Test environment: eight simulated CPU devices, strict promotion, run-time type checks of the packages.
+
+The first lines run before JAX creates its backends and before the packages are imported; keep them there.
+"""
+
+import os
+
+DEVICES = 8
+_FLAGS = {
+    "--xla_force_host_platform_device_count": DEVICES,
+    # XLA ends the process when a simulated device is this late to a collective: the default of 40 s is too little
+    # for eight threads on a busy two-core machine.
+    "--xla_cpu_collective_call_terminate_timeout_seconds": 600,
+}
+_given = os.environ.get("XLA_FLAGS", "")
+_added = [f"{flag}={value}" for flag, value in _FLAGS.items() if flag not in _given]
+os.environ["XLA_FLAGS"] = " ".join([_given, *_added]).strip()
+
+import hypothesis  # noqa: E402
+import jax  # noqa: E402
+import jaxtyping  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+jaxtyping.install_import_hook(["jaxmoe", "pallas_kernels"], "typechecking.check")
+
+# Fixed examples: a run never differs from the one before. Compilation makes single examples slow: no deadline.
+hypothesis.settings.register_profile(
+    "fixed",
+    derandomize=True,
+    deadline=None,
+    database=None,
+    max_examples=25,
+    suppress_health_check=[
+        hypothesis.HealthCheck.too_slow,
+        hypothesis.HealthCheck.differing_executors,  # A case is inherited by one class per backend.
+    ],
+)
+hypothesis.settings.load_profile("fixed")
+
+
+def pytest_collection_modifyitems(items):
+    """Skips the tests of hardware that is not here."""
+    backend = jax.default_backend()
+    for item in items:
+        for platform in ("gpu", "tpu"):
+            if item.get_closest_marker(platform) and backend != platform:
+                item.add_marker(
+                    pytest.mark.skip(reason=f"needs a {platform.upper()}; JAX runs on {backend}")
+                )
+
+
+@pytest.fixture(autouse=True)
+def _type_checks(request):
+    """Turns the run-time type checks off for tests that pass wrong types on purpose."""
+    jaxtyping.config.update(
+        "jaxtyping_disable", request.node.get_closest_marker("misuse") is not None
+    )
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(scope="session")
+def devices():
+    """The eight simulated CPU devices."""
+    found = jax.devices("cpu")
+    if len(found) < DEVICES:
+        pytest.fail(
+            f"XLA_FLAGS gives {len(found)} CPU devices and the tests need {DEVICES}; unset it"
+        )
+    return found[:DEVICES]
+
+
+@pytest.fixture(scope="session")
+def tiny_config():
+    """The smallest preset: every feature of V3.2."""
+    import jaxmoe
+
+    return jaxmoe.presets["tiny"]
+
+
+@pytest.fixture(scope="session")
+def tiny_params(tiny_config):
+    """Random float32 parameters of ``tiny_config``; do not donate them."""
+    import jaxmoe
+
+    return jaxmoe.init_params(tiny_config, jax.random.key(0))
+
+
+@pytest.fixture
+def rng(request):
+    """A NumPy generator whose seed is the test's own name: independent of order and of other tests."""
+    return np.random.default_rng(list(request.node.nodeid.encode()))

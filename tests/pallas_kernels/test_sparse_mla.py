@@ -1,0 +1,195 @@
+"""Sparse latent attention: every backend against a loop in float64 NumPy, and its gradients."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from pallas_kernels import merge_partials, sparse_mla
+
+SCALE = 0.3
+# Sums over at most 12 rows of 8 float32 numbers of size 1.
+TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
+
+
+def oracle(q, kv, indices, value_dim):
+    """(out, lse) in float64, one query and head at a time."""
+    q, kv = np.asarray(q, np.float64), np.asarray(kv, np.float64)
+    out, lse = np.zeros((*q.shape[:3], value_dim)), np.full(q.shape[:3], -np.inf)
+    for b, t, h in np.ndindex(*q.shape[:3]):
+        rows = kv[b, indices[b, t][indices[b, t] >= 0]]
+        if len(rows):
+            weight = np.exp(SCALE * rows @ q[b, t, h])
+            out[b, t, h] = weight @ rows[:, :value_dim] / weight.sum()
+            lse[b, t, h] = np.log(weight.sum())
+    return out, lse
+
+
+def masked_dense(q, kv, indices, value_dim):
+    """The same attention as a masked softmax over all rows, for gradients: nothing gathered."""
+    chosen = (indices[..., None] == jnp.arange(kv.shape[1])[None, None, None]).any(2)[:, :, None]
+    logits = SCALE * jnp.einsum("bthc,bsc->bths", q, kv, precision="highest")
+    weight = jnp.where(chosen, jnp.exp(logits), 0.0)
+    total = weight.sum(-1)
+    out = jnp.einsum("bths,bsv->bthv", weight, kv[..., :value_dim], precision="highest")
+    return out / jnp.where(total > 0, total, 1.0)[..., None], total
+
+
+@functools.partial(jax.jit, static_argnames=("value_dim", "implementation"))
+def run(q, kv, indices, value_dim, implementation):
+    return sparse_mla(
+        q, kv, indices, scale=SCALE, value_dim=value_dim, implementation=implementation
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("value_dim", "implementation"))
+def gradients(q, kv, indices, d_out, value_dim, implementation):
+    """(dq, dkv) of the output, by the backend or, for None, by the masked dense form."""
+
+    def loss(q, kv):
+        if implementation is None:
+            out, _ = masked_dense(q, kv, indices, value_dim)
+        else:
+            out, _ = run(q, kv, indices, value_dim, implementation)
+        return (out * d_out).sum()
+
+    return jax.grad(loss, (0, 1))(q, kv)
+
+
+def random_indices(rng, batch, tokens, columns, rows, missing):
+    """Distinct rows per query in any order, some replaced by -1."""
+    order = np.argsort(rng.random((batch, tokens, rows)), axis=-1)[..., :columns]
+    return np.where(rng.random(order.shape) < missing, -1, order).astype(np.int32)
+
+
+# name -> (batch, tokens, heads, rows, size, value size, columns of indices, share of -1)
+CASES = {
+    "odd sizes": (2, 3, 5, 11, 7, 5, 4, 0.0),
+    "some missing": (2, 3, 5, 11, 7, 5, 6, 0.5),
+    "all rows": (1, 2, 1, 6, 8, 8, 6, 0.0),
+    "one row each": (2, 3, 2, 11, 7, 5, 1, 0.0),
+    "fewer rows than columns": (2, 3, 5, 4, 7, 1, 4, 0.6),
+}
+
+
+class Cases:
+    """What every backend must satisfy; a subclass names the backend and inherits all of it."""
+
+    implementation: str
+
+    def arrays(self, rng, case):
+        """(q, kv, indices, value_dim) of a case."""
+        batch, tokens, heads, rows, size, value_dim, columns, missing = CASES[case]
+        q = rng.standard_normal((batch, tokens, heads, size), np.float32)
+        kv = rng.standard_normal((batch, rows, size), np.float32)
+        return q, kv, random_indices(rng, batch, tokens, columns, rows, missing), value_dim
+
+    @pytest.mark.parametrize("case", list(CASES))
+    def test_output_and_log_denominator_equal_the_oracle(self, case, rng):
+        arrays = self.arrays(rng, case)
+        out, lse = run(*arrays, self.implementation)
+        expected_out, expected_lse = oracle(*arrays)
+        np.testing.assert_allclose(out, expected_out, **TOLERANCE)
+        np.testing.assert_allclose(lse, expected_lse, **TOLERANCE)
+        assert lse.dtype == jnp.float32
+
+    @pytest.mark.parametrize("case", list(CASES))
+    def test_gradients_equal_those_of_masked_dense_attention(self, case, rng):
+        q, kv, indices, value_dim = self.arrays(rng, case)
+        d_out = rng.standard_normal((*q.shape[:3], value_dim), np.float32)
+        got = gradients(q, kv, indices, d_out, value_dim, self.implementation)
+        for a, b in zip(got, gradients(q, kv, indices, d_out, value_dim, None), strict=True):
+            np.testing.assert_allclose(a, b, **TOLERANCE)
+
+    def test_a_query_without_rows_gives_zeros_and_minus_infinity_and_no_gradient(self, rng):
+        q, kv, indices, value_dim = self.arrays(rng, "odd sizes")
+        indices[0, 1] = -1
+        out, lse = run(q, kv, indices, value_dim, self.implementation)
+        assert not np.asarray(out[0, 1]).any() and np.isneginf(lse[0, 1]).all()
+        dq, dkv = gradients(
+            q, kv, indices, np.ones(out.shape, np.float32), value_dim, self.implementation
+        )
+        assert not np.asarray(dq[0, 1]).any() and np.isfinite(dkv).all()
+
+    def test_the_order_of_the_indices_and_where_the_gaps_are_do_not_matter(self, rng):
+        q, kv, indices, value_dim = self.arrays(rng, "some missing")
+        shuffled = rng.permuted(indices, axis=-1)
+        for a, b in zip(
+            run(q, kv, indices, value_dim, self.implementation),
+            run(q, kv, shuffled, value_dim, self.implementation),
+            strict=True,
+        ):
+            np.testing.assert_allclose(a, b, **TOLERANCE)
+
+    def test_nan_in_rows_not_chosen_reaches_nothing(self, rng):
+        q, kv, indices, value_dim = self.arrays(rng, "some missing")
+        indices[indices == 0] = -1  # row 0 too: gaps must not read it
+        unused = [[r for r in range(11) if r not in indices[b]] for b in range(2)]
+        assert (indices == -1).any() and all(0 in rows for rows in unused)
+        d_out = rng.standard_normal((*q.shape[:3], value_dim), np.float32)
+        clean = run(q, kv, indices, value_dim, self.implementation)
+        clean_gradients = gradients(q, kv, indices, d_out, value_dim, self.implementation)
+        for b, rows in enumerate(unused):
+            kv[b, rows] = np.nan
+        dirty = run(q, kv, indices, value_dim, self.implementation)
+        dirty_gradients = gradients(q, kv, indices, d_out, value_dim, self.implementation)
+        for a, b in zip((*clean, *clean_gradients), (*dirty, *dirty_gradients), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+    def test_large_logits_do_not_overflow(self, rng):
+        q, kv, indices, value_dim = self.arrays(rng, "odd sizes")
+        out, lse = run(1000 * q, kv, indices, value_dim, self.implementation)
+        assert np.isfinite(out).all() and np.isfinite(lse).all() and np.abs(lse).max() > 100
+
+    @given(hnp.arrays(np.int8, (8,), elements=st.integers(0, 2)))
+    def test_parts_over_disjoint_rows_merge_into_the_joint_softmax(self, owner):
+        rng = np.random.default_rng(1)
+        q = rng.standard_normal((1, 2, 3, 4), np.float32)
+        kv = rng.standard_normal((1, 8, 4), np.float32)
+        every = np.broadcast_to(np.arange(8, dtype=np.int32), (1, 2, 8))
+        joint = run(q, kv, every, 3, self.implementation)
+        parts = [
+            run(q, kv, np.where(owner == part, every, -1), 3, self.implementation)
+            for part in range(3)
+        ]
+        for a, b in zip(merge_partials(parts), joint, strict=True):
+            np.testing.assert_allclose(a, b, **TOLERANCE)
+
+
+class TestXla(Cases):
+    implementation = "xla"
+
+
+def test_merging_only_empty_parts_gives_zeros_and_minus_infinity():
+    empty = jnp.zeros((2, 3)), jnp.full(2, -jnp.inf)
+    out, lse = merge_partials([empty, empty])
+    assert not np.asarray(out).any() and np.isneginf(lse).all()
+
+
+def test_merging_one_part_changes_nothing(rng):
+    part = jnp.asarray(rng.standard_normal((2, 3), np.float32)), jnp.asarray([-1.5, 200.0])
+    for a, b in zip(merge_partials([part]), part, strict=True):
+        np.testing.assert_allclose(a, b, **TOLERANCE)
+
+
+@pytest.mark.misuse
+@pytest.mark.parametrize(
+    ("q", "kv", "indices", "value_dim", "message"),
+    [
+        ((2, 3, 4), (2, 5, 4), (2, 3, 1), 2, r"q must be \[B, T, H, C\].*\(2, 3, 4\)"),
+        ((2, 3, 1, 4), (2, 5, 6), (2, 3, 1), 2, r"B, T and C must agree; got q .*\(2, 5, 6\)"),
+        ((2, 3, 1, 4), (2, 5, 4), (2, 7, 1), 2, r"B, T and C must agree; .*\(2, 7, 1\)"),
+        ((2, 3, 1, 4), (2, 5, 4), (2, 3, 1), 5, r"value_dim must be in 1..4 .*; got 5"),
+        ((2, 3, 1, 4), (2, 5, 4), (2, 3, 1), 0, r"value_dim must be in 1..4 .*; got 0"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_named(q, kv, indices, value_dim, message):
+    with pytest.raises(ValueError, match=message):
+        sparse_mla(
+            jnp.ones(q), jnp.ones(kv), jnp.zeros(indices, jnp.int32), scale=1.0, value_dim=value_dim
+        )
