@@ -19,16 +19,18 @@ from jaxmoe.config import ModelConfig
 from jaxmoe.model import PassOptions, check_tokens, run, step, unembed
 from jaxmoe.params import Params
 
-DECODE_CHUNK = 64  # tokens per call of the decode loop, and with a callback the most between two calls of it
+DECODE_CHUNK = (
+    64  # tokens per call of the decode loop, and with a callback the most between two calls of it
+)
 CALLBACK_CHUNK = 8
 
 
 def bucket(n: int, *, smallest: int = 16) -> int:
-    """The smallest of 16, 24, 32, 48, 64, 96, ... that is >= n: at most a third is padding."""
-    size = smallest
-    while size < n:
-        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
-    return size
+    """The smallest of 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, ... that is >= n: four sizes per doubling."""
+    if n <= smallest:
+        return smallest
+    quarter = max(1 << (n - 1).bit_length() - 3, 1)
+    return -(-n // quarter) * quarter
 
 
 class Sampling(NamedTuple):
@@ -54,13 +56,19 @@ def _nucleus(logits: jax.Array, top_p: jax.Array) -> jax.Array:
     probability = jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1), axis=-1)
     before = jnp.cumsum(probability, axis=-1) - probability
     keep_sorted = (before < top_p[:, None]).at[:, 0].set(True)
-    keep = jnp.put_along_axis(jnp.zeros_like(keep_sorted), order, keep_sorted, axis=-1, inplace=False)
+    keep = jnp.put_along_axis(
+        jnp.zeros_like(keep_sorted), order, keep_sorted, axis=-1, inplace=False
+    )
     return jnp.where(keep, logits, -jnp.inf)
 
 
 def sample(
-    logits: Float[Array, "B V"], sampling: Sampling | None, index: Int[Array, ""], *, nucleus: bool = True
-) -> Int[Array, "B"]:
+    logits: Float[Array, "B V"],
+    sampling: Sampling | None,
+    index: Int[Array, ""],
+    *,
+    nucleus: bool = True,
+) -> Int[Array, " B"]:
     """The next token of each sequence.
 
     Args:
@@ -88,11 +96,13 @@ def _prefill(params, config, tokens, lengths, sampling, stop, *, capacity, optio
     token = sample(unembed(params, last), sampling, jnp.zeros((), jnp.int32), nucleus=nucleus)
     widths = ((0, 0), (0, 0), (0, capacity - tokens.shape[1]), (0, 0))
     cache = Cache({name: jnp.pad(rows, widths) for name, rows in output.entries.items()}, lengths)
-    done = (token[:, None] == stop).any(-1)
+    done = (token[:, None] == stop[None]).any(-1)
     return _State(cache, token, jnp.ones((), jnp.int32), done)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "chunk", "options", "nucleus"), donate_argnums=(2,))
+@functools.partial(
+    jax.jit, static_argnames=("config", "chunk", "options", "nucleus"), donate_argnums=(2,)
+)
 def _decode(params, config, state, sampling, stop, steps, *, chunk, options, nucleus):
     """Up to ``steps`` (<= chunk) more tokens; ends early when every sequence is done. Returns state, tokens, count."""
 
@@ -102,7 +112,7 @@ def _decode(params, config, state, sampling, stop, steps, *, chunk, options, nuc
         ones = jnp.ones_like(state.cache.lengths)
         token = sample(logits[:, 0], sampling, state.index, nucleus=nucleus)
         token = jnp.where(state.done, state.token, token)
-        done = state.done | (token[:, None] == stop).any(-1)
+        done = state.done | (token[:, None] == stop[None]).any(-1)
         column = state.index - first
         tokens = lax.dynamic_update_slice_in_dim(tokens, token[:, None], column, 1)
         return _State(commit(state.cache, entries, ones), token, state.index + 1, done), tokens
@@ -124,9 +134,13 @@ def _sampling(
     temperature = np.broadcast_to(np.asarray(temperature, np.float32), (batch,))
     top_p = np.broadcast_to(np.asarray(top_p, np.float32), (batch,))
     if not (np.isfinite(temperature).all() and (temperature >= 0).all()):
-        raise ValueError(f"temperature must be finite and >= 0; got {temperature.min()}. Use 0 for greedy.")
+        raise ValueError(
+            f"temperature must be finite and >= 0; got {temperature.min()}. Use 0 for greedy."
+        )
     if not ((top_p > 0) & (top_p <= 1)).all():
-        raise ValueError(f"top_p must be in (0, 1]; got {top_p.min()}..{top_p.max()}. Use 1.0 for no cut.")
+        raise ValueError(
+            f"top_p must be in (0, 1]; got {top_p.min()}..{top_p.max()}. Use 1.0 for no cut."
+        )
     if not (temperature > 0).any():
         return None, False
     if key is None:
@@ -134,7 +148,9 @@ def _sampling(
     if key.ndim == 0:
         key = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
     if key.shape != (batch,):
-        raise ValueError(f"key must be one key or one per sequence ({batch}); got shape {key.shape}.")
+        raise ValueError(
+            f"key must be one key or one per sequence ({batch}); got shape {key.shape}."
+        )
     return Sampling(jnp.asarray(temperature), jnp.asarray(top_p), key), bool((top_p < 1).any())
 
 
@@ -146,14 +162,14 @@ def _stop_ids(eos_token_id: int | Sequence[int] | None) -> np.ndarray:
 def generate(
     params: Params,
     config: ModelConfig,
-    tokens: Int[Array, "B T"],
+    tokens: Int[Array | np.ndarray, "B T"],
     max_new_tokens: int,
     *,
-    temperature: float | Float[Array, "B"] = 0.0,
-    top_p: float | Float[Array, "B"] = 1.0,
+    temperature: float | Float[Array | np.ndarray, " B"] = 0.0,
+    top_p: float | Float[Array | np.ndarray, " B"] = 1.0,
     key: jax.Array | None = None,
     width: int | None = None,
-    lengths: Int[Array, "B"] | None = None,
+    lengths: Int[Array | np.ndarray, " B"] | Sequence[int] | None = None,
     eos_token_id: int | Sequence[int] | None = None,
     on_tokens: Callable[[np.ndarray], None] | None = None,
     options: PassOptions = PassOptions(),
@@ -187,7 +203,9 @@ def generate(
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be >= 1; got {max_new_tokens}.")
     if width is not None:
-        raise ValueError(f"width={width} needs SEFP weights, which this version cannot serve; leave width=None.")
+        raise ValueError(
+            f"width={width} needs SEFP weights, which this version cannot serve; leave width=None."
+        )
     lengths = np.full(batch, length, np.int32) if lengths is None else np.asarray(lengths, np.int32)
     if lengths.shape != (batch,) or lengths.min() < 1 or lengths.max() > length:
         raise ValueError(f"lengths must be {batch} numbers in 1..{length}; got {lengths}.")
@@ -197,14 +215,18 @@ def generate(
 
     padded = jnp.pad(tokens, ((0, 0), (0, bucket(length) - length)))
     capacity = bucket(max(length + max_new_tokens, padded.shape[1]))
-    state = _prefill(params, config, padded, jnp.asarray(lengths), sampling, stop, capacity=capacity, **static)
+    state = _prefill(
+        params, config, padded, jnp.asarray(lengths), sampling, stop, capacity=capacity, **static
+    )
     pieces = [np.asarray(state.token)[:, None]]
     if on_tokens is not None:
         on_tokens(pieces[0])
     produced, chunk = 1, DECODE_CHUNK if on_tokens is None else CALLBACK_CHUNK
     while produced < max_new_tokens and not (stop.size and np.asarray(state.done).all()):
         steps = min(chunk, max_new_tokens - produced)
-        state, new, count = _decode(params, config, state, sampling, stop, steps, chunk=chunk, **static)
+        state, new, count = _decode(
+            params, config, state, sampling, stop, steps, chunk=chunk, **static
+        )
         piece = np.asarray(new)[:, : int(count)]
         pieces.append(piece)
         produced += piece.shape[1]

@@ -165,7 +165,10 @@ def _interleave(members: list[Entries]) -> Entries:
 
 
 def _concatenate(parts: list[Entries]) -> Entries:
-    return {name: jnp.concatenate([p[name] for p in parts if name in p]) for name in sorted(set().union(*parts))}
+    return {
+        name: jnp.concatenate([p[name] for p in parts if name in p])
+        for name in sorted(set().union(*parts))
+    }
 
 
 def run(
@@ -252,7 +255,9 @@ def mtp_hidden(
       (hidden states that predict t_{i+2} through the shared head, statistics of the module's layer).
     """
     batch, length = next_tokens.shape
-    embedded = rms_norm(params["embed"]["weight"][next_tokens], p["embed_norm"], config.rms_norm_eps)
+    embedded = rms_norm(
+        params["embed"]["weight"][next_tokens], p["embed_norm"], config.rms_norm_eps
+    )
     previous = rms_norm(hidden, p["hidden_norm"], config.rms_norm_eps)
     # Embedding first: the checkpoint's order, not the report's equation 21.
     x = linear(jnp.concatenate([embedded, previous], axis=-1), p["proj"])
@@ -278,10 +283,16 @@ def check_tokens(tokens: Any, config: ModelConfig, name: str = "tokens") -> jax.
     """
     array = tokens if isinstance(tokens, jax.core.Tracer) else np.asarray(tokens)
     if array.ndim != 2 or 0 in array.shape:
-        raise ValueError(f"{name} must be a non-empty [batch, length] array; got shape {array.shape}. Use {name}[None] for one.")
+        raise ValueError(
+            f"{name} must be a non-empty [batch, length] array; got shape {array.shape}. Use {name}[None] for one."
+        )
     if not jnp.issubdtype(array.dtype, jnp.integer):
-        raise TypeError(f"{name} must be integer token ids; got {array.dtype}. Cast with .astype('int32').")
-    if not isinstance(array, jax.core.Tracer) and (array.min() < 0 or array.max() >= config.vocab_size):
+        raise TypeError(
+            f"{name} must be integer token ids; got {array.dtype}. Cast with .astype('int32')."
+        )
+    if not isinstance(array, jax.core.Tracer) and (
+        array.min() < 0 or array.max() >= config.vocab_size
+    ):
         raise ValueError(
             f"{name} must lie in [0, vocab_size={config.vocab_size}); got {array.min()}..{array.max()}. Check the tokenizer."
         )
@@ -321,10 +332,14 @@ def forward(
       (1, 2, 320)
     """
     if options.attention not in ATTENTION_MODES:
-        raise ValueError(f"options.attention must be one of {ATTENTION_MODES}; got {options.attention!r}.")
+        raise ValueError(
+            f"options.attention must be one of {ATTENTION_MODES}; got {options.attention!r}."
+        )
     tokens = check_tokens(tokens, config)
     if positions is not None and positions.shape != tokens.shape:
-        raise ValueError(f"positions must have tokens' shape {tokens.shape}; got {positions.shape}.")
+        raise ValueError(
+            f"positions must have tokens' shape {tokens.shape}; got {positions.shape}."
+        )
     return _forward(params, config, tokens, positions, tables, options)
 
 
@@ -347,10 +362,20 @@ def _step_layer(p, config, x, experts, state, layer, index_layer, selection):
     with jax.named_scope("attention"):
         if config.is_mla:
             h, entries, selection = mla_step(
-                p, config, h, state.rotation, state.cache.entries, layer, index_layer, state.visible, selection
+                p,
+                config,
+                h,
+                state.rotation,
+                state.cache.entries,
+                layer,
+                index_layer,
+                state.visible,
+                selection,
             )
         else:
-            h, entries = gqa_step(p, config, h, state.rotation, state.cache.entries, layer, state.visible)
+            h, entries = gqa_step(
+                p, config, h, state.rotation, state.cache.entries, layer, state.visible
+            )
     x = x + h
     h = rms_norm(x, p["mlp_norm"], config.rms_norm_eps)
     with jax.named_scope("mlp"):
@@ -397,7 +422,9 @@ def _run_step_segment(segment, members, config, x, state, first_layer, first_ind
             layer = first_layer + repeat * width + j
             index_layer = first_index + repeat * sum(full) + sum(full[:j])
             experts = _layer_experts(p, split[j][1], repeat)
-            x, e, s, selection = _step_layer(p, config, x, experts, state, layer, index_layer, selection)
+            x, e, s, selection = _step_layer(
+                p, config, x, experts, state, layer, index_layer, selection
+            )
             entries.append(e)
             stats.append(s)
         return (x, selection), (entries, stats)
@@ -409,7 +436,9 @@ def _run_step_segment(segment, members, config, x, state, first_layer, first_ind
     return x, _interleave(entries), stats, selection
 
 
-def _initial_selection(config: ModelConfig, visible: step_attention.Selection) -> step_attention.Selection:
+def _initial_selection(
+    config: ModelConfig, visible: step_attention.Selection
+) -> step_attention.Selection:
     """A carry of the form that ``step_attention.select`` will return; its values are never read before that."""
     batch, tokens, capacity = visible.cached.shape
     if not step_attention.gathers(config.index_topk, capacity, tokens):

@@ -77,11 +77,13 @@ def make_report(
     for row in rows:
         missing = {"name", "value", "unit"} - set(row)
         if missing:
-            raise ValueError(f"a report row needs name, value and unit; {dict(row)} lacks {sorted(missing)}.")
+            raise ValueError(
+                f"a report row needs name, value and unit; {dict(row)} lacks {sorted(missing)}."
+            )
     return {
         "bench": bench,
         "command": command or command_line(),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": machine(),
         "versions": versions(),
         "rows": [dict(row) for row in rows],

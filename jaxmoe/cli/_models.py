@@ -55,7 +55,9 @@ def find_config(name: str) -> ModelConfig:
     return ModelConfig.from_dict(json.loads((step / "metadata.json").read_text())["config"])
 
 
-def load(name: str, dtype: Any = jnp.float32, *, mtp: bool | None = None) -> tuple[Params, ModelConfig]:
+def load(
+    name: str, dtype: Any = jnp.float32, *, mtp: bool | None = None
+) -> tuple[Params, ModelConfig]:
     """Parameters and config of a checkpoint directory of either kind."""
     path = pathlib.Path(name)
     if is_hf(path):

@@ -12,7 +12,12 @@ from jaxmoe.cli._models import dtype_of, is_hf, load
 from jaxmoe.params import param_count
 from jaxmoe.report import make_report, write_report
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json")
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "generation_config.json",
+    "special_tokens_map.json",
+)
 
 
 def convert(
@@ -36,7 +41,9 @@ def convert(
       json: Also write a JSON report.
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"target {target} exists and is not an empty directory; choose another, or remove it.")
+        raise ValueError(
+            f"target {target} exists and is not an empty directory; choose another, or remove it."
+        )
     to = to or ("native" if is_hf(source) else "hf")
     params, config = load(str(source), dtype_of(dtype), mtp=None if mtp else False)
     if not mtp and "mtp" in params:
@@ -56,5 +63,7 @@ def convert(
         + (f", with {', '.join(copied)}" if copied else "")
     )
     if json is not None:
-        rows = [{"name": "parameters", "value": count, "unit": "parameters", "to": to, "dtype": dtype}]
+        rows = [
+            {"name": "parameters", "value": count, "unit": "parameters", "to": to, "dtype": dtype}
+        ]
         write_report(json, make_report("convert", rows))

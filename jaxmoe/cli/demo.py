@@ -21,7 +21,13 @@ from jaxmoe.train import TrainConfig
 
 # About three minutes on two cores.
 DEMO = TrainConfig(
-    steps=500, batch_size=8, seq_len=256, learning_rate=4e-3, warmup_steps=40, eval_every=250, save_every=250
+    steps=500,
+    batch_size=8,
+    seq_len=256,
+    learning_rate=4e-3,
+    warmup_steps=40,
+    eval_every=250,
+    save_every=250,
 )
 DEVICES = 4
 PROMPT = "def __init__(self, "
@@ -35,17 +41,23 @@ def _simulate_devices() -> None:
         pass  # already initialised, e.g. in a test: use the devices there are
 
 
-def _restore_elsewhere(output: pathlib.Path, params, console: rich.console.Console) -> checkpoint.Restored:
+def _restore_elsewhere(
+    output: pathlib.Path, params, console: rich.console.Console
+) -> checkpoint.Restored:
     """Restores the last checkpoint onto a mesh of all devices and checks it against the trained parameters."""
     experts = min(len(jax.devices()), DEVICES)
     mesh = make_mesh(expert=experts, devices=jax.devices()[:experts])
     began = time.perf_counter()
     restored = checkpoint.restore(output / "checkpoints", mesh)
     equal = jax.tree.all(
-        jax.tree.map(lambda a, b: np.array_equal(np.asarray(a), np.asarray(b)), params, restored.params)
+        jax.tree.map(
+            lambda a, b: np.array_equal(np.asarray(a), np.asarray(b)), params, restored.params
+        )
     )
     if not equal:
-        raise RuntimeError("the restored parameters differ from the trained ones; please report this.")
+        raise RuntimeError(
+            "the restored parameters differ from the trained ones; please report this."
+        )
     console.print(
         f"restored step {restored.step} onto a mesh of {experts} devices (experts split {experts} ways) "
         f"in {time.perf_counter() - began:.1f} s: bit-identical"

@@ -34,7 +34,12 @@ def stream_text(
     ids = tokenizer.encode(prompt)
     if not ids:
         raise ValueError("the prompt is empty; give --prompt at least one character.")
-    stop = {t for t in np.atleast_1d(config.eos_token_id if config.eos_token_id is not None else []).tolist()}
+    stop = {
+        t
+        for t in np.atleast_1d(
+            config.eos_token_id if config.eos_token_id is not None else []
+        ).tolist()
+    }
     produced: list[int] = []
     shown = 0
 
@@ -46,7 +51,7 @@ def stream_text(
             produced.append(token)
         text = tokenizer.decode([t for t in produced if t not in stop])
         # An unfinished UTF-8 character decodes to the replacement sign; hold it back until it is whole.
-        ready = text[: -1] if text.endswith("\ufffd") else text
+        ready = text[:-1] if text.endswith("\ufffd") else text
         if write is not None:
             write(ready[shown:])
         shown = max(shown, len(ready))

@@ -24,7 +24,11 @@ _FP8_TILE = 128
 def _fp8_cache_bytes(config: ModelConfig) -> int | None:
     if not config.is_mla:
         return None
-    latent = config.kv_lora_rank + 4 * math.ceil(config.kv_lora_rank / _FP8_TILE) + 2 * config.qk_rope_head_dim
+    latent = (
+        config.kv_lora_rank
+        + 4 * math.ceil(config.kv_lora_rank / _FP8_TILE)
+        + 2 * config.qk_rope_head_dim
+    )
     layers = entry_layers(config)
     total = latent * layers["latent"]
     if config.index_topk is not None:
@@ -43,8 +47,14 @@ def _rows(config: ModelConfig) -> list[dict]:
     ]
     if config.num_nextn_predict_layers:
         with_mtp = params_lib.param_count(config, include_mtp=True)
-        rows.append(row("multi-token-prediction parameters", with_mtp - rows[0]["value"], "parameters"))
-    for name, dtype in (("float32", jnp.float32), ("bfloat16", jnp.bfloat16), ("float8", jnp.float8_e4m3fn)):
+        rows.append(
+            row("multi-token-prediction parameters", with_mtp - rows[0]["value"], "parameters")
+        )
+    for name, dtype in (
+        ("float32", jnp.float32),
+        ("bfloat16", jnp.bfloat16),
+        ("float8", jnp.float8_e4m3fn),
+    ):
         rows.append(row(f"weights in {name}", params_lib.nbytes(config, dtype), "bytes"))
     for name, dtype in (("float32", jnp.float32), ("bfloat16", jnp.bfloat16)):
         rows.append(row(f"cache per token in {name}", bytes_per_token(config, dtype), "bytes"))
@@ -67,14 +77,21 @@ def _human(value: int, unit: str) -> str:
 
 
 def _shape_line(config: ModelConfig) -> str:
-    parts = [f"{config.model_type}: {config.num_hidden_layers} layers", f"hidden {config.hidden_size}"]
+    parts = [
+        f"{config.model_type}: {config.num_hidden_layers} layers",
+        f"hidden {config.hidden_size}",
+    ]
     kind = "MLA" if config.is_mla else f"GQA ({config.num_key_value_heads} kv)"
     parts.append(f"{config.num_attention_heads} heads {kind}")
     if config.index_topk is not None:
-        parts.append(f"top-{config.index_topk} sparse attention, {config.index_n_heads} index heads")
+        parts.append(
+            f"top-{config.index_topk} sparse attention, {config.index_n_heads} index heads"
+        )
     if config.is_moe:
         shared = f" + {config.n_shared_experts} shared" if config.n_shared_experts else ""
-        parts.append(f"{config.n_routed_experts} experts{shared}, {config.num_experts_per_tok} active")
+        parts.append(
+            f"{config.n_routed_experts} experts{shared}, {config.num_experts_per_tok} active"
+        )
     return ", ".join(parts)
 
 
@@ -94,7 +111,11 @@ def info(
     console = rich.console.Console(soft_wrap=True)
     console.print(_shape_line(config))
     table = rich.table.Table(box=None, show_header=False, pad_edge=False)
-    table.add_column(), table.add_column(justify="right"), table.add_column(justify="right", style="dim")
+    (
+        table.add_column(),
+        table.add_column(justify="right"),
+        table.add_column(justify="right", style="dim"),
+    )
     for entry in rows:
         table.add_row(entry["name"], f"{entry['value']:,}", _human(entry["value"], entry["unit"]))
     console.print(table)

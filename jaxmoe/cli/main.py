@@ -17,19 +17,31 @@ from jaxmoe.errors import JaxMoeError
 COMMANDS = {"demo": demo, "train": train, "generate": generate, "convert": convert, "info": info}
 
 # What a user can cause and mend; anything else is our bug and keeps its traceback.
-_USER_ERRORS = (ValueError, TypeError, JaxMoeError, FileNotFoundError, NotADirectoryError, PermissionError)
+_USER_ERRORS = (
+    ValueError,
+    TypeError,
+    JaxMoeError,
+    FileNotFoundError,
+    NotADirectoryError,
+    PermissionError,
+)
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Runs the command line; exits 0, 1 for a user's mistake, 2 for a wrong option, 130 when interrupted."""
     try:
         tyro.extras.subcommand_cli_from_dict(
-            COMMANDS, prog="jaxmoe", description="One life of one sparse mixture-of-experts model.", args=args
+            COMMANDS,
+            prog="jaxmoe",
+            description="One life of one sparse mixture-of-experts model.",
+            args=args,
         )
     except _USER_ERRORS as error:
         if os.environ.get("JAXMOE_TRACEBACK"):
             raise
-        rich.console.Console(stderr=True, soft_wrap=True).print(f"[red]error:[/] {rich.markup.escape(str(error))}")
+        rich.console.Console(stderr=True, soft_wrap=True).print(
+            f"[red]error:[/] {rich.markup.escape(str(error))}"
+        )
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

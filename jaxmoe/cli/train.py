@@ -21,7 +21,9 @@ from jaxmoe.train.plot import plot_run
 
 
 @contextlib.contextmanager
-def training_progress(console: rich.console.Console, steps: int) -> Iterator[Callable[[Progress], None]]:
+def training_progress(
+    console: rich.console.Console, steps: int
+) -> Iterator[Callable[[Progress], None]]:
     """A progress bar with loss, tokens/s and ETA; yields the callback for ``train``."""
     columns = (
         rich.progress.TextColumn("training"),
@@ -46,7 +48,12 @@ def report_rows(summary: Summary, train_config: TrainConfig) -> tuple[list[dict]
     """Rows and ratios of a training report: held-out bits per byte beside gzip's on the same bytes."""
     baseline = gzip_bits_per_byte(summary.corpus, train_config.eval_bytes)
     rows = [
-        {"name": "held-out, sparse attention", "value": summary.bits_per_byte, "unit": "bits/byte", "step": summary.step},
+        {
+            "name": "held-out, sparse attention",
+            "value": summary.bits_per_byte,
+            "unit": "bits/byte",
+            "step": summary.step,
+        },
         {"name": "gzip -9, same bytes", "value": baseline, "unit": "bits/byte"},
         {"name": "training time", "value": summary.seconds, "unit": "s"},
     ]

@@ -48,7 +48,9 @@ def _mla_project(p: dict, config: ModelConfig, x: jax.Array, r: Rotation) -> _Pr
     )
 
 
-def _index(p: dict, config: ModelConfig, x: jax.Array, q_latent: jax.Array, r: Rotation) -> IndexInputs | None:
+def _index(
+    p: dict, config: ModelConfig, x: jax.Array, q_latent: jax.Array, r: Rotation
+) -> IndexInputs | None:
     if "indexer" not in p:
         return None
     # Detached inputs: the indexer's loss must not reach the model, nor the model's loss the indexer (spec 4.1).
@@ -86,9 +88,15 @@ def mla_sequence(
     projected = _mla_project(a, config, x, r)
     index = _index(p, config, x, projected.q_latent, r)
     precision = precision_of(x.dtype)
-    k_nope = jnp.einsum("btc,hnc->bthn", projected.latent, a["k_b"]["weight"].astype(x.dtype), precision=precision)
-    v = jnp.einsum("btc,hcv->bthv", projected.latent, a["v_b"]["weight"].astype(x.dtype), precision=precision)
-    k_rope = jnp.broadcast_to(projected.k_rope[:, :, None], (*k_nope.shape[:3], config.qk_rope_head_dim))
+    k_nope = jnp.einsum(
+        "btc,hnc->bthn", projected.latent, a["k_b"]["weight"].astype(x.dtype), precision=precision
+    )
+    v = jnp.einsum(
+        "btc,hcv->bthv", projected.latent, a["v_b"]["weight"].astype(x.dtype), precision=precision
+    )
+    k_rope = jnp.broadcast_to(
+        projected.k_rope[:, :, None], (*k_nope.shape[:3], config.qk_rope_head_dim)
+    )
     core = core_attention.causal_attention(
         jnp.concatenate([projected.q_nope, projected.q_rope], axis=-1),
         jnp.concatenate([k_nope, k_rope], axis=-1),
@@ -147,7 +155,9 @@ def mla_step(
         scale=config.softmax_scale,
         value_dim=config.kv_lora_rank,
     )
-    heads = jnp.einsum("bthc,hcv->bthv", out, a["v_b"]["weight"].astype(x.dtype), precision=precision)
+    heads = jnp.einsum(
+        "bthc,hcv->bthv", out, a["v_b"]["weight"].astype(x.dtype), precision=precision
+    )
     return linear(heads, a["o"], contract=2), entries, selection
 
 

@@ -110,7 +110,9 @@ def _block(
         mask = mask & lax.dynamic_slice_in_dim(x.selection, start, rows, axis=1)[:, :, :length]
     elif scores is not None and options.topk is not None and options.topk < length:
         mask = select_mask(jnp.where(mask, lax.stop_gradient(scores), -jnp.inf), options.topk)
-    out, probabilities = _softmax_block(q, x.k[:, :, :length], x.v[:, :, :length], mask, options.scale)
+    out, probabilities = _softmax_block(
+        q, x.k[:, :, :length], x.v[:, :, :length], mask, options.scale
+    )
     loss = jnp.zeros((), jnp.float32)
     if options.index_loss and scores is not None:
         real = (position < x.k.shape[2])[None, :, None]  # padding rows are no queries
@@ -168,7 +170,9 @@ def causal_attention(
     if index is not None:
         index = IndexInputs(_pad(index.q, 1, padded), index.k, _pad(index.weights, 1, padded))
     selection = None if selection is None else _pad(selection, 1, padded)
-    operands = _Operands(q.transpose(0, 2, 3, 1, 4), k.swapaxes(1, 2), v.swapaxes(1, 2), index, selection)
+    operands = _Operands(
+        q.transpose(0, 2, 3, 1, 4), k.swapaxes(1, 2), v.swapaxes(1, 2), index, selection
+    )
     step = -(-blocks // MAX_GROUPS)
     parts = [
         _group(operands, options, first, min(step, blocks - first), rows)

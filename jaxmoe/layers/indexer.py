@@ -25,10 +25,14 @@ class IndexInputs(NamedTuple):
 def _rotate_head(x: jax.Array, config: ModelConfig, r: Rotation) -> jax.Array:
     # Rotary part first, the reverse of MLA's order; half-split pairs, unlike MLA's (spec 11, traps 1 and 2).
     rotary, rest = jnp.split(x, [config.qk_rope_head_dim], axis=-1)
-    return jnp.concatenate([rotate(rotary, r, interleave=config.indexer_rope_interleave), rest], axis=-1)
+    return jnp.concatenate(
+        [rotate(rotary, r, interleave=config.indexer_rope_interleave), rest], axis=-1
+    )
 
 
-def index_inputs(p: dict, config: ModelConfig, x: jax.Array, q_latent: jax.Array, r: Rotation) -> IndexInputs:
+def index_inputs(
+    p: dict, config: ModelConfig, x: jax.Array, q_latent: jax.Array, r: Rotation
+) -> IndexInputs:
     """Index queries, keys and head weights.
 
     Both scale factors (key dimension and head count) are multiplied into the weights: they do not change the
@@ -45,4 +49,6 @@ def index_inputs(p: dict, config: ModelConfig, x: jax.Array, q_latent: jax.Array
     q = _rotate_head(linear(q_latent, p["q_b"]), config, r)
     k = _rotate_head(layer_norm(linear(x, p["k"]), p["k_norm"], KEY_NORM_EPS), config, r)
     weights = linear(x.astype(jnp.float32), p["head_weights"])
-    return IndexInputs(q, k, weights * jnp.float32((config.index_n_heads * config.index_head_dim) ** -0.5))
+    return IndexInputs(
+        q, k, weights * jnp.float32((config.index_n_heads * config.index_head_dim) ** -0.5)
+    )

@@ -39,7 +39,9 @@ def linear(x: jax.Array, p: dict[str, jax.Array], *, contract: int = 1) -> jax.A
     w = p["weight"]
     inputs, outputs = w.shape[:contract], w.shape[contract:]
     lead = x.shape[: x.ndim - contract]
-    y = matmul(x.reshape(*lead, math.prod(inputs)), w.reshape(math.prod(inputs), math.prod(outputs)))
+    y = matmul(
+        x.reshape(*lead, math.prod(inputs)), w.reshape(math.prod(inputs), math.prod(outputs))
+    )
     y = y.reshape(*lead, *outputs)
     if "bias" in p:
         y = y + jnp.expand_dims(p["bias"].astype(y.dtype), tuple(range(len(lead))))

@@ -36,7 +36,9 @@ def _llama3(rope: RopeConfig, base: np.ndarray) -> np.ndarray:
     slow = wavelength > length / rope.low_freq_factor
     fast = wavelength < length / rope.high_freq_factor
     scaled = base / np.float32(rope.factor)
-    smooth = (length / wavelength - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    smooth = (length / wavelength - rope.low_freq_factor) / (
+        rope.high_freq_factor - rope.low_freq_factor
+    )
     between = (1 - smooth) * scaled + smooth * base
     return np.where(slow, scaled, np.where(fast, base, between)).astype(np.float32)
 

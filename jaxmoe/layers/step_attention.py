@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmoe.layers.indexer import IndexInputs
-from pallas_kernels.index_topk import index_scores, select_positions, select_mask
+from pallas_kernels.index_topk import index_scores, select_mask, select_positions
 from pallas_kernels.sparse_mla.reference import Part, attend
 
 # While the cache holds at most this many times topk rows, masking all of them is faster than gathering topk of them

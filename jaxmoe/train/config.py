@@ -4,6 +4,10 @@ import dataclasses
 from typing import Any
 
 from jaxmoe.config import ModelConfig
+from jaxmoe.tokenizer import ByteTokenizer
+
+# What a resumed run may change.
+_BESIDE_THE_LOSSES = ("eval_every", "eval_bytes", "probe_bytes", "save_every", "keep")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +25,7 @@ class TrainConfig:
     final_learning_rate_ratio: float = 0.1
     """Learning rate at the last step, relative to the peak (cosine)."""
     warmup_steps: int = 50
-    """Steps of linear warm-up from 0; at most a tenth of the run."""
+    """Steps of linear warm-up; at most a tenth of the run."""
     beta1: float = 0.9
     """AdamW first-moment decay."""
     beta2: float = 0.95
@@ -29,7 +33,7 @@ class TrainConfig:
     weight_decay: float = 0.1
     """Decoupled weight decay, on matrices only."""
     clip_norm: float = 1.0
-    """Global gradient norm above which gradients are scaled down."""
+    """Gradient norm above which gradients are scaled down; the indexer's is taken apart from the model's."""
     mtp_weight: float = 0.3
     """Weight of the multi-token-prediction loss (lambda)."""
     balance_weight: float = 1e-4
@@ -40,20 +44,22 @@ class TrainConfig:
     """Weight of the indexer's KL loss."""
     eval_every: int = 200
     """Steps between evaluations; there is one at the end in any case."""
-    eval_bytes: int = 65536
-    """Held-out bytes scored by one evaluation."""
+    eval_bytes: int = 1 << 20
+    """Held-out bytes scored at the end; the standard library has about 250,000, so all of them."""
+    probe_bytes: int = 16384
+    """Held-out bytes scored by the evaluations before, spread evenly over the same text."""
     save_every: int = 200
     """Steps between checkpoints; there is one at the end in any case."""
     keep: int = 3
     """Checkpoints to keep."""
     seed: int = 0
     """Seed of parameters and data order."""
-    remat: bool = False
-    """Recompute activations in the backward pass: less memory, more time."""
+    remat: bool = True
+    """Recompute activations in the backward pass: less memory, and on CPU less time too."""
 
     def __post_init__(self):
         positive = ("steps", "batch_size", "seq_len", "learning_rate", "clip_norm", "eval_every", "save_every", "keep")
-        for name in (*positive, "eval_bytes"):
+        for name in (*positive, "eval_bytes", "probe_bytes"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive; got {getattr(self, name)}.")
         for name in ("mtp_weight", "balance_weight", "bias_update_speed", "index_weight", "weight_decay"):
@@ -70,6 +76,16 @@ class TrainConfig:
                 f"({model.max_position_embeddings}); shorten seq_len or derive a config with more positions."
             )
 
+        if model.vocab_size < ByteTokenizer.pad + 1:
+            raise ValueError(
+                f"vocab_size ({model.vocab_size}) must be >= {ByteTokenizer.pad + 1}, the ids of bytes and special "
+                f"tokens; use a config with vocab_size={ByteTokenizer.vocab_size}."
+            )
+
     def to_dict(self) -> dict[str, Any]:
         """A JSON-serialisable dict."""
         return dataclasses.asdict(self)
+
+    def trajectory(self) -> dict[str, Any]:
+        """The fields that decide the losses: equal ones, on equal text, give equal losses."""
+        return {k: v for k, v in self.to_dict().items() if k not in _BESIDE_THE_LOSSES}

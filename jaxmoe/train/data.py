@@ -17,7 +17,11 @@ from jaxmoe.tokenizer import EOS
 
 VALIDATION_SHARE = 20  # one file (or, in a single file, one byte) in so many is held out
 # Not part of the language's own library, or data in Python's clothes.
-_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idlelib", "turtledemo", "lib2to3", "__pycache__"}
+_SKIPPED = {
+    "site-packages", "dist-packages", "test", "tests", "idlelib", "turtledemo", "lib2to3", "__pycache__",
+}  # fmt: skip
+# Generated when Python was built: they name that machine's compiler and paths.
+_BUILD_PREFIXES = ("config-", "_sysconfigdata")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,10 +46,29 @@ class Corpus:
 
 def _stdlib_files() -> tuple[pathlib.Path, list[pathlib.Path]]:
     root = pathlib.Path(sysconfig.get_paths()["stdlib"])
-    files = [p for p in root.rglob("*.py") if not _SKIPPED & set(p.relative_to(root).parts)]
+    parts = {p: p.relative_to(root).parts for p in root.rglob("*.py")}
+    files = [
+        p
+        for p, names in parts.items()
+        if not _SKIPPED & set(names) and not any(n.startswith(_BUILD_PREFIXES) for n in names)
+    ]
     if not files:
         raise ValueError(f"no Python sources in {root}; pass --data with a file or directory of your own text.")
     return root, files
+
+
+def _visible_files(root: pathlib.Path) -> list[pathlib.Path]:
+    hidden = lambda p: any(name.startswith(".") for name in p.relative_to(root).parts)
+    return [p for p in root.rglob("*") if p.is_file() and not hidden(p)]
+
+
+def _read(path: pathlib.Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ValueError(
+            f"{path} cannot be read ({error.strerror}); change its permissions, or move it out of --data."
+        ) from error
 
 
 def _tokens(documents: list[bytes]) -> np.ndarray:
@@ -56,7 +79,7 @@ def _tokens(documents: list[bytes]) -> np.ndarray:
 def load_corpus(path: str | os.PathLike[str] | None = None) -> Corpus:
     """The user's text, or by default the sources of Python's standard library.
 
-    A directory is split by file: a file is held out if the CRC-32 of its relative path is divisible by 20 (if
+    A directory (hidden files are left out) is split by file: a file is held out if the CRC-32 of its relative path is divisible by 20 (if
     that picks none, the last file is). A single file's last twentieth is held out. Any bytes will do.
 
     Args:
@@ -73,18 +96,19 @@ def load_corpus(path: str | os.PathLike[str] | None = None) -> Corpus:
         name = root.name
         if not root.exists():
             raise ValueError(f"--data {root} does not exist; pass a file or a directory of text.")
-        files = [root] if root.is_file() else [p for p in root.rglob("*") if p.is_file()]
+        files = [root] if root.is_file() else _visible_files(root)
     if path is not None and root.is_file():
-        data = root.read_bytes()
+        data = _read(root)
         cut = len(data) - len(data) // VALIDATION_SHARE
         parts = [data[:cut]], [data[cut:]]
         total, digest = len(data), hashlib.sha256(data)
     else:
         named = sorted((p.relative_to(root).as_posix(), p) for p in files)
-        contents = {relative: p.read_bytes() for relative, p in named}
+        contents = {relative: _read(p) for relative, p in named}
         contents = {relative: data for relative, data in contents.items() if data}
         held_out = {n for n in contents if zlib.crc32(n.encode()) % VALIDATION_SHARE == 0}
-        held_out = held_out or set(sorted(contents)[-1:])
+        # Neither side may be empty.
+        held_out = (held_out or set(sorted(contents)[-1:])) - set(sorted(contents)[:1])
         parts = [d for n, d in contents.items() if n not in held_out], [contents[n] for n in sorted(held_out)]
         digest = hashlib.sha256()
         for relative, data in contents.items():
@@ -107,16 +131,21 @@ def batch(corpus: Corpus, seed: int, step: int, batch_size: int, length: int) ->
     last = corpus.train.size - length
     if last < 0:
         raise ValueError(f"the corpus has {corpus.train.size} training tokens, fewer than one window of {length}; shorten seq_len.")
-    generator = np.random.Generator(np.random.Philox(key=seed, counter=step))
-    starts = generator.integers(0, last + 1, batch_size)
+    # The step is part of the key: as the counter it would give neighbouring steps overlapping streams. Raw words,
+    # because Generator's methods may change between NumPy versions.
+    words = np.random.Philox(key=[seed, step]).random_raw(batch_size)
+    starts = (words % np.uint64(last + 1)).astype(np.int64)
     return corpus.train[starts[:, None] + np.arange(length)].astype(np.int32)
 
 
-def evaluation_windows(corpus: Corpus, max_bytes: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+def evaluation_windows(
+    corpus: Corpus, max_bytes: int, length: int, probe_bytes: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Windows over the first ``max_bytes`` held-out tokens, and which of their targets count.
 
     Windows overlap by half and only their second half counts (the first window counts whole), so that every
-    scored byte has at least half a window of context, and each counts once.
+    scored byte has at least half a window of context, and each counts once. With ``probe_bytes``, evenly spread
+    windows that score about so many of them.
 
     Returns:
       tokens int32 [N, length + 1] and mask bool [N, length] over the targets ``tokens[:, 1:]``.
@@ -129,6 +158,10 @@ def evaluation_windows(corpus: Corpus, max_bytes: int, length: int) -> tuple[np.
     position = starts[:, None] + 1 + np.arange(length)
     first_new = np.where(starts == 0, 0, length - stride)
     mask = (position < stream.size) & (np.arange(length) >= first_new[:, None])
+    if probe_bytes is not None:
+        count = min(len(starts), max(1, probe_bytes // stride))
+        chosen = np.linspace(0, len(starts) - 1, count).round().astype(np.int64)
+        windows, mask = windows[chosen], mask[chosen]
     return windows, mask
 
 

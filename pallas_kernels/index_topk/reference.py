@@ -25,7 +25,9 @@ def index_scores(q: jax.Array, k: jax.Array, weights: jax.Array) -> jax.Array:
     weights = weights.astype(jnp.float32)
     if tokens > 1:
         # One head at a time: [B, T, I, S] would be many times larger than the result and leave the cache.
-        def head(total: jax.Array, q_and_weight: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        def head(
+            total: jax.Array, q_and_weight: tuple[jax.Array, jax.Array]
+        ) -> tuple[jax.Array, None]:
             q_head, weight = q_and_weight
             dots = jnp.einsum(
                 "btk,bsk->bts", q_head, k, precision=precision, preferred_element_type=jnp.float32

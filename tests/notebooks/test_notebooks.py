@@ -19,7 +19,10 @@ def test_there_are_notebooks():
 def test_notebook_runs_from_start_to_end(source, tmp_path):
     notebook = jupytext.read(source)
     client = nbclient.NotebookClient(
-        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+        notebook,
+        timeout=300,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(tmp_path)}},
     )
     client.execute()
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
