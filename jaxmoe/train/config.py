@@ -58,11 +58,26 @@ class TrainConfig:
     """Recompute activations in the backward pass: less memory, and on CPU less time too."""
 
     def __post_init__(self):
-        positive = ("steps", "batch_size", "seq_len", "learning_rate", "clip_norm", "eval_every", "save_every", "keep")
+        positive = (
+            "steps",
+            "batch_size",
+            "seq_len",
+            "learning_rate",
+            "clip_norm",
+            "eval_every",
+            "save_every",
+            "keep",
+        )
         for name in (*positive, "eval_bytes", "probe_bytes"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive; got {getattr(self, name)}.")
-        for name in ("mtp_weight", "balance_weight", "bias_update_speed", "index_weight", "weight_decay"):
+        for name in (
+            "mtp_weight",
+            "balance_weight",
+            "bias_update_speed",
+            "index_weight",
+            "weight_decay",
+        ):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be >= 0; got {getattr(self, name)}.")
         if self.warmup_steps < 0:

@@ -53,13 +53,15 @@ def _stdlib_files() -> tuple[pathlib.Path, list[pathlib.Path]]:
         if not _SKIPPED & set(names) and not any(n.startswith(_BUILD_PREFIXES) for n in names)
     ]
     if not files:
-        raise ValueError(f"no Python sources in {root}; pass --data with a file or directory of your own text.")
+        raise ValueError(
+            f"no Python sources in {root}; pass --data with a file or directory of your own text."
+        )
     return root, files
 
 
 def _visible_files(root: pathlib.Path) -> list[pathlib.Path]:
-    hidden = lambda p: any(name.startswith(".") for name in p.relative_to(root).parts)
-    return [p for p in root.rglob("*") if p.is_file() and not hidden(p)]
+    files = [p for p in root.rglob("*") if p.is_file()]
+    return [p for p in files if not any(n.startswith(".") for n in p.relative_to(root).parts)]
 
 
 def _read(path: pathlib.Path) -> bytes:
@@ -73,14 +75,34 @@ def _read(path: pathlib.Path) -> bytes:
 
 def _tokens(documents: list[bytes]) -> np.ndarray:
     end = np.asarray([EOS], np.uint16)
-    return np.concatenate([part for d in documents for part in (np.frombuffer(d, np.uint8).astype(np.uint16), end)])
+    return np.concatenate(
+        [part for d in documents for part in (np.frombuffer(d, np.uint8).astype(np.uint16), end)]
+    )
+
+
+def _split(contents: dict[str, bytes]) -> tuple[list[bytes], list[bytes]]:
+    """(training documents, held-out documents)."""
+    if len(contents) == 1:
+        (data,) = contents.values()
+        cut = len(data) - len(data) // VALIDATION_SHARE
+        return [data[:cut]], [data[cut:]]
+    # A hash of the name alone: files that come or go leave the others where they are.
+    crc = {name: zlib.crc32(name.encode(errors="surrogateescape")) for name in contents}
+    held_out = {name for name in contents if crc[name] % VALIDATION_SHARE == 0}
+    held_out = held_out or set(list(contents)[-1:])
+    if len(held_out) == len(contents):
+        held_out = set(sorted(held_out)[1:])
+    return (
+        [data for name, data in contents.items() if name not in held_out],
+        [data for name, data in contents.items() if name in held_out],
+    )
 
 
 def load_corpus(path: str | os.PathLike[str] | None = None) -> Corpus:
     """The user's text, or by default the sources of Python's standard library.
 
     A directory (hidden files are left out) is split by file: a file is held out if the CRC-32 of its relative path is divisible by 20 (if
-    that picks none, the last file is). A single file's last twentieth is held out. Any bytes will do.
+    that picks none, the last file is). An only file's last twentieth is held out. Any bytes will do.
 
     Args:
       path: a file, a directory (all files below it), or None.
@@ -97,23 +119,14 @@ def load_corpus(path: str | os.PathLike[str] | None = None) -> Corpus:
         if not root.exists():
             raise ValueError(f"--data {root} does not exist; pass a file or a directory of text.")
         files = [root] if root.is_file() else _visible_files(root)
-    if path is not None and root.is_file():
-        data = _read(root)
-        cut = len(data) - len(data) // VALIDATION_SHARE
-        parts = [data[:cut]], [data[cut:]]
-        total, digest = len(data), hashlib.sha256(data)
-    else:
-        named = sorted((p.relative_to(root).as_posix(), p) for p in files)
-        contents = {relative: _read(p) for relative, p in named}
-        contents = {relative: data for relative, data in contents.items() if data}
-        held_out = {n for n in contents if zlib.crc32(n.encode()) % VALIDATION_SHARE == 0}
-        # Neither side may be empty.
-        held_out = (held_out or set(sorted(contents)[-1:])) - set(sorted(contents)[:1])
-        parts = [d for n, d in contents.items() if n not in held_out], [contents[n] for n in sorted(held_out)]
-        digest = hashlib.sha256()
-        for relative, data in contents.items():
-            digest.update(f"{relative}\0{len(data)}\0".encode() + data)
-        total = sum(map(len, contents.values()))
+    named = sorted((p.relative_to(root).as_posix(), p) for p in files)
+    contents = {relative: _read(p) for relative, p in named}
+    contents = {relative: data for relative, data in contents.items() if data}
+    digest = hashlib.sha256()
+    for relative, data in contents.items():
+        digest.update(f"{relative}\0{len(data)}\0".encode(errors="surrogateescape") + data)
+    total = sum(map(len, contents.values()))
+    parts = _split(contents)
     if not total or not any(parts[0]) or not any(parts[1]):
         raise ValueError(
             f"{name} holds {total} bytes in {len(files)} files, too little to split; pass at least two files, or one of 20 bytes."
@@ -130,7 +143,9 @@ def batch(corpus: Corpus, seed: int, step: int, batch_size: int, length: int) ->
     """
     last = corpus.train.size - length
     if last < 0:
-        raise ValueError(f"the corpus has {corpus.train.size} training tokens, fewer than one window of {length}; shorten seq_len.")
+        raise ValueError(
+            f"the corpus has {corpus.train.size} training tokens, fewer than one window of {length}; shorten seq_len."
+        )
     # The step is part of the key: as the counter it would give neighbouring steps overlapping streams. Raw words,
     # because Generator's methods may change between NumPy versions.
     words = np.random.Philox(key=[seed, step]).random_raw(batch_size)

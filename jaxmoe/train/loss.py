@@ -2,10 +2,12 @@
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from jaxmoe.config import ModelConfig
 from jaxmoe.model import LayerStats, PassOptions, mtp_hidden, run, unembed
+from jaxmoe.moe import MoeOptions
 from jaxmoe.params import Params
 from jaxmoe.train.config import TrainConfig
 
@@ -20,8 +22,21 @@ def _sum(stats: list[LayerStats], field: str) -> jax.Array:
     return sum((getattr(s, field).sum() for s in stats), jnp.zeros((), jnp.float32))
 
 
+def pass_options(
+    config: ModelConfig, train_config: TrainConfig, mesh: Mesh | None = None
+) -> PassOptions:
+    """How the training pass is computed; on a mesh, experts exchange tokens over its "expert" axis."""
+    moe = MoeOptions() if mesh is None else MoeOptions("all_to_all", mesh)
+    index_loss = config.index_topk is not None and train_config.index_weight > 0
+    return PassOptions("dense", index_loss, moe, train_config.remat)
+
+
 def loss(
-    params: Params, config: ModelConfig, train_config: TrainConfig, tokens: Int[Array, "B W"]
+    params: Params,
+    config: ModelConfig,
+    train_config: TrainConfig,
+    tokens: Int[Array, "B W"],
+    mesh: Mesh | None = None,
 ) -> tuple[Float[Array, ""], dict]:
     """Total loss and its parts on windows of ``seq_len + 2`` tokens.
 
@@ -29,11 +44,11 @@ def loss(
     the two gradients touch disjoint parameters. Evaluation and inference attend sparsely.
 
     Returns:
-      (total, aux): aux has float32 scalars "loss" (nats per token), "mtp_loss", "balance_loss", "index_loss"
-      (nats per query and layer), and "load", the choices per expert of every MoE layer, in the structure that
+      (total, aux): total in nats; aux has float32 scalars "loss" (nats per token), "mtp_loss", "balance_loss", "index_loss"
+      (nats per query and layer with an indexer), and "load", the choices per expert of every MoE layer, in the structure that
       ``step.update_biases`` reads.
     """
-    options = PassOptions(attention="dense", index_loss=config.index_topk is not None, remat=train_config.remat)
+    options = pass_options(config, train_config, mesh)
     inputs, targets, targets_mtp = tokens[:, :-2], tokens[:, 1:-1], tokens[:, 2:]
     output = run(params, config, inputs, options=options)
     lm = cross_entropy(unembed(params, output.hidden), targets).mean()
@@ -45,7 +60,8 @@ def loss(
         mtp = mtp + cross_entropy(unembed(params, hidden), targets_mtp).mean()
         mtp_stats.append(module_stats)
     every = [*stats, *mtp_stats]
-    layers = config.num_hidden_layers + len(mtp_stats)
+    kinds = (*config.layer_kinds, *[config.mtp_kind] * len(mtp_stats))
+    layers = max(1, sum(kind.indexer == "full" for kind in kinds))
     balance = _sum(every, "balance_loss")
     index = _sum(every, "index_loss") / (layers * inputs.size)
     c = train_config

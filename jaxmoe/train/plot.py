@@ -22,7 +22,9 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict]:
     return records
 
 
-def plot_run(directory: str | os.PathLike[str], target: str | os.PathLike[str] | None = None) -> pathlib.Path:
+def plot_run(
+    directory: str | os.PathLike[str], target: str | os.PathLike[str] | None = None
+) -> pathlib.Path:
     """Draws ``training.png`` from a run's metrics: loss, held-out bits per byte, load per layer, load per expert.
 
     Args:
@@ -42,7 +44,9 @@ def plot_run(directory: str | os.PathLike[str], target: str | os.PathLike[str] |
     records = read_metrics(directory / "metrics.jsonl")
     steps = np.asarray([r["step"] for r in records])
     has_load = "load" in records[0]
-    figure, axes = plt.subplots(1, 3 if has_load else 1, figsize=(15 if has_load else 6, 4), squeeze=False)
+    figure, axes = plt.subplots(
+        1, 3 if has_load else 1, figsize=(15 if has_load else 6, 4), squeeze=False
+    )
     _plot_loss(axes[0, 0], steps, records)
     if has_load:
         _plot_balance(axes[0, 1], steps, records)
@@ -65,8 +69,15 @@ def _plot_loss(axis, steps: np.ndarray, records: list[dict]) -> None:
     axis.plot(steps[window - 1 :], _smooth(bits, window), color="tab:blue", label="training")
     held_out = [(r["step"], r["bits_per_byte"]) for r in records if "bits_per_byte" in r]
     if held_out:
-        axis.plot(*zip(*held_out, strict=True), "o-", color="tab:orange", label="held out, sparse attention")
-    axis.set(xlabel="step", ylabel="bits per byte", title="loss", ylim=(0, min(8.5, bits.max() * 1.05)))
+        axis.plot(
+            *zip(*held_out, strict=True),
+            "o-",
+            color="tab:orange",
+            label="held out, sparse attention",
+        )
+    axis.set(
+        xlabel="step", ylabel="bits per byte", title="loss", ylim=(0, min(8.5, bits.max() * 1.05))
+    )
     axis.grid(alpha=0.3)
     axis.legend()
 
@@ -75,7 +86,9 @@ def _plot_balance(axis, steps: np.ndarray, records: list[dict]) -> None:
     ratio = np.asarray([r["load_max_over_mean"] for r in records])
     window = max(1, min(25, len(ratio) // 10))
     for layer in range(ratio.shape[1]):
-        axis.plot(steps[window - 1 :], _smooth(ratio[:, layer], window), label=f"MoE layer {layer + 1}")
+        axis.plot(
+            steps[window - 1 :], _smooth(ratio[:, layer], window), label=f"MoE layer {layer + 1}"
+        )
     axis.axhline(1.0, color="black", linewidth=0.8, linestyle=":")
     axis.set(xlabel="step", ylabel="busiest expert / mean", title="expert balance")
     axis.grid(alpha=0.3)

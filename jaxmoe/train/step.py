@@ -1,15 +1,20 @@
 """One optimiser step."""
 
 import functools
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxmoe import params as params_lib
+from jaxmoe import sharding as sharding_lib
 from jaxmoe.config import ModelConfig
+from jaxmoe.moe import MoeOptions
 from jaxmoe.moe.balance import update_bias
 from jaxmoe.train.config import TrainConfig
 from jaxmoe.train.loss import loss
@@ -25,30 +30,112 @@ class TrainState:
 
 
 def learning_rate(train_config: TrainConfig) -> optax.Schedule:
-    """Linear warm-up from 0, then cosine to the final ratio."""
+    """Linear warm-up, whose first step already has a positive rate, then cosine to the final ratio."""
     c = train_config
     warmup = min(c.warmup_steps, c.steps // 10)
-    return optax.warmup_cosine_decay_schedule(
-        0.0, c.learning_rate, warmup, max(c.steps, warmup + 1), c.learning_rate * c.final_learning_rate_ratio
-    )
+
+    def schedule(count: jax.Array) -> jax.Array:
+        t = jnp.asarray(count, jnp.float32)
+        rise = (t + 1) / (warmup + 1)
+        done = jnp.clip((t - warmup) / max(c.steps - 1 - warmup, 1), 0.0, 1.0)
+        end = c.final_learning_rate_ratio
+        fall = end + (1 - end) * (1 + jnp.cos(jnp.pi * done)) / 2
+        return c.learning_rate * jnp.minimum(rise, fall)
+
+    return schedule
+
+
+def _group(path: tuple[Any, ...]) -> str:
+    return "index" if "/indexer/" in params_lib.path_name(path) else "model"
+
+
+def group_norms(grads: params_lib.Params) -> dict[str, jax.Array]:
+    """Norms of the gradient of the "model" and of its indexers ("index"), float32."""
+    squares = {"model": jnp.zeros((), jnp.float32), "index": jnp.zeros((), jnp.float32)}
+    for path, g in jax.tree_util.tree_leaves_with_path(grads):
+        squares[_group(path)] += jnp.square(g.astype(jnp.float32)).sum()
+    return {name: jnp.sqrt(total) for name, total in squares.items()}
+
+
+def _clip(max_norm: float) -> optax.GradientTransformation:
+    """Clips model and indexers each by their own norm: one norm would let either loss scale the other's step."""
+
+    def update(grads, state, params=None):
+        del params
+        scale = {k: jnp.minimum(1.0, max_norm / (n + 1e-9)) for k, n in group_norms(grads).items()}
+        clipped = jax.tree_util.tree_map_with_path(
+            lambda path, g: g * scale[_group(path)].astype(g.dtype), grads
+        )
+        return clipped, state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
 def make_optimizer(config: ModelConfig, train_config: TrainConfig) -> optax.GradientTransformation:
-    """AdamW with clipping. Only matrices decay: neither norms nor biases, so neither the routers' correction bias."""
+    """AdamW with clipping. Only matrices decay: neither norms nor biases."""
     decays = jax.tree.map(lambda s: s.init == "normal", params_lib.spec(config))
     c = train_config
     return optax.chain(
-        optax.clip_by_global_norm(c.clip_norm),
+        _clip(c.clip_norm),
         optax.adamw(
             learning_rate(c), b1=c.beta1, b2=c.beta2, weight_decay=c.weight_decay, mask=decays
         ),
     )
 
 
-def init_state(config: ModelConfig, train_config: TrainConfig) -> TrainState:
-    """A fresh state from ``train_config.seed``."""
-    params = params_lib.init_params(config, jax.random.key(train_config.seed))
-    return TrainState(jnp.zeros((), jnp.int32), params, make_optimizer(config, train_config).init(params))
+def abstract_state(config: ModelConfig, train_config: TrainConfig) -> TrainState:
+    """The state as ``jax.ShapeDtypeStruct``s."""
+    params = params_lib.abstract_params(config)
+    optimizer = jax.eval_shape(make_optimizer(config, train_config).init, params)
+    return TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, optimizer)
+
+
+def state_shardings(config: ModelConfig, train_config: TrainConfig, mesh: Mesh) -> TrainState:
+    """Shardings of a state on a mesh: the optimiser's moments like their parameters, the rest everywhere."""
+    by_param = sharding_lib.shardings(config, mesh)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    optimizer = optax.tree_utils.tree_map_params(
+        make_optimizer(config, train_config),
+        lambda _, sharding: sharding,
+        abstract_state(config, train_config).opt_state,
+        by_param,
+        transform_non_params=lambda _: everywhere,
+    )
+    return TrainState(everywhere, by_param, optimizer)
+
+
+def batch_sharding(mesh: Mesh, batch_size: int) -> NamedSharding:
+    """Sequences split over the mesh's data and expert axes.
+
+    Raises:
+      ValueError: if the batch is not divisible, naming both numbers.
+    """
+    axes = {axis: mesh.shape[axis] for axis in MoeOptions().token_axes if axis in mesh.shape}
+    shards = math.prod(axes.values())
+    if batch_size % shards:
+        named = " x ".join(f"{axis}={size}" for axis, size in axes.items())
+        raise ValueError(
+            f"batch_size ({batch_size}) must be divisible by the mesh's {named} ({shards} shards); use a multiple "
+            f"of {shards}, or a smaller mesh."
+        )
+    return NamedSharding(mesh, PartitionSpec(tuple(axes)))
+
+
+def init_state(
+    config: ModelConfig, train_config: TrainConfig, mesh: Mesh | None = None
+) -> TrainState:
+    """A fresh state from ``train_config.seed``, on one device or created in place on a mesh."""
+    shardings = None if mesh is None else state_shardings(config, train_config, mesh)
+    params = params_lib.init_params(
+        config, jax.random.key(train_config.seed), shardings=shardings and shardings.params
+    )
+    init = jax.jit(
+        make_optimizer(config, train_config).init, out_shardings=shardings and shardings.opt_state
+    )
+    step = jnp.zeros((), jnp.int32)
+    if mesh is not None:
+        step = jax.device_put(step, shardings.step)
+    return TrainState(step, params, init(params))
 
 
 def update_biases(params: params_lib.Params, load: dict, speed: float) -> params_lib.Params:
@@ -74,28 +161,54 @@ def update_biases(params: params_lib.Params, load: dict, speed: float) -> params
     return updated
 
 
-@functools.partial(jax.jit, static_argnames=("config", "train_config"), donate_argnums=(0,))
+def _load_table(load: dict) -> jax.Array | None:
+    """[layers, E] in layer order, the MTP module's last; None for a model without experts."""
+    rows = []
+    for members in load["segments"]:
+        sparse = [x for x in members if x.shape[-1]]
+        if sparse:  # a segment's members take turns
+            rows.append(jnp.stack(sparse, axis=1).reshape(-1, sparse[0].shape[-1]))
+    rows += [x[None] for x in load["mtp"] if x.shape[-1]]
+    return jnp.concatenate(rows) if rows else None
+
+
+@functools.partial(jax.jit, static_argnames=("config", "train_config", "mesh"), donate_argnums=(0,))
 def train_step(
-    state: TrainState, tokens: jax.Array, config: ModelConfig, train_config: TrainConfig
+    state: TrainState,
+    tokens: jax.Array,
+    config: ModelConfig,
+    train_config: TrainConfig,
+    mesh: Mesh | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One step on windows [B, seq_len + 2]; donates ``state``.
 
+    On a mesh, ``state`` lies as ``state_shardings`` says (and stays so) and ``tokens`` as ``batch_sharding``.
+
     Returns:
-      (new state, metrics): float32 scalars, and "load", int32 [E] per MoE layer stacked over all layers.
+      (new state, metrics): float32 scalars, and "load", int32 [layers, E], the choices per expert.
     """
     gradient = jax.value_and_grad(loss, has_aux=True)
-    (total, aux), grads = gradient(state.params, config, train_config, tokens)
+    (total, aux), grads = gradient(state.params, config, train_config, tokens, mesh)
     load = aux.pop("load")
-    updates, opt_state = make_optimizer(config, train_config).update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    params = update_biases(params, load, train_config.bias_update_speed)
+    # optax mixes Python numbers and integers, which strict dtype promotion (as in our tests) refuses.
+    with jax.named_scope("optimizer"), jax.numpy_dtype_promotion("standard"):
+        optimizer = make_optimizer(config, train_config)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        # Routing stops gradients at the correction bias and it is not decayed, so only the load moves it.
+        params = update_biases(params, load, train_config.bias_update_speed)
+    norms = group_norms(grads)
     metrics = {
         "total_loss": total,
         **aux,
-        "grad_norm": optax.global_norm(grads),
+        "grad_norm": norms["model"],
+        "index_grad_norm": norms["index"],
         "learning_rate": learning_rate(train_config)(state.step),
     }
-    loads = [x.reshape(-1, x.shape[-1]) for x in jax.tree.leaves(load) if x.shape[-1]]
-    if loads:
-        metrics["load"] = jnp.concatenate(loads)
-    return TrainState(state.step + 1, params, opt_state), metrics
+    table = _load_table(load)
+    if table is not None:
+        metrics["load"] = table
+    after = TrainState(state.step + 1, params, opt_state)
+    if mesh is not None:
+        after = lax.with_sharding_constraint(after, state_shardings(config, train_config, mesh))
+    return after, metrics

@@ -2,10 +2,11 @@
 
 ``jax.lax.ragged_dot`` on CPU is a dense expansion (every row times every group). Here the groups are cut
 into blocks of ``block`` rows and a loop with a data-dependent trip count multiplies one block by one
-matrix, so that the work is that of the useful rows plus less than one block per group. A block may run
-past the end of its group; what it writes there belongs to the next group, whose own block overwrites it
-afterwards, since blocks are visited in row order. So no row is copied into padded storage.
+matrix, so that the work is that of the useful rows plus less than one block per group. A block may reach
+beyond its group; there it keeps what other blocks wrote. So no row is copied into padded storage.
 """
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,25 +15,45 @@ from jax import lax
 from pallas_kernels.grouped_matmul import config
 
 
-def _schedule(
-    group_sizes: jax.Array, rows: int, block: int
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Group and first row of every block, and the number of blocks in use.
+class _Blocks(NamedTuple):
+    """The schedule of a loop over row blocks.
 
-    The static bound follows from sum(ceil(n/b)) <= floor(rows/b) + (non-empty groups).
+    Attributes:
+      size: rows per block.
+      used: int32, how many blocks the loop visits.
+      group: [N] int32, each block's group.
+      start: [N] int32, first row that each block reads; within bounds by a whole block.
+      first, last: [N] int32, the rows of the group in this block are first <= row < last.
     """
+
+    size: int
+    used: jax.Array
+    group: jax.Array
+    start: jax.Array
+    first: jax.Array
+    last: jax.Array
+
+    def inside(self, i: jax.Array) -> jax.Array:
+        """[size, 1] bool: which rows of block i belong to its group."""
+        row = self.start[i] + jnp.arange(self.size, dtype=jnp.int32)
+        return ((row >= self.first[i]) & (row < self.last[i]))[:, None]
+
+
+def _blocks(group_sizes: jax.Array, rows: int) -> _Blocks:
+    """Cuts every group into blocks. N is bounded: sum(ceil(n/b)) <= floor(rows/b) + (non-empty groups)."""
     groups = group_sizes.shape[0]
-    bound = min(groups, rows) + rows // block
-    blocks = -(-group_sizes // block)
-    block_end = jnp.cumsum(blocks)
+    size = min(config.block_rows(rows, groups), rows)
+    bound = min(groups, rows) + rows // size
+    count = -(-group_sizes // size)
+    block_end, row_end = jnp.cumsum(count), jnp.cumsum(group_sizes)
     index = jnp.arange(bound, dtype=jnp.int32)
     # How many groups end at or before this block: its group. Compare-and-sum beats searchsorted at these sizes.
     group = (index[:, None] >= block_end[None]).sum(1, dtype=jnp.int32)
     group = jnp.minimum(group, groups - 1)
-    first_row = (jnp.cumsum(group_sizes) - group_sizes)[group] + (
-        index - (block_end - blocks)[group]
-    ) * block
-    return group, first_row, block_end[-1]
+    first = (row_end - group_sizes)[group] + (index - (block_end - count)[group]) * size
+    return _Blocks(
+        size, block_end[-1], group, jnp.minimum(first, rows - size), first, row_end[group]
+    )
 
 
 def _dot(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
@@ -50,47 +71,46 @@ def _rows_times_groups(
     transpose: bool,
 ) -> jax.Array:
     """y[r] = x[r] @ w[group of r] (or its transpose); rows past the last group are zero."""
-    rows, out = x.shape[0], w.shape[1] if transpose else w.shape[2]
-    block = config.block_rows(rows, group_sizes.shape[0])
-    group, first_row, used = _schedule(group_sizes, rows, block)
-    x = jnp.pad(x, ((0, block), (0, 0)))
+    blocks = _blocks(group_sizes, x.shape[0])
 
     def body(i: jax.Array, y: jax.Array) -> jax.Array:
-        w_block = lax.dynamic_index_in_dim(w, group_offset + group[i], 0, keepdims=False)
-        x_block = lax.dynamic_slice_in_dim(x, first_row[i], block)
+        w_block = lax.dynamic_index_in_dim(w, group_offset + blocks.group[i], 0, keepdims=False)
+        x_block = lax.dynamic_slice_in_dim(x, blocks.start[i], blocks.size)
         y_block = _dot(x_block, w_block, (1, 1 if transpose else 0)).astype(y.dtype)
-        return lax.dynamic_update_slice_in_dim(y, y_block, first_row[i], 0)
+        before = lax.dynamic_slice_in_dim(y, blocks.start[i], blocks.size)
+        y_block = jnp.where(blocks.inside(i), y_block, before)
+        return lax.dynamic_update_slice_in_dim(y, y_block, blocks.start[i], 0)
 
-    y = lax.fori_loop(0, used, body, jnp.zeros((rows + block, out), x.dtype))[:rows]
-    # The last block's overhang is the one that no later block overwrites.
-    return jnp.where((jnp.arange(rows) < group_sizes.sum())[:, None], y, jnp.zeros((), y.dtype))
+    out = w.shape[1] if transpose else w.shape[2]
+    return lax.fori_loop(0, blocks.used, body, jnp.zeros((x.shape[0], out), x.dtype))
 
 
 def _groups_outer(
-    x: jax.Array, dy: jax.Array, group_sizes: jax.Array, group_offset: jax.Array | int, w: jax.Array
+    x: jax.Array,
+    dy: jax.Array,
+    group_sizes: jax.Array,
+    group_offset: jax.Array | int,
+    w: jax.Array,
 ) -> jax.Array:
     """dw[g] = x[rows of g].T @ dy[rows of g], accumulated in float32."""
-    rows = x.shape[0]
-    block = config.block_rows(rows, group_sizes.shape[0])
-    group, first_row, used = _schedule(group_sizes, rows, block)
-    ends = jnp.cumsum(group_sizes)
-    x = jnp.pad(x, ((0, block), (0, 0)))
-    dy = jnp.pad(dy, ((0, block), (0, 0)))
+    blocks = _blocks(group_sizes, x.shape[0])
 
     def body(i: jax.Array, dw: jax.Array) -> jax.Array:
         # Both factors are masked, not one: what lies past the group may be inf or NaN.
-        inside = (first_row[i] + jnp.arange(block) < ends[group[i]])[:, None]
-        x_block = jnp.where(
-            inside, lax.dynamic_slice_in_dim(x, first_row[i], block), jnp.zeros((), x.dtype)
+        x_block, dy_block = (
+            jnp.where(
+                blocks.inside(i),
+                lax.dynamic_slice_in_dim(rows, blocks.start[i], blocks.size),
+                jnp.zeros((), rows.dtype),
+            )
+            for rows in (x, dy)
         )
-        dy_block = jnp.where(
-            inside, lax.dynamic_slice_in_dim(dy, first_row[i], block), jnp.zeros((), dy.dtype)
-        )
-        g = group_offset + group[i]
-        total = lax.dynamic_index_in_dim(dw, g, 0, keepdims=False) + _dot(x_block, dy_block, (0, 0))
+        g = group_offset + blocks.group[i]
+        total = lax.dynamic_index_in_dim(dw, g, 0, keepdims=False)
+        total = total + _dot(x_block, dy_block, (0, 0))
         return lax.dynamic_update_index_in_dim(dw, total, g, 0)
 
-    return lax.fori_loop(0, used, body, jnp.zeros(w.shape, jnp.float32)).astype(w.dtype)
+    return lax.fori_loop(0, blocks.used, body, jnp.zeros(w.shape, jnp.float32)).astype(w.dtype)
 
 
 @jax.custom_vjp

@@ -47,9 +47,9 @@ _MOE: Fields = {
 }  # fmt: skip
 V3 = _SIZES | _MLA | _MOE
 # Sixteen heads or more: with fewer, whole rows of scores are exactly zero and torch breaks ties at random.
-_V32 = V3 | {"index_n_heads": 16, "index_head_dim": 32, "index_topk": 8}
-_GLM = _V32 | {"n_group": 1, "topk_group": 1, "num_hidden_layers": 4, "rms_norm_eps": 1e-5}
-_LLAMA = _SIZES | {"num_key_value_heads": 2, "rms_norm_eps": 1e-5}
+V32 = V3 | {"index_n_heads": 16, "index_head_dim": 32, "index_topk": 8}
+GLM = V32 | {"n_group": 1, "topk_group": 1, "num_hidden_layers": 4, "rms_norm_eps": 1e-5}
+LLAMA = _SIZES | {"num_key_value_heads": 2, "rms_norm_eps": 1e-5}
 
 # Sizes that are multiples of nothing.
 _ODD: Fields = {
@@ -73,7 +73,7 @@ RELEASED_YARN = rope(
 )  # fmt: skip
 # Short original contexts put the comparison's positions beyond them and all three bands into use.
 _SHORT_YARN = {"factor": 8.0, "original_max_position_embeddings": 32}
-_LLAMA3 = rope(
+LLAMA3_ROPE = rope(
     "llama3", 500000.0, factor=8.0, original_max_position_embeddings=32, low_freq_factor=1.0,
     high_freq_factor=4.0,
 )  # fmt: skip
@@ -110,59 +110,59 @@ CASES: dict[str, Case] = {
     ),
     # DeepSeek-V3.2: the comparison's 152 tokens below, at, and above index_topk.
     "v32 as released, context 19 x topk": Case(
-        "DeepseekV32", _V32 | RELEASED_YARN | {"first_k_dense_replace": 1}, optimised=True
+        "DeepseekV32", V32 | RELEASED_YARN | {"first_k_dense_replace": 1}, optimised=True
     ),
-    "v32 context below topk": Case("DeepseekV32", _V32 | RELEASED_YARN | {"index_topk": 400}),
+    "v32 context below topk": Case("DeepseekV32", V32 | RELEASED_YARN | {"index_topk": 400}),
     "v32 context at topk, dense and sparse layers mixed": Case(
         "DeepseekV32",
-        _V32
+        V32
         | {"index_topk": 152, "num_hidden_layers": 4}
         | {"mlp_layer_types": ["sparse", "dense", "sparse", "dense"]},
     ),
     "v32 context 5 x topk, no groups": Case(
-        "DeepseekV32", _V32 | {"index_topk": 30, "n_group": 1, "topk_group": 1}
+        "DeepseekV32", V32 | {"index_topk": 30, "n_group": 1, "topk_group": 1}
     ),
     "v32 odd sizes, topk 3, biases": Case(
         "DeepseekV32",
-        _V32
+        V32
         | _ODD_DEEPSEEK
         | {"index_n_heads": 19, "index_head_dim": 21, "index_topk": 3, "attention_bias": True},
     ),
     "v32 prompt of several query blocks": Case(
-        "DeepseekV32", _V32 | rope("yarn", **_SHORT_YARN, mscale_all_dim=1.0), batch=1, prompt=300
+        "DeepseekV32", V32 | rope("yarn", **_SHORT_YARN, mscale_all_dim=1.0), batch=1, prompt=300
     ),
     # GLM-5: selections shared between layers.
     "glm one indexer for several layers": Case(
         "GlmMoeDsa",
-        _GLM | {"indexer_types": ["full", "shared", "shared", "full"], "first_k_dense_replace": 1},
+        GLM | {"indexer_types": ["full", "shared", "shared", "full"], "first_k_dense_replace": 1},
     ),
-    "glm every layer its own": Case("GlmMoeDsa", _GLM | rope("default", 1e6)),
+    "glm every layer its own": Case("GlmMoeDsa", GLM | rope("default", 1e6)),
     "glm frequency and offset": Case(
         "GlmMoeDsa",
-        _GLM | {"index_topk_freq": 2, "index_skip_topk_offset": 1},
+        GLM | {"index_topk_freq": 2, "index_skip_topk_offset": 1},
         omit=("indexer_types",),
     ),
     "glm pattern, groups, context below topk": Case(
         "GlmMoeDsa",
-        _GLM | {"index_topk_pattern": "FSFS", "n_group": 2, "topk_group": 1, "index_topk": 400},
+        GLM | {"index_topk_pattern": "FSFS", "n_group": 2, "topk_group": 1, "index_topk": 400},
         omit=("indexer_types",),
     ),
     # Llama.
     "llama grouped queries, llama3 rope, own head size": Case(
-        "Llama", _LLAMA | _LLAMA3 | {"head_dim": 22}, optimised=True
+        "Llama", LLAMA | LLAMA3_ROPE | {"head_dim": 22}, optimised=True
     ),
     "llama one key head, linear rope, biases": Case(
         "Llama",
-        _LLAMA
+        LLAMA
         | rope("linear", factor=4.0)
         | {"num_key_value_heads": 1, "attention_bias": True, "mlp_bias": True},
     ),
     "llama yarn, tied": Case(
-        "Llama", _LLAMA | rope("yarn", **_SHORT_YARN) | {"tie_word_embeddings": True}
+        "Llama", LLAMA | rope("yarn", **_SHORT_YARN) | {"tie_word_embeddings": True}
     ),
     "llama odd sizes, gelu": Case(
         "Llama",
-        _LLAMA | _ODD | {"num_key_value_heads": 3, "head_dim": 10, "hidden_act": "gelu_pytorch_tanh"},
+        LLAMA | _ODD | {"num_key_value_heads": 3, "head_dim": 10, "hidden_act": "gelu_pytorch_tanh"},
     ),
 }
 
@@ -209,7 +209,9 @@ def _random_llama(dice: _Dice) -> Fields:
     key_heads = dice.among(1, 2, 3)
     heads = key_heads * dice.among(1, 2, 4)
     fields = {"num_attention_heads": heads, "num_key_value_heads": key_heads}
-    fields["hidden_size"] = heads * 2 * dice.between(3, 8)  # transformers insists on a multiple of heads
+    # transformers insists on a multiple of heads, and below about 30 rounding is amplified.
+    fewest = -(-16 // heads)
+    fields["hidden_size"] = 2 * heads * dice.between(fewest, max(fewest, 45 // heads))
     if dice.flag():
         fields["head_dim"] = 2 * dice.between(3, 12)
     return fields | {"attention_bias": dice.flag(0.3), "mlp_bias": dice.flag(0.3)}

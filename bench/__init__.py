@@ -1,0 +1,1 @@
+"""Benchmarks: one file per question, ``python -m bench.NAME --json FILE``."""

@@ -1,0 +1,114 @@
+"""What the benches share: interleaved timing, and the transformers peer on the same weights."""
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+import jaxmoe
+from jaxmoe import checkpoint
+from jaxmoe.report import make_report, write_report
+
+
+def time_interleaved(
+    runs: Mapping[str, Callable[[], Any]], *, rounds: int = 10, warmup: int = 2
+) -> dict[str, list[float]]:
+    """Seconds of each run, by name.
+
+    Runs take turns (A B A B ...), so that drift of the machine hits all alike. A run must block until its
+    result is there. Warm-up rounds (compilation, caches) are not counted.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(warmup + rounds):
+        for name, run in runs.items():
+            began = time.perf_counter()
+            run()
+            if turn >= warmup:
+                seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
+def row(name: str, values: list[float], unit: str, **more: Any) -> dict[str, Any]:
+    """A report row: the median, with the extremes and the number of rounds."""
+    return {
+        "name": name,
+        "value": statistics.median(values),
+        "unit": unit,
+        "best": min(values),
+        "worst": max(values),
+        "rounds": len(values),
+        **more,
+    }
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """Options that every bench has."""
+    options = argparse.ArgumentParser(description=description)
+    options.add_argument("--json", help="write the report here")
+    options.add_argument("--seed", type=int, default=0)
+    options.add_argument("--rounds", type=int, default=10)
+    return options
+
+
+def finish(bench: str, rows: list[dict], ratios: dict[str, float], path: str | None) -> None:
+    """Prints the rows and ratios and writes the report."""
+    width = max(len(r["name"]) for r in rows)
+    for r in rows:
+        print(f"{r['name']:{width}}  {r['value']:12.4g} {r['unit']}")
+    for name, value in ratios.items():
+        print(f"{name}: {value:.2f}")
+    if path:
+        write_report(path, make_report(bench, rows, ratios))
+
+
+def weights(preset: str, seed: int) -> tuple[Any, jaxmoe.ModelConfig]:
+    """Parameters and config of a preset without its MTP module, which no peer runs in plain generation.
+
+    Matrices are four times the initial scale: logits then differ enough between tokens for greedy outputs
+    to be comparable.
+    """
+    if preset not in jaxmoe.presets:
+        raise SystemExit(f"--preset must be one of {', '.join(jaxmoe.presets)}; got {preset!r}.")
+    config = jaxmoe.presets[preset].replace(num_nextn_predict_layers=0)
+    params = jaxmoe.init_params(config, jax.random.key(seed))
+    return jax.tree.map(lambda x: x * 4 if x.ndim > 2 else x, params), config
+
+
+def prompts(config: jaxmoe.ModelConfig, batch: int, length: int, seed: int) -> np.ndarray:
+    """Random byte prompts, int32 [batch, length]."""
+    generator = np.random.default_rng(seed)
+    return generator.integers(0, min(256, config.vocab_size), (batch, length)).astype(np.int32)
+
+
+def transformers_model(params: Any, config: jaxmoe.ModelConfig, experts: str | None = None) -> Any:
+    """The same weights as a transformers model on CPU, float32.
+
+    Args:
+      params: parameters.
+      config: the model.
+      experts: transformers' expert implementation; None leaves its default.
+    """
+    try:
+        import torch
+        import transformers
+    except ImportError as error:
+        raise SystemExit(
+            "--against transformers needs the extra 'parity': pip install 'jaxmoe[parity]'."
+        ) from error
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as directory:
+        checkpoint.save_hf(directory, params, config)
+        more = {} if experts is None else {"experts_implementation": experts}
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            directory, dtype=torch.float32, **more
+        )
+    return model.eval()
+
+
+EXPERT_IMPLEMENTATIONS = (None, "eager", "batched_mm")

@@ -1,0 +1,37 @@
+"""The picture of a run."""
+
+import json
+
+import matplotlib.image
+import numpy as np
+import pytest
+
+from jaxmoe.train.plot import plot_run
+
+
+def write(directory, load=True):
+    directory.mkdir(exist_ok=True)
+    lines = []
+    for step in range(1, 41):
+        line = {"step": step, "loss": 5.0 / step}
+        if load:
+            line |= {"load_max_over_mean": [1.5, 1.1], "load": [[step, 3, 2, 1], [4, 4, 4, 4]]}
+        if step % 20 == 0:
+            line["bits_per_byte"] = 8.0 / step
+        lines.append(json.dumps(line))
+    (directory / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+
+
+@pytest.mark.parametrize("load", [True, False])
+def test_the_plot_is_a_png_with_something_on_it(tmp_path, load):
+    write(tmp_path, load)
+    path = plot_run(tmp_path)
+    assert path.read_bytes().startswith(b"\x89PNG")
+    pixels = matplotlib.image.imread(path)
+    assert min(pixels.shape[:2]) > 300
+    assert len(np.unique(pixels.reshape(-1, pixels.shape[2]), axis=0)) > 50
+
+
+def test_no_metrics_is_one_line(tmp_path):
+    with pytest.raises(ValueError, match="train first"):
+        plot_run(tmp_path)

@@ -1,0 +1,185 @@
+"""One training step: what each loss reaches, the optimiser, the balance of experts."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from train.support import MODEL, with_options
+
+import jaxmoe
+from jaxmoe.moe.balance import update_bias
+from jaxmoe.moe.route import expert_load, route
+from jaxmoe.params import flatten
+from jaxmoe.sharding import make_mesh
+from jaxmoe.train.loss import cross_entropy, loss
+from jaxmoe.train.step import (
+    batch_sharding,
+    group_norms,
+    init_state,
+    learning_rate,
+    make_optimizer,
+    state_shardings,
+    train_step,
+)
+
+
+def tokens(seed=0, batch=4, length=34):
+    return jnp.asarray(np.random.default_rng(seed).integers(0, 256, (batch, length)), jnp.int32)
+
+
+@functools.cache
+def gradients(mtp_weight, balance_weight, index_weight, lm_weight=1.0):
+    """Gradient by parameter name; ``lm_weight`` 0 takes the next-token loss out."""
+    options = with_options(
+        mtp_weight=mtp_weight, balance_weight=balance_weight, index_weight=index_weight
+    )
+    params = jaxmoe.init_params(MODEL, jax.random.key(0))
+
+    def total(params):
+        value, aux = loss(params, MODEL, options, tokens())
+        return value - (1.0 - lm_weight) * aux["loss"]
+
+    return {name: np.asarray(g) for name, g in flatten(jax.jit(jax.grad(total))(params)).items()}
+
+
+def test_the_language_model_losses_do_not_reach_the_indexer():
+    for name, g in gradients(0.3, 1e-4, 0.0).items():
+        if "/indexer/" in name:
+            assert not g.any(), name
+
+
+def test_the_indexers_loss_reaches_nothing_else():
+    for name, g in gradients(0.0, 0.0, 1.0, lm_weight=0.0).items():
+        assert g.any() == ("/indexer/" in name), name
+
+
+def test_the_two_gradients_add_up_unmixed():
+    both, model, index = (
+        gradients(0.3, 1e-4, 1.0),
+        gradients(0.3, 1e-4, 0.0),
+        gradients(0.0, 0.0, 1.0, lm_weight=0.0),
+    )
+    for name in both:
+        expected = index[name] if "/indexer/" in name else model[name]
+        # Different programs, fused differently: float32 rounding of sums over 128 positions.
+        scale = np.abs(expected).max()
+        np.testing.assert_allclose(both[name], expected, atol=1e-5 * scale, err_msg=name)
+
+
+def test_no_gradient_reaches_the_correction_bias():
+    for name, g in gradients(0.3, 1e-4, 1.0).items():
+        if name.endswith("router/bias"):
+            assert not g.any(), name
+
+
+def test_every_other_parameter_learns():
+    for name, g in gradients(0.3, 1e-4, 1.0).items():
+        assert g.any() or name.endswith("router/bias"), name
+
+
+def test_a_step_moves_the_bias_by_the_load_and_by_nothing_else():
+    options = with_options(bias_update_speed=0.25)
+    state = init_state(MODEL, options)
+    before = jax.device_get(state.params)
+    state, metrics = train_step(state, tokens(), MODEL, options)
+    layers = [
+        (before["segments"][1][0], state.params["segments"][1][0], metrics["load"][0]),
+        (before["mtp"][0]["layer"], state.params["mtp"][0]["layer"], metrics["load"][1]),
+    ]
+    for old, new, load in layers:
+        load = np.asarray(load, np.float32)
+        expected = old["moe"]["router"]["bias"] + 0.25 * np.sign(load.mean() - load)
+        np.testing.assert_array_equal(new["moe"]["router"]["bias"], expected)
+    assert metrics["load"].shape == (2, MODEL.n_routed_experts)
+    assert (metrics["load"].sum(1) == 4 * 32 * MODEL.num_experts_per_tok).all()
+
+
+def test_an_imbalanced_router_becomes_balanced():
+    config = MODEL.replace(n_group=1, topk_group=1)
+    key_x, key_w = jax.random.split(jax.random.key(0))
+    x = jax.random.normal(key_x, (512, config.hidden_size), jnp.float32)
+    weight = jax.random.normal(key_w, (config.hidden_size, 8), jnp.float32) * 0.05
+    # Experts 0 and 1 are everyone's first choice.
+    bias = jnp.zeros(8, jnp.float32).at[:2].set(0.3)
+    load = functools.partial(expert_load, num_experts=8)
+
+    @jax.jit
+    def step(bias):
+        chosen = load(route({"weight": weight, "bias": bias}, config, x).expert_ids)
+        return update_bias(bias, chosen, 0.01), chosen
+
+    bias, first = step(bias)
+    for _ in range(60):
+        bias, last = step(bias)
+    assert first.max() / first.mean() > 3.9
+    assert last.max() / last.mean() < 1.3
+
+
+def test_only_matrices_decay():
+    options = with_options(weight_decay=0.5, learning_rate=1.0, warmup_steps=0)
+    params = jaxmoe.init_params(MODEL, jax.random.key(0))
+    optimizer = make_optimizer(MODEL, options)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    with jax.numpy_dtype_promotion("standard"):
+        updates, _ = optimizer.update(zeros, optimizer.init(params), params)
+    for name, update in flatten(updates).items():
+        kept = "norm" in name or name.endswith("bias")
+        assert bool(jnp.any(update)) != kept, name
+
+
+def test_model_and_indexer_are_clipped_by_their_own_norms():
+    grads = jax.tree.map(jnp.zeros_like, jaxmoe.init_params(MODEL, jax.random.key(0)))
+    grads["norm"]["weight"] = grads["norm"]["weight"].at[0].set(0.5)
+    indexer = grads["segments"][0][0]["indexer"]["k_norm"]
+    indexer["weight"] = indexer["weight"].at[0, 0].set(100.0)
+    assert {k: float(v) for k, v in group_norms(grads).items()} == {"model": 0.5, "index": 100.0}
+    clip = make_optimizer(MODEL, with_options(clip_norm=1.0))
+    # With one common norm the model's part would become 0.005; Adam divides that out, so look at its mean.
+    with jax.numpy_dtype_promotion("standard"):
+        _, state = clip.update(grads, clip.init(grads), grads)
+    mean = flatten(state[1][0].mu)
+    np.testing.assert_allclose(mean["norm/weight"][0], 0.1 * 0.5, rtol=1e-6)
+    np.testing.assert_allclose(mean["segments/0/0/indexer/k_norm/weight"][0, 0], 0.1, rtol=1e-6)
+
+
+def test_the_schedule_rises_then_falls_to_its_ratio():
+    options = with_options(
+        steps=100, learning_rate=2.0, warmup_steps=9, final_learning_rate_ratio=0.1
+    )
+    rates = np.asarray(jax.vmap(learning_rate(options))(jnp.arange(100)))
+    np.testing.assert_allclose(rates[[0, 9, 99]], [0.2, 2.0, 0.2], rtol=1e-5)
+    assert (np.diff(rates[:10]) > 0).all() and (np.diff(rates[9:]) < 0).all()
+
+
+def test_cross_entropy_is_the_log_of_the_softmax():
+    logits = jax.random.normal(jax.random.key(0), (2, 3, 7), jnp.float32)
+    targets = jnp.asarray([[0, 6, 2], [3, 3, 1]], jnp.int32)
+    probabilities = jax.nn.softmax(logits)
+    expected = -np.log(np.take_along_axis(np.asarray(probabilities), np.asarray(targets)[..., None], -1))
+    np.testing.assert_allclose(cross_entropy(logits, targets), expected[..., 0], rtol=1e-5)
+
+
+def test_a_batch_that_does_not_divide_names_both_numbers(devices):
+    mesh = make_mesh(data=2, expert=2, devices=devices[:4])
+    with pytest.raises(ValueError, match=r"batch_size \(6\).*data=2 x expert=2 \(4 shards\)"):
+        batch_sharding(mesh, 6)
+
+
+def test_a_mesh_gives_the_losses_of_one_device(devices):
+    options = with_options(steps=3)
+    mesh = make_mesh(data=2, expert=2, devices=devices[:4])
+    alone, spread = init_state(MODEL, options), init_state(MODEL, options, mesh)
+    wanted = state_shardings(MODEL, options, mesh)
+    for step in range(3):
+        batch = tokens(step)
+        alone, expected = train_step(alone, batch, MODEL, options)
+        placed = jax.device_put(batch, batch_sharding(mesh, 4))
+        spread, metrics = train_step(spread, placed, MODEL, options, mesh)
+        for name in ("loss", "mtp_loss", "index_loss", "grad_norm"):
+            # Sums in another order, then three Adam steps.
+            np.testing.assert_allclose(metrics[name], expected[name], rtol=1e-4, err_msg=name)
+        np.testing.assert_array_equal(metrics["load"], expected["load"])
+    experts = spread.params["segments"][1][0]["moe"]["experts"]["down"]
+    assert experts.sharding == wanted.params["segments"][1][0]["moe"]["experts"]["down"]
