@@ -15,21 +15,30 @@ from jaxmoe import checkpoint
 from jaxmoe.report import make_report, write_report
 
 
-def time_interleaved(
-    runs: Mapping[str, Callable[[], Any]], *, rounds: int = 10, warmup: int = 2
-) -> dict[str, list[float]]:
-    """Seconds of each run, by name.
+def timed(run: Callable[[], Any]) -> Callable[[], float]:
+    """``run``, which must block until its result is there, as a function that returns its seconds."""
 
-    Runs take turns (A B A B ...), so that drift of the machine hits all alike. A run must block until its
-    result is there. Warm-up rounds (compilation, caches) are not counted.
+    def measure() -> float:
+        began = time.perf_counter()
+        run()
+        return time.perf_counter() - began
+
+    return measure
+
+
+def interleave(
+    measures: Mapping[str, Callable[[], float]], *, rounds: int = 10, warmup: int = 2
+) -> dict[str, list[float]]:
+    """Calls functions that return seconds, in turns (A B A B ...), so that drift of the machine hits all alike.
+
+    Warm-up rounds (compilation, caches) are not counted.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    seconds: dict[str, list[float]] = {name: [] for name in measures}
     for turn in range(warmup + rounds):
-        for name, run in runs.items():
-            began = time.perf_counter()
-            run()
+        for name, measure in measures.items():
+            value = measure()
             if turn >= warmup:
-                seconds[name].append(time.perf_counter() - began)
+                seconds[name].append(value)
     return seconds
 
 
@@ -53,6 +62,18 @@ def parser(description: str) -> argparse.ArgumentParser:
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--rounds", type=int, default=10)
     return options
+
+
+def add_peers(options: argparse.ArgumentParser) -> None:
+    """Options of benches that have transformers as the peer."""
+    options.add_argument("--against", choices=["transformers", "none"], default="transformers")
+    options.add_argument(
+        "--peers",
+        nargs="+",
+        default=["default"],
+        choices=["default", "eager", "grouped_mm", "batched_mm"],
+        help="transformers' expert implementations to compare with",
+    )
 
 
 def finish(bench: str, rows: list[dict], ratios: dict[str, float], path: str | None) -> None:
@@ -111,4 +132,16 @@ def transformers_model(params: Any, config: jaxmoe.ModelConfig, experts: str | N
     return model.eval()
 
 
-EXPERT_IMPLEMENTATIONS = (None, "eager", "batched_mm")
+def peers(names: list[str], params: Any, config: jaxmoe.ModelConfig) -> dict[str, Any]:
+    """transformers models by expert implementation; "default" leaves transformers' own choice."""
+    return {
+        f"transformers ({name} experts)": transformers_model(
+            params, config, None if name == "default" else name
+        )
+        for name in names
+    }
+
+
+def ratios_over_peers(ours: float, theirs: Mapping[str, float]) -> dict[str, float]:
+    """Our speed over each peer's."""
+    return {f"over {name}": ours / value for name, value in theirs.items()}

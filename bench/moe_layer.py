@@ -78,7 +78,8 @@ def main() -> None:
             runs[skew] = lambda i=ids, f=layer, x=x, w=weights: f(x, i, w)
             if args.ragged:
                 runs[f"{skew}, ragged_dot"] = lambda i=ids, f=ragged, x=x, w=weights: f(x, i, w)
-        seconds = _harness.time_interleaved(runs, rounds=args.rounds)
+        measures = {name: _harness.timed(run) for name, run in runs.items()}
+        seconds = _harness.interleave(measures, rounds=args.rounds)
         flops = 6 * args.tokens * active * size * hidden
         for side, values in seconds.items():
             entry = _harness.row(f"{name} {side}", [v * 1e3 for v in values], "ms")

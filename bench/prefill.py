@@ -1,9 +1,13 @@
 """Prefill speed: prompt tokens per second of one forward pass that fills the cache, against transformers.
 
-python -m bench.prefill --preset small --batch 8 --prompt 512 --json bench/results/prefill_small.json
+    python -m bench.prefill --preset small --batch 8 --prompt 512 --json bench/results/prefill_small.json
+
+One new token is the prefill and an argmax, with the cache built: the same work on both sides.
 """
 
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -11,7 +15,7 @@ import jaxmoe
 from bench import _harness
 
 
-def _peer(model, tokens: np.ndarray):
+def _theirs(model: Any, tokens: np.ndarray) -> Callable[[], np.ndarray]:
     import torch
 
     ids = torch.tensor(tokens, dtype=torch.long)
@@ -26,40 +30,32 @@ def _peer(model, tokens: np.ndarray):
 def main() -> None:
     """Runs the bench."""
     options = _harness.parser(__doc__.splitlines()[0])
+    _harness.add_peers(options)
     options.add_argument("--preset", default="small")
     options.add_argument("--batch", type=int, default=8)
     options.add_argument("--prompt", type=int, default=512)
-    options.add_argument("--against", choices=["transformers", "none"], default="transformers")
     args = options.parse_args()
     params, config = _harness.weights(args.preset, args.seed)
     tokens = _harness.prompts(config, args.batch, args.prompt, args.seed)
-    # One new token is the prefill and an argmax, with the cache built: the same work on both sides.
     runs = {"jaxmoe": lambda: np.asarray(jaxmoe.generate(params, config, tokens, 1))[:, 0]}
     if args.against == "transformers":
-        for experts in _harness.EXPERT_IMPLEMENTATIONS:
-            model = _harness.transformers_model(params, config, experts)
-            runs[f"transformers ({experts or 'default'} experts)"] = _peer(model, tokens)
-    outputs = {name: run() for name, run in runs.items()}
-    seconds = _harness.time_interleaved(runs, rounds=args.rounds, warmup=1)
+        for name, model in _harness.peers(args.peers, params, config).items():
+            runs[name] = _theirs(model, tokens)
+    outputs = [run() for run in runs.values()]
+    seconds = _harness.interleave(
+        {name: _harness.timed(run) for name, run in runs.items()}, rounds=args.rounds, warmup=0
+    )
+    shape = {"preset": args.preset, "batch": args.batch, "prompt": args.prompt}
     rows, speed = [], {}
     for name, values in seconds.items():
-        rows.append(_harness.row(f"{name}, prefill", [v * 1e3 for v in values], "ms"))
+        rows.append(_harness.row(f"{name}, prefill", [v * 1e3 for v in values], "ms", **shape))
         speed[name] = args.batch * args.prompt / rows[-1]["value"] * 1e3
-        rows.append({"name": f"{name}, prefill", "value": speed[name], "unit": "tokens/s"})
-    ratios, same = {}, 1.0
-    if args.against == "transformers":
-        default, best = (
-            speed["transformers (default experts)"],
-            max(v for n, v in speed.items() if n != "jaxmoe"),
-        )
-        ratios = {
-            "over_transformers_default": speed["jaxmoe"] / default,
-            "over_transformers_best": speed["jaxmoe"] / best,
-        }
-        same = float(np.mean(outputs["jaxmoe"] == outputs["transformers (default experts)"]))
-        rows.append({"name": "identical next tokens", "value": same, "unit": "fraction"})
-    shape = {"preset": args.preset, "batch": args.batch, "prompt": args.prompt}
-    _harness.finish("prefill", [r | shape for r in rows], ratios, args.json)
+        rows.append({"name": f"{name}, prefill", "value": speed[name], "unit": "tokens/s", **shape})
+    same = float(np.mean([np.mean(outputs[0] == other) for other in outputs]))
+    rows.append({"name": "identical next tokens", "value": same, "unit": "fraction", **shape})
+    _harness.finish(
+        "prefill", rows, _harness.ratios_over_peers(speed.pop("jaxmoe"), speed), args.json
+    )
     if same < 1:
         sys.exit(
             "error: the two sides chose different tokens; the speeds above compare different work."

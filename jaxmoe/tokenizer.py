@@ -38,7 +38,9 @@ class FileTokenizer:
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the package raises bare Exception
-            raise ValueError(f"{path} is no tokenizer.json that tokenizers can read ({error}); get it again.") from error
+            raise ValueError(
+                f"{path} is no tokenizer.json that tokenizers can read ({error}); get it again."
+            ) from error
 
     @property
     def vocab_size(self) -> int:
@@ -58,7 +60,9 @@ class FileTokenizer:
         return f"FileTokenizer({self._path.name}, vocab_size={self.vocab_size})"
 
 
-def load_tokenizer(directory: str | os.PathLike[str] | None = None) -> ByteTokenizer | FileTokenizer:
+def load_tokenizer(
+    directory: str | os.PathLike[str] | None = None,
+) -> ByteTokenizer | FileTokenizer:
     """The tokenizer that lies in a checkpoint directory; bytes if there is none."""
     if directory is not None:
         path = pathlib.Path(directory) / "tokenizer.json"

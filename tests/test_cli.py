@@ -100,7 +100,9 @@ def test_convert_goes_to_hugging_face_and_back_without_loss(native, tmp_path):
     before, after = checkpoint.restore(native), checkpoint.restore(tmp_path / "native")
     assert after.step == 7
     assert before.config == after.config
-    same = jax.tree.map(lambda a, b: np.array_equal(np.asarray(a), np.asarray(b)), before.params, after.params)
+    same = jax.tree.map(
+        lambda a, b: np.array_equal(np.asarray(a), np.asarray(b)), before.params, after.params
+    )
     assert jax.tree.all(same)
 
 

@@ -22,9 +22,12 @@ from jaxmoe.train.loss import loss
 
 @struct.dataclass
 class TrainState:
-    """Everything a run needs to go on: step (int32 scalar), params, optimiser state."""
+    """Everything a run needs to go on: step (int32 scalar), params, optimiser state.
 
-    step: jax.Array
+    Leaves are arrays; or, in trees of the same form, ``jax.ShapeDtypeStruct``s or shardings.
+    """
+
+    step: Any
     params: params_lib.Params
     opt_state: Any
 

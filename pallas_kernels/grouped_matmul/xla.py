@@ -71,6 +71,9 @@ def _rows_times_groups(
     transpose: bool,
 ) -> jax.Array:
     """y[r] = x[r] @ w[group of r] (or its transpose); rows past the last group are zero."""
+    out = w.shape[1] if transpose else w.shape[2]
+    if x.shape[0] == 0:
+        return jnp.zeros((0, out), x.dtype)
     blocks = _blocks(group_sizes, x.shape[0])
 
     def body(i: jax.Array, y: jax.Array) -> jax.Array:
@@ -81,7 +84,6 @@ def _rows_times_groups(
         y_block = jnp.where(blocks.inside(i), y_block, before)
         return lax.dynamic_update_slice_in_dim(y, y_block, blocks.start[i], 0)
 
-    out = w.shape[1] if transpose else w.shape[2]
     return lax.fori_loop(0, blocks.used, body, jnp.zeros((x.shape[0], out), x.dtype))
 
 
@@ -93,6 +95,8 @@ def _groups_outer(
     w: jax.Array,
 ) -> jax.Array:
     """dw[g] = x[rows of g].T @ dy[rows of g], accumulated in float32."""
+    if x.shape[0] == 0:
+        return jnp.zeros_like(w)
     blocks = _blocks(group_sizes, x.shape[0])
 
     def body(i: jax.Array, dw: jax.Array) -> jax.Array:

@@ -127,16 +127,29 @@ class TestReference(Cases):
     implementation = "reference"
 
 
-def test_every_block_of_the_xla_backend_starts_inside_its_group(rng):
+def test_the_blocks_of_the_xla_backend_cover_every_row_of_every_group_once(rng):
     for _ in range(20):
         sizes = rng.integers(0, 40, size=7)
-        rows = int(sizes.sum()) + int(rng.integers(0, 5))
-        block = config.block_rows(rows, len(sizes))
-        group, first_row, used = xla._schedule(jnp.asarray(sizes, jnp.int32), rows, block)
-        assert used == sum(-(-n // block) for n in sizes) <= len(group)
-        starts = np.cumsum(sizes) - sizes
-        for g, row in zip(np.asarray(group)[:used], np.asarray(first_row)[:used], strict=True):
-            assert starts[g] <= row < starts[g] + sizes[g]
+        rows = int(sizes.sum()) + int(rng.integers(1, 5))
+        blocks = xla._blocks(jnp.asarray(sizes, jnp.int32), rows)
+        owner = np.repeat(np.arange(7), sizes)
+        covered = np.zeros(rows, int)
+        for i in range(int(blocks.used)):
+            start = int(blocks.start[i])
+            assert 0 <= start <= rows - blocks.size
+            mine = start + np.flatnonzero(np.asarray(blocks.inside(jnp.int32(i)))[:, 0])
+            assert mine.size and (owner[mine] == int(blocks.group[i])).all()
+            covered[mine] += 1
+        assert (covered[: sizes.sum()] == 1).all() and (covered[sizes.sum() :] == 0).all()
+
+
+def test_no_rows_give_no_rows_and_zero_gradients():
+    def total(x, w):
+        return grouped_matmul(x, w, jnp.zeros(2, jnp.int32)).sum()
+
+    x, w = jnp.ones((0, 3)), jnp.ones((2, 3, 4))
+    dx, dw = jax.grad(total, argnums=(0, 1))(x, w)
+    assert dx.shape == (0, 3) and (dw == 0).all()
 
 
 @pytest.mark.parametrize("rows", [0, 1, 3, 64, 1000, 100_000])

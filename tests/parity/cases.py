@@ -80,9 +80,7 @@ LLAMA3_ROPE = rope(
 
 CASES: dict[str, Case] = {
     # DeepSeek-V3: dense MLA attention.
-    "v3 as released": Case(
-        "DeepseekV3", V3 | RELEASED_YARN | {"first_k_dense_replace": 1}
-    ),
+    "v3 as released": Case("DeepseekV3", V3 | RELEASED_YARN | {"first_k_dense_replace": 1}),
     "v3 no query latent, biases, no groups, tied": Case(
         "DeepseekV3",
         V3
@@ -101,7 +99,9 @@ CASES: dict[str, Case] = {
         | rope("yarn", **_SHORT_YARN, truncate=False, beta_fast=4, beta_slow=2)
         | {"hidden_act": "gelu", "topk_group": 4, "n_shared_experts": 0},
     ),
-    "v3 odd sizes, linear rope": Case("DeepseekV3", V3 | _ODD_DEEPSEEK | rope("linear", factor=3.0)),
+    "v3 odd sizes, linear rope": Case(
+        "DeepseekV3", V3 | _ODD_DEEPSEEK | rope("linear", factor=3.0)
+    ),
     "v3 yarn with an attention factor, no sparse layers": Case(
         "DeepseekV3",
         V3
@@ -162,7 +162,9 @@ CASES: dict[str, Case] = {
     ),
     "llama odd sizes, gelu": Case(
         "Llama",
-        LLAMA | _ODD | {"num_key_value_heads": 3, "head_dim": 10, "hidden_act": "gelu_pytorch_tanh"},
+        LLAMA
+        | _ODD
+        | {"num_key_value_heads": 3, "head_dim": 10, "hidden_act": "gelu_pytorch_tanh"},
     ),
 }
 
@@ -196,7 +198,9 @@ def _random_rope(dice: _Dice, llama: bool) -> Fields:
     original = {"original_max_position_embeddings": dice.among(16, 64, 1024)}
     factor = dice.among(2.0, 16.0, 40.0)
     if kind == "llama3":
-        return rope(kind, theta, factor=factor, **original, low_freq_factor=1.0, high_freq_factor=4.0)
+        return rope(
+            kind, theta, factor=factor, **original, low_freq_factor=1.0, high_freq_factor=4.0
+        )
     fields = original | {"factor": factor}
     if not llama and dice.flag(0.7):
         fields |= {"mscale": dice.among(0.707, 1.0), "mscale_all_dim": dice.among(0.707, 1.0)}
@@ -261,7 +265,9 @@ def _random_deepseek(dice: _Dice, family: str, layers: int) -> Fields:
 def random_case(seed: int) -> Case:
     """A case drawn from the whole space that ``from_hf`` accepts."""
     dice = _Dice(seed)
-    family = dice.among("DeepseekV3", "DeepseekV32", "DeepseekV32", "GlmMoeDsa", "GlmMoeDsa", "Llama")
+    family = dice.among(
+        "DeepseekV3", "DeepseekV32", "DeepseekV32", "GlmMoeDsa", "GlmMoeDsa", "Llama"
+    )
     layers = dice.between(1, 4)
     fields = {
         "vocab_size": dice.between(50, 130),

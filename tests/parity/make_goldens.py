@@ -20,7 +20,12 @@ BATCH, PROMPT, NEW = 2, 24, 64
 # Every discrete choice must be decided by this much, so that no machine's rounding turns it over.
 MARGIN = 2e-5
 
-_SMALL: Fields = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 3}
+_SMALL: Fields = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+}
 _SMALL_MLA: Fields = _SMALL | {
     "q_lora_rank": 20, "kv_lora_rank": 16, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "v_head_dim": 12,
     "moe_intermediate_size": 12, "n_routed_experts": 8,
@@ -36,7 +41,10 @@ GOLDENS: dict[str, tuple[str, Fields]] = {
         "GlmMoeDsa",
         GLM | _SMALL_MLA | _SMALL_INDEX | {"indexer_types": ["full", "shared", "full"]},
     ),
-    "llama": ("Llama", LLAMA | _SMALL | LLAMA3_ROPE | {"head_dim": 10, "tie_word_embeddings": True}),
+    "llama": (
+        "Llama",
+        LLAMA | _SMALL | LLAMA3_ROPE | {"head_dim": 10, "tie_word_embeddings": True},
+    ),
 }
 
 
@@ -56,7 +64,9 @@ def _decided(family: str, fields: Fields) -> tuple[torch.nn.Module, oracle.Answe
         model = oracle.build(family, fields, seed)
         with torch.no_grad():
             for value in model.state_dict().values():
-                value.copy_(value.bfloat16().float())  # so that files of half the size hold them exactly
+                value.copy_(
+                    value.bfloat16().float()
+                )  # so that files of half the size hold them exactly
         rng = np.random.default_rng(seed)
         prompt = rng.integers(0, fields["vocab_size"], (BATCH, PROMPT), dtype=np.int32)
         answer = oracle.ask(model, prompt, NEW)

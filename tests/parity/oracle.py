@@ -42,7 +42,9 @@ def build(family: str, fields: dict, seed: int):
         warnings.filterwarnings("ignore", "Initializing zero-element tensors")
         model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     if fields["hidden_size"] % 4 or fields.get("moe_intermediate_size", 0) % 4:
-        model.set_experts_implementation("eager")  # torch's grouped matmul wants rows of whole 16 bytes
+        model.set_experts_implementation(
+            "eager"
+        )  # torch's grouped matmul wants rows of whole 16 bytes
     randomise(model, seed)
     return model
 
@@ -59,8 +61,8 @@ def randomise(model: torch.nn.Module, seed: int) -> None:
                 value = 1 + 0.3 * value
             elif tensor.ndim == 1:  # biases, among them LayerNorm's and the router's correction
                 value = 0.3 * value
-            elif "embed_tokens" in name:
-                value = 0.5 * value
+            elif "embed_tokens" in name:  # small, for where it is the head too
+                value = 0.2 * value
             else:
                 value = value / math.sqrt(max(tensor.shape[-1], 1))
             tensor.copy_(value)

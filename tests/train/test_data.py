@@ -112,9 +112,7 @@ def test_a_corpus_shorter_than_a_window_names_both_lengths(directory):
 
 @given(st.integers(1, 300), st.integers(1, 40), st.integers(1, 400))
 def test_evaluation_scores_every_token_once_with_half_a_window_of_context(size, length, limit):
-    corpus = Corpus(
-        np.zeros(1, np.uint16), np.arange(size, dtype=np.uint16), {}, "test"
-    )
+    corpus = Corpus(np.zeros(1, np.uint16), np.arange(size, dtype=np.uint16), {}, "test")
     windows, mask = evaluation_windows(corpus, limit, length)
     scored = windows[:, 1:][mask]
     np.testing.assert_array_equal(np.sort(scored), np.arange(1, min(size, limit + 1)))

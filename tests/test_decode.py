@@ -1,0 +1,200 @@
+"""Steps over the cache against a pass over the whole sequence."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from parity.clear import clear_case, sharp_params
+
+import jaxmoe
+from jaxmoe.cache import Cache, commit, init_cache
+from jaxmoe.layers.step_attention import gathers
+from jaxmoe.model import step
+
+TOLERANCE = 1e-5  # the issue's; logits here have standard deviation 1
+BATCH, LENGTH, CAPACITY = 3, 96, 112
+
+_TINY = jaxmoe.presets["tiny"].replace(num_nextn_predict_layers=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    config: jaxmoe.ModelConfig
+    chunks: tuple[int, ...] = (1, 16)  # tokens per step
+    gathers: bool = False
+
+
+CASES = {
+    "6 x topk, selected by index": Case(_TINY.replace(index_topk=16), (1, 3, 16), gathers=True),
+    "1.6 x topk, selected by mask": Case(_TINY.replace(index_topk=60)),
+    "context below topk": Case(_TINY.replace(index_topk=128)),
+    "selections shared between layers": Case(
+        _TINY.replace(
+            index_topk=16,
+            indexer_rope_interleave=True,
+            indexer_types=("full", "shared", "full", "shared"),
+            first_k_dense_replace=0,
+        ),
+        (1, 3, 16),
+        gathers=True,
+    ),
+    "shared masks": Case(
+        _TINY.replace(
+            index_topk=60,
+            indexer_types=("full", "shared", "shared", "full"),
+            first_k_dense_replace=0,
+        ),
+        (1,),
+    ),
+    "latent attention without indexer": Case(
+        _TINY.replace(index_topk=None, index_n_heads=None, index_head_dim=None)
+    ),
+    "grouped queries": Case(
+        jaxmoe.ModelConfig(
+            vocab_size=320,
+            hidden_size=96,
+            intermediate_size=160,
+            num_hidden_layers=3,
+            num_attention_heads=6,
+            num_key_value_heads=2,
+            head_dim=20,
+            rope_interleave=False,
+        ),
+        (1, 3, 16),
+    ),
+}
+_CASE_AND_CHUNK = [
+    pytest.param(name, chunk, id=f"{name}, {chunk} per step")
+    for name, case in CASES.items()
+    for chunk in case.chunks
+]
+
+_step = jax.jit(step, static_argnames=("config",))
+_commit = jax.jit(commit)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled_quickly():
+    """Without LLVM's optimisations: what is tested is which rows are read and written, not how fast."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@functools.cache
+def _model(name: str):
+    """(params, config, tokens [B, T], logits of the whole sequences)."""
+    config = CASES[name].config
+    params = sharp_params(config)
+    return params, config, *clear_case(params, config, (BATCH, LENGTH))
+
+
+def _empty(config, value: float = 0.0) -> Cache:
+    cache = init_cache(config, BATCH, CAPACITY)
+    return cache.replace(entries=jax.tree.map(lambda x: jnp.full_like(x, value), cache.entries))
+
+
+def _counts(*counts: int) -> jax.Array:
+    return jnp.asarray(counts, jnp.int32)
+
+
+def test_the_cases_select_both_by_index_and_by_mask():
+    for name, case in CASES.items():
+        for chunk in case.chunks:
+            assert gathers(case.config.index_topk, CAPACITY, chunk) == case.gathers, (name, chunk)
+
+
+@pytest.mark.parametrize(("name", "chunk"), _CASE_AND_CHUNK)
+def test_cached_decode_equals_the_whole_pass_at_every_position(name, chunk):
+    params, config, tokens, expected = _model(name)
+    cache, parts = _empty(config), []
+    for start in range(0, LENGTH, chunk):
+        logits, entries = _step(params, config, tokens[:, start : start + chunk], cache)
+        cache = _commit(cache, entries, _counts(chunk, chunk, chunk))
+        parts.append(np.asarray(logits))
+    np.testing.assert_allclose(np.concatenate(parts, axis=1), expected, rtol=0, atol=TOLERANCE)
+    assert expected.std() > 0.5, "the logits are too flat to compare"
+
+
+# Rows kept of each step of 16: sequences advance unevenly, stand still, and drop rows that they had computed.
+_RAGGED = [(16, 0, 5), (3, 16, 0), (16, 9, 16), (0, 16, 1), (16, 16, 16), (16, 2, 11), (13, 16, 16)]
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if 16 in case.chunks])
+def test_ragged_commits_over_a_cache_full_of_nan_change_nothing(name):
+    """NaN in every row not yet committed shows any read of one; rows dropped by a commit are read by nobody either."""
+    params, config, tokens, expected = _model(name)
+    cache = _empty(config, np.nan)
+    for kept in _RAGGED:
+        start = np.asarray(cache.lengths)
+        columns = np.minimum(start[:, None] + np.arange(16), LENGTH - 1)
+        logits, entries = _step(params, config, np.take_along_axis(tokens, columns, 1), cache)
+        cache = _commit(cache, entries, _counts(*kept))
+        for b in range(BATCH):
+            real = min(16, LENGTH - start[b])
+            np.testing.assert_allclose(
+                logits[b, :real],
+                expected[b, start[b] : start[b] + real],
+                rtol=0,
+                atol=TOLERANCE,
+                err_msg=f"sequence {b} from position {start[b]}",
+            )
+    np.testing.assert_array_equal(cache.lengths, np.sum(_RAGGED, axis=0))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_single_tokens_over_a_cache_full_of_nan_change_nothing(name):
+    params, config, tokens, expected = _model(name)
+    cache = _empty(config, np.nan)
+    for t in range(4):
+        logits, entries = _step(params, config, tokens[:, t : t + 1], cache)
+        cache = _commit(cache, entries, _counts(1, 1, 1))
+        np.testing.assert_allclose(logits[:, 0], expected[:, t], rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_step_repeated_without_commit_is_the_same_bit_for_bit(name):
+    params, config, tokens, _ = _model(name)
+    chunk = CASES[name].chunks[-1]
+    cache = _empty(config)
+    logits, entries = _step(params, config, tokens[:, :chunk], cache)
+    cache = _commit(cache, entries, _counts(chunk, chunk, chunk))
+    before = jax.tree.map(np.array, cache)
+    first = _step(params, config, tokens[:, chunk : 2 * chunk], cache)
+    second = _step(params, config, tokens[:, chunk : 2 * chunk], cache)
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+    jax.tree.map(np.testing.assert_array_equal, before, cache)
+
+
+def test_commit_keeps_exactly_counts_rows_and_touches_none_before_or_far_behind(rng):
+    config = CASES["6 x topk, selected by index"].config
+    lengths, counts, tokens = np.array([0, 7, 50]), np.array([4, 0, 2]), 5
+    cache = _empty(config, -1.0).replace(lengths=jnp.asarray(lengths, jnp.int32))
+    entries = {
+        name: jnp.asarray(rng.standard_normal((*x.shape[:2], tokens, x.shape[3])), x.dtype)
+        for name, x in cache.entries.items()
+    }
+    after = _commit(cache, entries, _counts(*counts))
+    np.testing.assert_array_equal(after.lengths, lengths + counts)
+    for name, rows in after.entries.items():
+        rows = np.asarray(rows)
+        for b, (length, count) in enumerate(zip(lengths, counts, strict=True)):
+            np.testing.assert_array_equal(
+                rows[:, b, length : length + count], entries[name][:, b, :count]
+            )
+            assert (rows[:, b, :length] == -1).all()
+            assert (rows[:, b, length + tokens :] == -1).all()
+
+
+def test_commit_at_the_end_of_the_cache_drops_what_does_not_fit(rng):
+    config = CASES["grouped queries"].config
+    cache = _empty(config).replace(lengths=_counts(CAPACITY - 1, 0, CAPACITY))
+    entries = {
+        name: jnp.ones((*x.shape[:2], 2, x.shape[3]), x.dtype) for name, x in cache.entries.items()
+    }
+    after = _commit(cache, entries, _counts(1, 2, 0))
+    for rows in after.entries.values():
+        np.testing.assert_array_equal(np.asarray(rows[0, :, :, 0]).sum(-1), [1, 2, 0])
