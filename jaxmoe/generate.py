@@ -127,12 +127,22 @@ def _decode(params, config, state, sampling, stop, steps, *, chunk, options, nuc
     return state, tokens, state.index - first
 
 
+def _per_sequence(value: Any, batch: int, name: str) -> np.ndarray:
+    """A scalar or [B] argument as float32 [B]."""
+    value = np.asarray(value, np.float32)
+    if value.shape not in ((), (batch,)):
+        raise ValueError(
+            f"{name} must be one number or one per sequence ({batch}); got shape {value.shape}."
+        )
+    return np.broadcast_to(value, (batch,))
+
+
 def _sampling(
     temperature: Any, top_p: Any, key: jax.Array | None, batch: int
 ) -> tuple[Sampling | None, bool]:
     """Checked sampling parameters, and whether any sequence needs the nucleus sort."""
-    temperature = np.broadcast_to(np.asarray(temperature, np.float32), (batch,))
-    top_p = np.broadcast_to(np.asarray(top_p, np.float32), (batch,))
+    temperature = _per_sequence(temperature, batch, "temperature")
+    top_p = _per_sequence(top_p, batch, "top_p")
     if not (np.isfinite(temperature).all() and (temperature >= 0).all()):
         raise ValueError(
             f"temperature must be finite and >= 0; got {temperature.min()}. Use 0 for greedy."
@@ -145,6 +155,8 @@ def _sampling(
         return None, False
     if key is None:
         raise ValueError("temperature > 0 needs a random key; pass key=jax.random.key(seed).")
+    if not (hasattr(key, "dtype") and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)):
+        raise TypeError(f"key must be a JAX PRNG key; got {key!r}. Use jax.random.key(seed).")
     if key.ndim == 0:
         key = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
     if key.shape != (batch,):

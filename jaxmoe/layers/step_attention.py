@@ -124,7 +124,9 @@ def latent_attention(
     rows = flat.at[address].get(mode="promise_in_bounds")
     own = jax.vmap(lambda x, i: x.at[i].get(mode="clip"))(new, jnp.maximum(chosen - capacity, 0))
     rows = jnp.where((chosen >= capacity)[..., None], own, rows)
-    return attend(q, [Part(rows, rows, chosen >= 0)], scale)[0][..., :value_dim]
+    valid = chosen >= 0
+    rows = jnp.where(valid[..., None], rows, jnp.zeros((), rows.dtype))
+    return attend(q, [Part(rows, rows, valid)], scale)[0][..., :value_dim]
 
 
 def grouped_query_attention(

@@ -1,16 +1,18 @@
 """Training a byte-level language model: data, loss, step, loop."""
 
-from jaxmoe.train.config import TrainConfig
+from jaxmoe.train.config import TrainConfig, demo_config
 from jaxmoe.train.data import Corpus, load_corpus
-from jaxmoe.train.loop import Progress, Summary, train
+from jaxmoe.train.loop import LossNotFinite, Progress, Summary, train
 from jaxmoe.train.step import TrainState, init_state, train_step
 
 __all__ = [
     "Corpus",
+    "LossNotFinite",
     "Progress",
     "Summary",
     "TrainConfig",
     "TrainState",
+    "demo_config",
     "init_state",
     "load_corpus",
     "train",

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from jaxmoe.config import ModelConfig
+from jaxmoe.presets import presets
 from jaxmoe.tokenizer import ByteTokenizer
 
 # What a resumed run may change.
@@ -104,3 +105,21 @@ class TrainConfig:
     def trajectory(self) -> dict[str, Any]:
         """The fields that decide the losses: equal ones, on equal text, give equal losses."""
         return {k: v for k, v in self.to_dict().items() if k not in _BESIDE_THE_LOSSES}
+
+
+def demo_config() -> tuple[ModelConfig, TrainConfig]:
+    """Model and run of the demo: what reached the fewest bits per byte in about three minutes on two cores.
+
+    The initial deviation is larger than the preset's: at a width of 128, 0.02 leaves the layers almost silent and
+    costs about 150 of the first 300 steps.
+    """
+    run = TrainConfig(
+        steps=700,
+        batch_size=8,
+        seq_len=256,
+        learning_rate=4e-3,
+        warmup_steps=40,
+        eval_every=350,
+        save_every=350,
+    )
+    return presets["tiny"].replace(initializer_range=0.06), run

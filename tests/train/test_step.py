@@ -110,9 +110,9 @@ def test_an_imbalanced_router_becomes_balanced():
         chosen = load(route({"weight": weight, "bias": bias}, config, x).expert_ids)
         return update_bias(bias, chosen, 0.01), chosen
 
-    bias, first = step(bias)
+    bias, first = jax.device_get(step(bias))
     for _ in range(60):
-        bias, last = step(bias)
+        bias, last = jax.device_get(step(bias))
     assert first.max() / first.mean() > 3.9
     assert last.max() / last.mean() < 1.3
 
@@ -190,5 +190,5 @@ def test_a_mesh_gives_the_losses_of_one_device(devices):
             # Sums in another order, then three Adam steps.
             np.testing.assert_allclose(metrics[name], expected[name], rtol=1e-4, err_msg=name)
         np.testing.assert_array_equal(metrics["load"], expected["load"])
-    experts = spread.params["segments"][1][0]["moe"]["experts"]["down"]
-    assert experts.sharding == wanted.params["segments"][1][0]["moe"]["experts"]["down"]
+    for leaf, sharding in zip(jax.tree.leaves(spread), jax.tree.leaves(wanted), strict=True):
+        assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
