@@ -10,25 +10,14 @@ import numpy as np
 import rich.console
 import rich.panel
 
-import jaxmoe
 from jaxmoe import checkpoint
 from jaxmoe.cli.generate import stream_text
 from jaxmoe.cli.train import run_and_report
 from jaxmoe.report import make_report, write_report
 from jaxmoe.sharding import make_mesh
 from jaxmoe.tokenizer import ByteTokenizer
-from jaxmoe.train import TrainConfig
+from jaxmoe.train.config import demo_config
 
-# About three minutes on two cores.
-DEMO = TrainConfig(
-    steps=500,
-    batch_size=8,
-    seq_len=256,
-    learning_rate=4e-3,
-    warmup_steps=40,
-    eval_every=250,
-    save_every=250,
-)
 DEVICES = 4
 PROMPT = "def __init__(self, "
 
@@ -67,7 +56,7 @@ def _restore_elsewhere(
 
 def demo(
     output: pathlib.Path = pathlib.Path("runs/demo"),
-    steps: int = DEMO.steps,
+    steps: int | None = None,
     seed: int = 0,
     fresh: bool = True,
     json: pathlib.Path | None = None,
@@ -76,7 +65,7 @@ def demo(
 
     Args:
       output: Directory of the run.
-      steps: Training steps.
+      steps: Training steps; default: about three minutes of them on two cores.
       seed: Random seed.
       fresh: Start over; with --no-fresh go on with an interrupted run.
       json: Also write a JSON report.
@@ -86,8 +75,9 @@ def demo(
     if fresh and (output / "metrics.jsonl").exists():
         shutil.rmtree(output)
     began = time.perf_counter()
-    config = jaxmoe.presets["tiny"]
-    train_config = dataclasses.replace(DEMO, steps=steps, seed=seed)
+    config, train_config = demo_config()
+    steps = train_config.steps if steps is None else steps
+    train_config = dataclasses.replace(train_config, steps=steps, seed=seed)
     summary, rows, ratios = run_and_report(config, train_config, output, None, console)
     _restore_elsewhere(output, summary.params, console)
     text, count = stream_text(
