@@ -335,18 +335,20 @@ def _steps(
         for step in range(int(state.step), c.steps):
             state, record = this.step(state, step)
             last, bits = step + 1 == c.steps, None
+            # Asked once: a signal that comes after the decision to save must wait for the next step.
+            stop = bool(received)
             if last or (step + 1) % c.eval_every == 0:
                 bits = this.evaluate(state.params, final=last)
                 record["bits_per_byte"] = bits
             # The line is with the operating system before the checkpoint that makes it final.
             file.write(json.dumps(record) + "\n")
             file.flush()
-            if last or received or (step + 1) % c.save_every == 0:
+            if last or stop or (step + 1) % c.save_every == 0:
                 this.save(state)
             if on_progress is not None:
                 speed = record["tokens_per_s"]
                 on_progress(Progress(step + 1, c.steps, record["loss"], speed, bits))
-            if received and not last:
+            if stop and not last:
                 break
     for number in received:  # saved: now they take their usual course
         signal.raise_signal(number)

@@ -49,6 +49,10 @@ def build(family: str, fields: dict, seed: int):
     return model
 
 
+# What these produce goes through a norm next: small enough for the norm's epsilon to show.
+_SMALL = {"q_a_proj.weight": 0.1, "kv_a_proj_with_mqa.weight": 0.1, "indexer.wk.weight": 0.02}
+
+
 def randomise(model: torch.nn.Module, seed: int) -> None:
     """Fills parameters and buffers; matrices keep activations near unit size, so that softmaxes are not flat."""
     generator = torch.Generator().manual_seed(seed)
@@ -64,7 +68,8 @@ def randomise(model: torch.nn.Module, seed: int) -> None:
             elif "embed_tokens" in name:  # small, for where it is the head too
                 value = 0.2 * value
             else:
-                value = value / math.sqrt(max(tensor.shape[-1], 1))
+                gain = next((g for end, g in _SMALL.items() if name.endswith(end)), 1.0)
+                value = gain * value / math.sqrt(max(tensor.shape[-1], 1))
             tensor.copy_(value)
 
 

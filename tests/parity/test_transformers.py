@@ -58,9 +58,6 @@ def _compare(model, params, config, case: Case) -> None:
         error = np.abs(logits - expected.logits).max()
         tokens = np.asarray(jaxmoe.generate(params, config, prompt, case.new))
         same = np.array_equal(tokens, expected.tokens[:, case.prompt :])
-        print(
-            f"PARITY {case.family} attempt {attempt} error {error:.1e} margin {expected.margin:.1e} same {same}"
-        )
         if (error <= TOLERANCE and same) or expected.margin > UNDECIDED:
             break
     assert expected.logits.std() > 0.1, "the logits are too flat to compare"

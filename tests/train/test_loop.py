@@ -19,16 +19,22 @@ from jaxmoe.sharding import make_mesh
 from jaxmoe.train import TrainConfig, train
 from jaxmoe.train.loop import LossNotFinite
 
-# A run in its own process: argv is directory, corpus, steps.
+# A run in its own process: argv is directory, corpus, steps and the step at which it signals itself (0: never).
 _SCRIPT = textwrap.dedent("""
-    import sys, pathlib
+    import os, signal, sys
     sys.path.insert(0, "tests")
     from train.support import MODEL, with_options
     from jaxmoe.train import train
 
-    directory, corpus, steps = sys.argv[1:]
+    directory, corpus, steps, signal_at = sys.argv[1:]
+
+    def on_progress(progress):
+        print(progress.step, flush=True)
+        if progress.step == int(signal_at):
+            os.kill(os.getpid(), signal.SIGTERM)
+
     options = with_options(steps=int(steps), save_every=5, keep=2)
-    train(MODEL, options, directory, data=corpus, on_progress=lambda p: print(p.step, flush=True))
+    train(MODEL, options, directory, data=corpus, on_progress=on_progress)
 """)
 
 
@@ -46,13 +52,13 @@ def run(corpus, tmp_path_factory):
     return directory, summary, seen
 
 
-def start(directory, corpus, steps):
+def start(directory, corpus, steps, signal_at=0):
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     # The processes run the same programs: compile them once.
     environment["JAX_COMPILATION_CACHE_DIR"] = str(corpus.parent / "compiled")
     environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
     return subprocess.Popen(
-        [sys.executable, "-c", _SCRIPT, str(directory), str(corpus), str(steps)],
+        [sys.executable, "-c", _SCRIPT, str(directory), str(corpus), str(steps), str(signal_at)],
         cwd=REPOSITORY,
         env=environment,
         stdout=subprocess.PIPE,
@@ -127,17 +133,27 @@ def test_losses_after_sigkill_are_those_of_an_undisturbed_run(corpus, tmp_path):
     assert losses(tmp_path / "killed") == losses(tmp_path / "calm")
 
 
+def _saved_after_sigterm(process, directory):
+    """The saved step; fails unless the process died of the signal and its last line is the saved step's."""
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGTERM
+    step = checkpoint.latest_step(directory / "checkpoints")
+    assert step is not None
+    assert records(directory)[-1]["step"] == step
+    return step
+
+
 def test_sigterm_saves_first(corpus, tmp_path):
-    process = start(tmp_path / "run", corpus, 100_000)
+    process = start(tmp_path, corpus, 100_000)
     for line in process.stdout:
         if int(line) == 3:
             process.terminate()
             break
-    process.communicate(timeout=60)
-    assert process.returncode == -signal.SIGTERM
-    step = checkpoint.latest_step(tmp_path / "run" / "checkpoints")
-    assert step is not None and step >= 3
-    assert records(tmp_path / "run")[-1]["step"] == step
+    assert _saved_after_sigterm(process, tmp_path) >= 3
+
+
+def test_sigterm_between_saving_and_the_next_step_saves_that_step(corpus, tmp_path):
+    assert _saved_after_sigterm(start(tmp_path, corpus, 100_000, signal_at=3), tmp_path) == 4
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(corpus, tmp_path):
