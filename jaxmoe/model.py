@@ -1,6 +1,7 @@
 """The model: layers scanned in segments, as a whole-sequence pass and as a cached step."""
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -171,6 +172,12 @@ def _concatenate(parts: list[Entries]) -> Entries:
     }
 
 
+def _remat(layer: Callable[..., Any]) -> Callable[..., Any]:
+    """The layer recomputed in the backward pass, but for what is small and dear: core attention's result."""
+    keep = jax.checkpoint_policies.save_only_these_names(*core_attention.SAVED)
+    return jax.checkpoint(layer, static_argnums=(1, 4), policy=keep)
+
+
 def run(
     params: Params,
     config: ModelConfig,
@@ -207,7 +214,7 @@ def run(
             for kind, p in zip(kinds, members, strict=True):
                 layer = functools.partial(sequence_layer, kind=kind, keep_selection=keep)
                 if options.remat:
-                    layer = jax.checkpoint(layer, static_argnums=(1, 4))
+                    layer = _remat(layer)
                 x, e, s, chosen = layer(p, config, x, r, options, tables, selection)
                 selection = chosen if keep else None
                 entries.append(e)
@@ -262,9 +269,10 @@ def mtp_hidden(
     # Embedding first: the checkpoint's order, not the report's equation 21.
     x = linear(jnp.concatenate([embedded, previous], axis=-1), p["proj"])
     positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
-    x, _, stats, _ = sequence_layer(
-        p["layer"], config, x, rotation(config, positions), options, tables, kind=config.mtp_kind
-    )
+    layer = functools.partial(sequence_layer, kind=config.mtp_kind)
+    if options.remat:
+        layer = _remat(layer)
+    x, _, stats, _ = layer(p["layer"], config, x, rotation(config, positions), options, tables)
     return rms_norm(x, p["norm"], config.rms_norm_eps), stats
 
 

@@ -55,7 +55,8 @@ def _index(
         return None
     # Detached inputs: the indexer's loss must not reach the model, nor the model's loss the indexer (spec 4.1).
     x, q_latent = lax.stop_gradient((x, q_latent))
-    return index_inputs(p["indexer"], config, x, q_latent, r)
+    with jax.named_scope("indexer"):
+        return index_inputs(p["indexer"], config, x, q_latent, r)
 
 
 def _entries(projected: _Projected, index: IndexInputs | None) -> Entries:
@@ -87,13 +88,8 @@ def mla_sequence(
     a = p["attention"]
     projected = _mla_project(a, config, x, r)
     index = _index(p, config, x, projected.q_latent, r)
-    precision = precision_of(x.dtype)
-    k_nope = jnp.einsum(
-        "btc,hnc->bthn", projected.latent, a["k_b"]["weight"].astype(x.dtype), precision=precision
-    )
-    v = jnp.einsum(
-        "btc,hcv->bthv", projected.latent, a["v_b"]["weight"].astype(x.dtype), precision=precision
-    )
+    k_nope = linear(projected.latent, {"weight": a["k_b"]["weight"].transpose(2, 0, 1)})
+    v = linear(projected.latent, {"weight": a["v_b"]["weight"].swapaxes(0, 1)})
     k_rope = jnp.broadcast_to(
         projected.k_rope[:, :, None], (*k_nope.shape[:3], config.qk_rope_head_dim)
     )

@@ -1,17 +1,24 @@
 """Core attention over a whole sequence: forward pass, prefill and training."""
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
+from jaxmoe.layers.index_loss import SAVED as INDEX_SAVED
+from jaxmoe.layers.index_loss import indexer_kl
 from jaxmoe.layers.indexer import IndexInputs
 from jaxmoe.layers.linear import precision_of
 from pallas_kernels.index_topk import index_scores, select_mask
 
 QUERY_BLOCK = 128  # rows of the [queries, keys] matrices that exist at once
 MAX_GROUPS = 8  # groups of query blocks with a static key length each, so that causality saves work
+
+# Residuals that rematerialised layers keep (jax.ad_checkpoint names).
+SAVED = ("core_attention", INDEX_SAVED)
 
 
 class Options(NamedTuple):
@@ -54,70 +61,99 @@ def _pad(x: jax.Array, axis: int, size: int) -> jax.Array:
     return jnp.pad(x, widths)
 
 
-def indexer_kl(probabilities: jax.Array, scores: jax.Array, mask: jax.Array) -> jax.Array:
-    """Sum over queries of KL(head-mean attention || softmax of index scores), spec 4.1.
-
-    The target is detached; detaching the indexer's inputs is the caller's duty, so that the two losses never mix.
-
-    Args:
-      probabilities: [B, H, T, S] attention probabilities.
-      scores: [B, T, S] float32 index scores.
-      mask: [B, T, S] keys over which both distributions live; an all-False row adds nothing.
-    """
-    target = lax.stop_gradient(probabilities.mean(1))
-    log_model = jax.nn.log_softmax(jnp.where(mask, scores, jnp.finfo(jnp.float32).min), axis=-1)
-    log_target = jnp.log(jnp.maximum(target, jnp.finfo(jnp.float32).tiny))
-    return jnp.where(mask, target * (log_target - log_model), 0.0).sum()
-
-
-def _softmax_block(
-    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, scale: float
-) -> tuple[jax.Array, jax.Array]:
-    """q [B, G, M, T, K] over k, v [B, G, S, .], mask [B, T, S]: out [B, G, M, T, V] and probabilities."""
-    precision = precision_of(q.dtype)
+def _logits(q: jax.Array, k: jax.Array, mask: jax.Array, scale: float) -> jax.Array:
+    """float32 [B, G, M, T, S]: q [B, G, M, T, K] over k [B, G, S, K], masked by [B, T, S]."""
     logits = jnp.einsum(
-        "bgmtk,bgsk->bgmts", q, k, precision=precision, preferred_element_type=jnp.float32
+        "bgmtk,bgsk->bgmts",
+        q,
+        k,
+        precision=precision_of(q.dtype),
+        preferred_element_type=jnp.float32,
     )
-    logits = jnp.where(mask[:, None, None], logits * jnp.float32(scale), jnp.finfo(jnp.float32).min)
-    probabilities = jax.nn.softmax(logits, axis=-1)
+    return jnp.where(mask[:, None, None], logits * jnp.float32(scale), jnp.finfo(jnp.float32).min)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _softmax_block(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, scale: float, want_mean: bool
+) -> tuple[jax.Array, jax.Array | None]:
+    """Attention of q [B, G, M, T, K] over k, v [B, G, S, .], mask [B, T, S].
+
+    Returns:
+      out [B, G, M, T, V]; and, if wanted, the mean probabilities over heads [B, T, S], a constant to autodiff.
+    """
+    return _softmax_block_forward(q, k, v, mask, scale, want_mean)[0]
+
+
+def _softmax_block_forward(q, k, v, mask, scale, want_mean):
+    logits = _logits(q, k, mask, scale)
+    peak = logits.max(-1, keepdims=True)
+    weight = jnp.exp(logits - peak)
+    total = weight.sum(-1, keepdims=True)
+    probabilities = weight / total
     out = jnp.einsum(
         "bgmts,bgsv->bgmtv",
         probabilities.astype(v.dtype),
         v,
-        precision=precision,
+        precision=precision_of(q.dtype),
         preferred_element_type=jnp.float32,
+    ).astype(q.dtype)
+    mean = probabilities.mean((1, 2)) if want_mean else None
+    out, lse = checkpoint_name((out, jnp.log(total) + peak), SAVED[0])
+    return (out, mean), (q, k, v, mask, out, lse)
+
+
+def _softmax_block_backward(scale, want_mean, residuals, cotangents):
+    q, k, v, mask, out, lse = residuals
+    dy = cotangents[0]
+    einsum = functools.partial(
+        jnp.einsum, precision=precision_of(q.dtype), preferred_element_type=jnp.float32
     )
-    return out.astype(q.dtype), probabilities
+    p = jnp.exp(_logits(q, k, mask, scale) - lse)
+    # sum_s p dp, without a pass over [queries, keys] (as flash attention does).
+    delta = (dy.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1, keepdims=True)
+    dl = (p * (einsum("bgmtv,bgsv->bgmts", dy, v) - delta) * jnp.float32(scale)).astype(q.dtype)
+    dq = einsum("bgmts,bgsk->bgmtk", dl, k)
+    # Products over queries take the [queries, keys] matrix on the right: on the left XLA:CPU would transpose it.
+    # The barrier keeps it from moving the small transpose back into the product.
+    dk = lax.optimization_barrier(einsum("bgmtk,bgmts->bgks", q, dl)).swapaxes(2, 3)
+    dv = lax.optimization_barrier(einsum("bgmtv,bgmts->bgvs", dy, p.astype(v.dtype))).swapaxes(2, 3)
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
+
+
+_softmax_block.defvjp(_softmax_block_forward, _softmax_block_backward)
 
 
 def _block(
     x: _Operands, options: Options, start: jax.Array | int, rows: int, length: int
 ) -> tuple[jax.Array, jax.Array | None, jax.Array]:
     """Queries [start, start + rows) against keys [0, length): out, selection, loss."""
-    batch, groups, members = x.q.shape[:3]
+    batch = x.q.shape[0]
     q = lax.dynamic_slice_in_dim(x.q, start, rows, axis=3)
     position = start + jnp.arange(rows, dtype=jnp.int32)
     visible = jnp.arange(length, dtype=jnp.int32)[None] <= position[:, None]
     mask = jnp.broadcast_to(visible[None], (batch, rows, length))
-    scores = None
+    index = None
     if x.index is not None:
-        scores = index_scores(
+        index = IndexInputs(
             lax.dynamic_slice_in_dim(x.index.q, start, rows, axis=1),
             x.index.k[:, :length],
             lax.dynamic_slice_in_dim(x.index.weights, start, rows, axis=1),
         )
     if x.selection is not None:
         mask = mask & lax.dynamic_slice_in_dim(x.selection, start, rows, axis=1)[:, :, :length]
-    elif scores is not None and options.topk is not None and options.topk < length:
-        mask = select_mask(jnp.where(mask, lax.stop_gradient(scores), -jnp.inf), options.topk)
-    out, probabilities = _softmax_block(
-        q, x.k[:, :, :length], x.v[:, :, :length], mask, options.scale
-    )
+    elif index is not None and options.topk is not None and options.topk < length:
+        scores = lax.stop_gradient(index_scores(*index))
+        mask = select_mask(jnp.where(mask, scores, -jnp.inf), options.topk)
+    with jax.named_scope("core"):
+        out, mean = _softmax_block(
+            q, x.k[:, :, :length], x.v[:, :, :length], mask, options.scale, options.index_loss
+        )
     loss = jnp.zeros((), jnp.float32)
-    if options.index_loss and scores is not None:
+    if options.index_loss and index is not None:
         real = (position < x.k.shape[2])[None, :, None]  # padding rows are no queries
-        probabilities = probabilities.reshape(batch, groups * members, rows, length)
-        loss = indexer_kl(probabilities, scores, mask & real)
+        with jax.named_scope("index_loss"):
+            loss = indexer_kl(mean, index, mask & real)
     return out, mask if options.keep_selection else None, loss
 
 
