@@ -375,6 +375,7 @@ def _step_layer(p, config, x, experts, state, layer, index_layer, selection):
                 h,
                 state.rotation,
                 state.cache.entries,
+                state.cache.lengths,
                 layer,
                 index_layer,
                 state.visible,
@@ -445,11 +446,11 @@ def _run_step_segment(segment, members, config, x, state, first_layer, first_ind
 
 
 def _initial_selection(
-    config: ModelConfig, visible: step_attention.Selection
+    config: ModelConfig, visible: step_attention.Selection, dtype: Any
 ) -> step_attention.Selection:
     """A carry of the form that ``step_attention.select`` will return; its values are never read before that."""
     batch, tokens, capacity = visible.cached.shape
-    if not step_attention.gathers(config.index_topk, capacity, tokens):
+    if not step_attention.gathers(config.index_topk, capacity, tokens, dtype):
         return visible
     rows = min(config.index_topk, capacity + tokens)
     return visible._replace(cached=jnp.full((batch, tokens, rows), -1, jnp.int32))
@@ -482,7 +483,7 @@ def step(
     visible = step_attention.visible_mask(cache.lengths, cache.capacity, length)
     state = _StepState(cache, rotation(config, positions), visible, tables, moe)
     x = params["embed"]["weight"][tokens]
-    selection = _initial_selection(config, visible)
+    selection = _initial_selection(config, visible, next(iter(cache.entries.values())).dtype)
     parts, first_layer, first_index = [], 0, 0
     for segment, members in zip(config.segments, params["segments"], strict=True):
         x, entries, _, selection = _run_step_segment(

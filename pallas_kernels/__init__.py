@@ -4,9 +4,9 @@ Every op takes ``implementation=None | name | sequence of names``; see ``pallas_
 """
 
 from pallas_kernels.grouped_matmul import grouped_matmul
-from pallas_kernels.index_topk import index_topk
+from pallas_kernels.index_topk import index_topk, index_topk_step
 from pallas_kernels.moe_dispatch import Dispatched, combine, dispatch
-from pallas_kernels.sparse_mla import merge_partials, sparse_mla
+from pallas_kernels.sparse_mla import merge_partials, sparse_mla, sparse_mla_step
 
 __all__ = [
     "Dispatched",
@@ -14,6 +14,8 @@ __all__ = [
     "dispatch",
     "grouped_matmul",
     "index_topk",
+    "index_topk_step",
     "merge_partials",
     "sparse_mla",
+    "sparse_mla_step",
 ]

@@ -18,7 +18,7 @@ from jaxmoe.sharding import make_mesh
 from jaxmoe.tokenizer import ByteTokenizer
 from jaxmoe.train.config import demo_config
 
-DEVICES = 4
+DEVICES = 2  # no more than cores: XLA starts a thread for each, and they take time from each other
 PROMPT = "def __init__(self, "
 
 
@@ -82,7 +82,7 @@ def demo(
     _restore_elsewhere(output, summary.params, console)
     text, count = stream_text(
         summary.params,
-        config,
+        config.replace(eos_token_id=None),  # always so much text: a young model likes to end
         ByteTokenizer(),
         PROMPT,
         300,

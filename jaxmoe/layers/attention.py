@@ -110,6 +110,7 @@ def mla_step(
     x: jax.Array,
     r: Rotation,
     cached: Entries,
+    lengths: jax.Array,
     layer: jax.Array | int,
     index_layer: jax.Array | int,
     visible: step_attention.Selection,
@@ -123,6 +124,7 @@ def mla_step(
       x: [B, T, D], normalised.
       r: rotation at the new tokens' positions.
       cached: "latent" [L, B, S, C] and, with an indexer, "index_k" [L', B, S, K], of all layers.
+      lengths: [B] int32, valid cached rows.
       layer: this layer's row in "latent".
       index_layer: this layer's row in "index_k", if it has an indexer.
       visible: what causality allows.
@@ -135,8 +137,9 @@ def mla_step(
     projected = _mla_project(a, config, x, r)
     index = _index(p, config, x, projected.q_latent, r)
     if index is not None:
-        keys = lax.dynamic_index_in_dim(cached["index_k"], index_layer, 0, keepdims=False)
-        selection = step_attention.select(index, keys, visible, config.index_topk)
+        selection = step_attention.select(
+            index, cached["index_k"], index_layer, lengths, visible, config.index_topk
+        )
     precision = precision_of(x.dtype)
     q_latent = jnp.einsum(
         "bthn,hnc->bthc", projected.q_nope, a["k_b"]["weight"].astype(x.dtype), precision=precision

@@ -4,13 +4,15 @@ The step never writes the cache: one softmax covers the cached rows and the step
 operands (architecture, idea 2).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxmoe.layers.indexer import IndexInputs
-from pallas_kernels.index_topk import index_scores, select_mask, select_positions
+from pallas_kernels import native
+from pallas_kernels.index_topk import index_scores, index_topk_step, select_mask
+from pallas_kernels.sparse_mla import sparse_mla_step
 from pallas_kernels.sparse_mla.reference import Part, attend
 
 # While the cache holds at most this many times topk rows, masking all of them is faster than gathering topk of them
@@ -32,10 +34,14 @@ class Selection(NamedTuple):
     new: jax.Array
 
 
-def gathers(topk: int | None, capacity: int, tokens: int) -> bool:
+def gathers(topk: int | None, capacity: int, tokens: int, dtype: Any = jnp.float32) -> bool:
     """Whether a step of ``tokens`` over a cache of ``capacity`` rows selects by index rather than by mask."""
+    if topk is None or capacity + tokens <= topk:
+        return False
+    if dtype == jnp.float32 and native.available():
+        return True  # it reads chosen rows where they lie: never more work than masking all
     factor = GATHER_FACTOR_DECODE if tokens == 1 else GATHER_FACTOR_CHUNK
-    return topk is not None and capacity + tokens > factor * topk
+    return capacity + tokens > factor * topk
 
 
 def visible_mask(lengths: jax.Array, capacity: int, tokens: int) -> Selection:
@@ -49,7 +55,14 @@ def visible_mask(lengths: jax.Array, capacity: int, tokens: int) -> Selection:
     )
 
 
-def select(index: IndexInputs, cached_keys: jax.Array, visible: Selection, topk: int) -> Selection:
+def select(
+    index: IndexInputs,
+    cached: jax.Array,
+    layer: jax.Array | int,
+    lengths: jax.Array,
+    visible: Selection,
+    topk: int,
+) -> Selection:
     """The topk best-scored keys among cached and new ones.
 
     Cached rows precede new ones, so the concatenated order is the order of positions and the tie rule
@@ -57,24 +70,28 @@ def select(index: IndexInputs, cached_keys: jax.Array, visible: Selection, topk:
 
     Args:
       index: the step's indexer inputs, T tokens.
-      cached_keys: [B, S, K].
+      cached: [L, B, S, K] keys of all layers.
+      layer: which of them; may be traced.
+      lengths: [B] int32, valid cached rows.
       visible: from ``visible_mask``.
       topk: how many.
     """
-    capacity, tokens = cached_keys.shape[1], index.k.shape[1]
+    capacity, tokens = cached.shape[2], index.k.shape[1]
     if capacity + tokens <= topk:
         return visible
+    if gathers(topk, capacity, tokens, cached.dtype):
+        rows = index_topk_step(index.q, cached, layer, index.k, index.weights, lengths, topk)
+        return visible._replace(cached=rows)
+    keys = jax.lax.dynamic_index_in_dim(cached, layer, 0, keepdims=False)
     scores = jnp.concatenate(
         [
-            jnp.where(visible.cached, index_scores(index.q, cached_keys, index.weights), -jnp.inf),
+            jnp.where(visible.cached, index_scores(index.q, keys, index.weights), -jnp.inf),
             jnp.where(visible.new, index_scores(index.q, index.k, index.weights), -jnp.inf),
         ],
         axis=-1,
     )
-    if not gathers(topk, capacity, tokens):
-        mask = select_mask(scores, topk)
-        return Selection(mask[..., :capacity], mask[..., capacity:])
-    return visible._replace(cached=select_positions(scores, topk))
+    mask = select_mask(scores, topk)
+    return Selection(mask[..., :capacity], mask[..., capacity:])
 
 
 def _silence(rows: jax.Array, valid: jax.Array) -> jax.Array:
@@ -109,24 +126,13 @@ def latent_attention(
     Returns:
       [B, T, H, V].
     """
-    layers, batch, capacity, size = cached.shape
-    if selection.cached.dtype == jnp.bool_:
-        rows = jax.lax.dynamic_index_in_dim(cached, layer, 0, keepdims=False)
-        rows = _silence(rows, selection.cached)
-        parts = [Part(rows, rows, selection.cached), Part(new, new, selection.new)]
-        return attend(q, parts, scale)[0][..., :value_dim]
-    # Address rows of the whole stacked cache, so that only the selected ones are read; the step's own rows
-    # take their places in the gathered set, so that one softmax covers both.
-    chosen = selection.cached
-    first = (layer * batch + jnp.arange(batch, dtype=jnp.int32)) * capacity
-    address = first[:, None, None] + jnp.clip(chosen, 0, capacity - 1)
-    flat = cached.reshape(layers * batch * capacity, size)
-    rows = flat.at[address].get(mode="promise_in_bounds")
-    own = jax.vmap(lambda x, i: x.at[i].get(mode="clip"))(new, jnp.maximum(chosen - capacity, 0))
-    rows = jnp.where((chosen >= capacity)[..., None], own, rows)
-    valid = chosen >= 0
-    rows = jnp.where(valid[..., None], rows, jnp.zeros((), rows.dtype))
-    return attend(q, [Part(rows, rows, valid)], scale)[0][..., :value_dim]
+    if selection.cached.dtype != jnp.bool_:
+        rows = selection.cached
+        return sparse_mla_step(q, cached, layer, new, rows, scale=scale, value_dim=value_dim)[0]
+    rows = jax.lax.dynamic_index_in_dim(cached, layer, 0, keepdims=False)
+    rows = _silence(rows, selection.cached)
+    parts = [Part(rows, rows, selection.cached), Part(new, new, selection.new)]
+    return attend(q, parts, scale)[0][..., :value_dim]
 
 
 def grouped_query_attention(

@@ -5,14 +5,19 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import _implementation
-from pallas_kernels.grouped_matmul import reference, xla
+from pallas_kernels.grouped_matmul import native, reference, xla
 
 _BACKENDS = {
     "reference": reference.grouped_matmul,
+    "native": native.grouped_matmul,
     "xla": xla.grouped_matmul,
     "ragged_dot": xla.ragged_dot,
 }
-_PREFERENCE = {"cpu": ("xla",), "gpu": ("ragged_dot", "xla"), "tpu": ("ragged_dot", "xla")}
+_PREFERENCE = {
+    "cpu": ("native", "xla"),
+    "gpu": ("ragged_dot", "xla"),
+    "tpu": ("ragged_dot", "xla"),
+}
 
 
 def _check(x: jax.Array, w: jax.Array, group_sizes: jax.Array) -> None:
@@ -58,7 +63,7 @@ def grouped_matmul(
       w: one matrix per group, [in, out]; may hold more than the E groups in use (a rank's slice, stacked layers).
       group_sizes: rows per group; must sum to at most M (not checked: it is data).
       group_offset: index in ``w`` of group 0's matrix; may be traced.
-      implementation: None, "xla" (block loop), "ragged_dot" (jax.lax), "reference", or a sequence of these.
+      implementation: None, "native" (C++, for few rows per group on CPU), "xla" (block loop), "ragged_dot" (jax.lax), "reference", or a sequence of these.
 
     Returns:
       [M, N] in x's dtype.

@@ -1,4 +1,7 @@
-"""Block sizes of the XLA grouped matmul, by heuristic."""
+"""Block sizes and limits of the CPU backends, by heuristic."""
+
+# Above so many rows per group on average the C++ kernel loses to XLA's matmul (docs/log.md, 2026-11-25).
+NATIVE_ROWS_PER_GROUP = 8
 
 
 def block_rows(rows: int, groups: int) -> int:

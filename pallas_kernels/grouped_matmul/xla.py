@@ -129,14 +129,15 @@ def _forward(x, w, group_sizes, group_offset):
     return grouped_matmul(x, w, group_sizes, group_offset), (x, w, group_sizes, group_offset)
 
 
-def _backward(residuals, dy):
+def backward(residuals, dy):
+    """The op's gradients, for every backend; residuals are the operands."""
     x, w, group_sizes, group_offset = residuals
     dx = _rows_times_groups(dy, w, group_sizes, group_offset, transpose=True)
     dw = _groups_outer(x, dy, group_sizes, group_offset, w)
     return dx, dw, None, None
 
 
-grouped_matmul.defvjp(_forward, _backward)
+grouped_matmul.defvjp(_forward, backward)
 
 
 def ragged_dot(

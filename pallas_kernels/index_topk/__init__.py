@@ -1,6 +1,6 @@
 """Lightning-index scores and exact top-k selection."""
 
-from pallas_kernels.index_topk.api import index_topk
+from pallas_kernels.index_topk.api import index_topk, index_topk_step
 from pallas_kernels.index_topk.reference import (
     index_scores,
     select_indices,
@@ -8,4 +8,4 @@ from pallas_kernels.index_topk.reference import (
     select_positions,
 )
 
-__all__ = ["index_scores", "index_topk", "select_indices", "select_mask", "select_positions"]
+__all__ = ["index_scores", "index_topk", "index_topk_step", "select_indices", "select_mask", "select_positions"]

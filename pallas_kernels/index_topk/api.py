@@ -4,10 +4,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import _implementation
-from pallas_kernels.index_topk import reference
+from pallas_kernels.index_topk import native, reference
 
-_BACKENDS = {"xla": reference.index_topk}
-_PREFERENCE = {"cpu": ("xla",), "gpu": ("xla",), "tpu": ("xla",)}
+_BACKENDS = {"native": native.index_topk, "xla": reference.index_topk}
+_STEP_BACKENDS = {"native": native.index_topk_step, "xla": reference.index_topk_step}
+_PREFERENCE = {"cpu": ("native", "xla"), "gpu": ("xla",), "tpu": ("xla",)}
 
 
 def index_topk(
@@ -30,7 +31,7 @@ def index_topk(
       weights: signed head weights, all scale factors multiplied in.
       topk: how many to select; the result has min(topk, S) columns.
       visible: how many leading keys each query may see; None means causal with the last query at the last key.
-      implementation: None, "xla", or a sequence.
+      implementation: None, "native" (C++ on CPU), "xla", or a sequence.
 
     Returns:
       int32 positions, best first; -1 fills rows with fewer visible keys.
@@ -61,4 +62,53 @@ def index_topk(
         visible = jnp.broadcast_to(jnp.arange(q.shape[1], dtype=jnp.int32) + ahead + 1, q.shape[:2])
     return _implementation.call(
         "index_topk", _BACKENDS, _PREFERENCE, implementation, q, k, weights, topk, visible
+    )
+
+
+def index_topk_step(
+    q: Float[Array, "B T I K"],
+    cached: Float[Array, "L B S K"],
+    layer: Int[Array, ""] | int,
+    own: Float[Array, "B T K"],
+    weights: Float[Array, "B T I"],
+    lengths: Int[Array, " B"],
+    topk: int,
+    *,
+    implementation: _implementation.Implementation = None,
+) -> Int[Array, "B T topk"]:
+    """``index_topk`` for T new tokens over a cache and over each other.
+
+    Args:
+      q: index queries of the new tokens.
+      cached: key cache of all layers.
+      layer: which of them; may be traced.
+      own: the new tokens' own keys, which come after the cached ones; query t sees own keys 0..t.
+      weights: signed head weights, all scale factors multiplied in.
+      lengths: valid cached keys of each sequence.
+      topk: how many to select, at most S + T.
+      implementation: None, "native" (C++ on CPU), "xla", or a sequence.
+
+    Returns:
+      int32 rows in ascending order: below S cached ones, from S on the step's own; -1 after the last.
+
+    Raises:
+      ValueError: if shapes disagree or topk is out of range.
+    """
+    shapes = f"{q.shape}, {cached.shape}, {own.shape}"
+    if q.ndim != 4 or cached.ndim != 4 or own.shape != (*q.shape[:2], q.shape[3]):
+        raise ValueError(
+            f"index_topk_step: q must be [B, T, I, K], cached [L, B, S, K], own [B, T, K]; got {shapes}."
+        )
+    if cached.shape[1] != q.shape[0] or cached.shape[3] != q.shape[3]:
+        raise ValueError(f"index_topk_step: q, cached and own must share B and K; got {shapes}.")
+    if not 1 <= topk <= cached.shape[2] + q.shape[1]:
+        raise ValueError(
+            f"index_topk_step: topk must be in 1..{cached.shape[2] + q.shape[1]} (S + T); got {topk}."
+        )
+    return _implementation.call(
+        "index_topk_step",
+        _STEP_BACKENDS,
+        _PREFERENCE,
+        implementation,
+        *(q, cached, layer, own, weights, lengths, topk),
     )

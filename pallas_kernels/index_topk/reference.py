@@ -134,3 +134,28 @@ def index_topk(
     scores = index_scores(q, k, weights)
     seen = jnp.arange(k.shape[1], dtype=jnp.int32)[None, None] < visible[..., None]
     return select_indices(jnp.where(seen, scores, -jnp.inf), topk)
+
+
+def index_topk_step(
+    q: jax.Array,
+    cached: jax.Array,
+    layer: jax.Array,
+    own: jax.Array,
+    weights: jax.Array,
+    lengths: jax.Array,
+    topk: int,
+) -> jax.Array:
+    """See ``api.index_topk_step``."""
+    tokens = own.shape[1]
+    keys = lax.dynamic_index_in_dim(cached, layer, 0, keepdims=False)
+    seen = jnp.arange(keys.shape[1], dtype=jnp.int32)[None] < lengths[:, None]
+    causal = jnp.tril(jnp.ones((tokens, tokens), bool))
+    # Cached rows precede the step's own, so that the tie rule is the one over a whole sequence.
+    scores = jnp.concatenate(
+        [
+            jnp.where(seen[:, None], index_scores(q, keys, weights), -jnp.inf),
+            jnp.where(causal[None], index_scores(q, own, weights), -jnp.inf),
+        ],
+        axis=-1,
+    )
+    return select_positions(scores, topk)

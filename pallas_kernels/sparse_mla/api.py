@@ -4,10 +4,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import _implementation
-from pallas_kernels.sparse_mla import reference
+from pallas_kernels.sparse_mla import native, reference
 
-_BACKENDS = {"xla": reference.sparse_mla}
-_PREFERENCE = {"cpu": ("xla",), "gpu": ("xla",), "tpu": ("xla",)}
+_BACKENDS = {"native": native.sparse_mla, "xla": reference.sparse_mla}
+_STEP_BACKENDS = {"native": native.sparse_mla_step, "xla": reference.sparse_mla_step}
+_PREFERENCE = {"cpu": ("native", "xla"), "gpu": ("xla",), "tpu": ("xla",)}
 
 
 def sparse_mla(
@@ -30,7 +31,7 @@ def sparse_mla(
       indices: rows to attend to; -1 is no row. Distinct where not -1.
       scale: softmax scale (``ModelConfig.softmax_scale``).
       value_dim: length of the latent part.
-      implementation: None, "xla", or a sequence.
+      implementation: None, "native" (C++ on CPU), "xla", or a sequence.
 
     Returns:
       (out, lse): the normalised output, and the natural log of the softmax denominator in float32, so that parts over
@@ -53,6 +54,57 @@ def sparse_mla(
         )
     return _implementation.call(
         "sparse_mla", _BACKENDS, _PREFERENCE, implementation, q, kv, indices, scale, value_dim
+    )
+
+
+def sparse_mla_step(
+    q: Float[Array, "B T H C"],
+    cached: Float[Array, "L B S C"],
+    layer: Int[Array, ""] | int,
+    own: Float[Array, "B T C"],
+    rows: Int[Array, "B T K"],
+    *,
+    scale: float,
+    value_dim: int,
+    implementation: _implementation.Implementation = None,
+) -> tuple[Float[Array, "B T H V"], Float[Array, "B T H"]]:
+    """``sparse_mla`` for T new tokens over a cache and over their own rows, in one softmax. Forward only.
+
+    Args:
+      q: absorbed queries of the new tokens.
+      cached: latent rows of all layers.
+      layer: which of them; may be traced.
+      own: the new tokens' latent rows.
+      rows: ``index_topk_step``'s result: below S cached rows, from S on the step's own, -1 for none.
+      scale: softmax scale.
+      value_dim: V, the latent part of a row.
+      implementation: None, "native" (C++ on CPU), "xla", or a sequence.
+
+    Returns:
+      (out, lse) as in ``sparse_mla``.
+
+    Raises:
+      ValueError: if shapes disagree.
+    """
+    shapes = f"{q.shape}, {cached.shape}, {own.shape}, {rows.shape}"
+    if q.ndim != 4 or cached.ndim != 4 or rows.ndim != 3:
+        raise ValueError(
+            f"sparse_mla_step: q must be [B, T, H, C], cached [L, B, S, C], own [B, T, C], rows [B, T, K]; got {shapes}."
+        )
+    batch, tokens, _, size = q.shape
+    fits = cached.shape[1] == batch and cached.shape[3] == size and rows.shape[:2] == q.shape[:2]
+    if not fits or own.shape != (batch, tokens, size):
+        raise ValueError(f"sparse_mla_step: B, T and C must agree; got {shapes}.")
+    if not 0 < value_dim <= size:
+        raise ValueError(
+            f"sparse_mla_step: value_dim must be in 1..{size} (C); got {value_dim}."
+        )
+    return _implementation.call(
+        "sparse_mla_step",
+        _STEP_BACKENDS,
+        _PREFERENCE,
+        implementation,
+        *(q, cached, layer, own, rows, scale, value_dim),
     )
 
 

@@ -69,3 +69,28 @@ def sparse_mla(
     # the rows would copy them all.
     out, lse = attend(q, [Part(rows, rows, indices >= 0)], scale)
     return out[..., :value_dim], lse
+
+
+def sparse_mla_step(
+    q: jax.Array,
+    cached: jax.Array,
+    layer: jax.Array | int,
+    own: jax.Array,
+    rows: jax.Array,
+    scale: float,
+    value_dim: int,
+) -> tuple[jax.Array, jax.Array]:
+    """See ``api.sparse_mla_step``."""
+    layers, batch, capacity, size = cached.shape
+    # Address rows of the whole stacked cache, so that only the selected ones are read; the step's own rows
+    # take their places in the gathered set, so that one softmax covers both.
+    first = (layer * batch + jnp.arange(batch, dtype=jnp.int32)) * capacity
+    address = first[:, None, None] + jnp.clip(rows, 0, capacity - 1)
+    flat = cached.reshape(layers * batch * capacity, size)
+    kv = flat.at[address].get(mode="promise_in_bounds")
+    new = jax.vmap(lambda x, i: x.at[i].get(mode="clip"))(own, jnp.maximum(rows - capacity, 0))
+    kv = jnp.where((rows >= capacity)[..., None], new, kv)
+    valid = rows >= 0
+    kv = jnp.where(valid[..., None], kv, jnp.zeros((), kv.dtype))
+    out, lse = attend(q, [Part(kv, kv, valid)], scale)
+    return out[..., :value_dim], lse

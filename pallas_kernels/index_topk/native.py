@@ -1,0 +1,47 @@
+"""C++ backend for CPU: one query at a time, so that scores never exist as [queries, keys]."""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import native
+
+
+def _call(q, cached, layer, own, weights, visible, own_visible, topk, *, best_first):
+    weights = weights.astype(jnp.float32)
+    native.require(q, cached, own)
+    result = jax.ShapeDtypeStruct((*q.shape[:2], topk), jnp.int32)
+    layer = jnp.asarray(layer, jnp.int32)
+    return native.call(
+        "jaxmoe_index_topk",
+        result,
+        *(q, cached, layer, own, weights, visible, own_visible),
+        best_first=best_first,
+    )
+
+
+def index_topk(
+    q: jax.Array, k: jax.Array, weights: jax.Array, topk: int, visible: jax.Array
+) -> jax.Array:
+    """See ``api.index_topk``."""
+    topk = min(topk, k.shape[1])
+    none = jnp.zeros((k.shape[0], 0, k.shape[2]), k.dtype)
+    visible = visible.astype(jnp.int32)
+    return _call(
+        q, k[None], 0, none, weights, visible, jnp.zeros_like(visible), topk, best_first=True
+    )
+
+
+def index_topk_step(
+    q: jax.Array,
+    cached: jax.Array,
+    layer: jax.Array,
+    own: jax.Array,
+    weights: jax.Array,
+    lengths: jax.Array,
+    topk: int,
+) -> jax.Array:
+    """See ``api.index_topk_step``."""
+    shape = q.shape[:2]
+    visible = jnp.broadcast_to(lengths[:, None], shape)
+    own_visible = jnp.broadcast_to(jnp.arange(1, shape[1] + 1, dtype=jnp.int32)[None], shape)
+    return _call(q, cached, layer, own, weights, visible, own_visible, topk, best_first=False)

@@ -1,0 +1,123 @@
+"""Optional CPU kernels in C++, for what XLA:CPU cannot express: reading weights and cache rows where they lie.
+
+Compiled with the system's C++ compiler on first use (about four seconds, then cached per user), and called
+through XLA's foreign function interface on XLA's own threads. Without a compiler every backend that needs
+them refuses, and the XLA backends take over: slower, same results up to rounding.
+"""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import pathlib
+import platform
+import shutil
+import subprocess
+import tempfile
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jaxlib
+
+_HERE = pathlib.Path(__file__).parent
+_SYMBOLS = ("jaxmoe_grouped_matmul", "jaxmoe_index_topk", "jaxmoe_sparse_mla")
+# Not -ffast-math: linked into a library it would switch off subnormal numbers for the whole process.
+_FLAGS = (
+    "-w -std=c++17 -O3 -march=native -ffp-contract=fast -fno-math-errno -fno-trapping-math "
+    "-fopenmp-simd -shared -fPIC"
+).split()
+
+logger = logging.getLogger(__name__)
+
+
+def _processor() -> str:
+    """What -march=native depends on: a home directory may be shared by different machines."""
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+
+
+def _cache_directory() -> pathlib.Path:
+    root = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    return pathlib.Path(root) / "jaxmoe" / "native"
+
+
+def _library_path(compiler: str) -> pathlib.Path:
+    """Named after everything that the binary depends on."""
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=30)
+    digest = hashlib.sha256(version.stdout)
+    for part in (platform.machine(), _processor(), jaxlib.__version__, *_FLAGS):
+        digest.update(part.encode())
+    for source in sorted((*_HERE.glob("*.cc"), *_HERE.glob("*.h"))):
+        digest.update(source.read_bytes())
+    return _cache_directory() / f"{digest.hexdigest()[:24]}.so"
+
+
+def _compile(compiler: str, path: pathlib.Path) -> None:
+    logger.info("compiling CPU kernels path=%s", path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as directory:
+        output = pathlib.Path(directory) / path.name
+        command = [compiler, *_FLAGS, f"-I{jax.ffi.include_dir()}", str(_HERE / "all.cc")]
+        subprocess.run(
+            [*command, "-o", str(output)], capture_output=True, check=True, timeout=300, text=True
+        )
+        output.replace(path)  # atomic: another process may be doing the same
+
+
+@functools.cache
+def _refusal() -> str | None:
+    """Why the kernels cannot be used here, or None once they are compiled and registered."""
+    compiler = os.environ.get("CXX") or shutil.which("c++")
+    if compiler is None:
+        return "no C++ compiler found (c++, or the one that CXX names)"
+    try:
+        path = _library_path(compiler)
+        if not path.exists():
+            _compile(compiler, path)
+        library = ctypes.CDLL(str(path))
+        for symbol in _SYMBOLS:
+            target = jax.ffi.pycapsule(getattr(library, symbol))
+            jax.ffi.register_ffi_target(symbol, target, platform="cpu")
+    except (OSError, AttributeError, subprocess.SubprocessError) as error:
+        lines = (getattr(error, "stderr", None) or str(error)).splitlines()
+        reason = next((line for line in lines if "error" in line), str(error))
+        logger.warning("CPU kernels unavailable, using slower ones reason=%r", reason)
+        return f"the C++ kernels could not be built: {reason}"
+    return None
+
+
+def available() -> bool:
+    """Whether the kernels can be used here; builds them if need be."""
+    return jax.default_backend() == "cpu" and _refusal() is None
+
+
+def require(*operands: jax.Array) -> None:
+    """Refuses unless the kernels can take float32 ``operands`` here.
+
+    Raises:
+      NotImplementedError: with the reason.
+    """
+    if jax.default_backend() != "cpu":
+        raise NotImplementedError(f"the C++ kernels run on CPU, not {jax.default_backend()}")
+    wrong = [str(x.dtype) for x in operands if x.dtype != jnp.float32]
+    if wrong:
+        raise NotImplementedError(f"the C++ kernels take float32; got {wrong[0]}")
+    if (reason := _refusal()) is not None:
+        raise NotImplementedError(reason)
+
+
+def call(symbol: str, result: Any, *operands: jax.Array, **attributes: Any) -> Any:
+    """Calls a kernel; ``require`` comes first.
+
+    Args:
+      symbol: one of the library's.
+      result: ``ShapeDtypeStruct`` or a tuple of them.
+      *operands: arrays in the kernel's order.
+      **attributes: its attributes.
+    """
+    return jax.ffi.ffi_call(symbol, result, vmap_method="sequential")(*operands, **attributes)

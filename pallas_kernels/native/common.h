@@ -1,0 +1,66 @@
+// What the CPU kernels share: work splitting over XLA's own threads, and a vectorisable exponential.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+
+#include "xla/ffi/api/ffi.h"
+
+namespace jaxmoe {
+
+namespace ffi = xla::ffi;
+using F32 = ffi::Buffer<ffi::F32>;
+using S32 = ffi::Buffer<ffi::S32>;
+
+// Runs work(i) for i in [0, count), on the calling thread and on helpers from the pool.
+//
+// The caller may itself be a pool thread, so it never waits for a helper that has not begun: it takes items
+// until none are left, then waits for those that helpers hold. A helper that begins later finds nothing and touches
+// only `shared`.
+template <typename Work>
+void ParallelFor(ffi::ThreadPool& pool, int64_t count, double flops, Work work) {
+  constexpr double kWorthAThread = 2e5;  // about 10 us of arithmetic; waking a thread costs some
+  int64_t helpers = std::min<int64_t>(pool.num_threads(), count) - 1;
+  helpers = std::min<int64_t>(helpers, static_cast<int64_t>(flops / kWorthAThread));
+  if (helpers <= 0) {
+    for (int64_t i = 0; i < count; ++i) work(i);
+    return;
+  }
+  struct Shared {
+    std::atomic<int64_t> next{0}, done{0};
+  };
+  auto shared = std::make_shared<Shared>();
+  auto drain = [shared, count, &work] {
+    for (int64_t i; (i = shared->next.fetch_add(1)) < count;) {
+      work(i);
+      shared->done.fetch_add(1, std::memory_order_release);
+    }
+  };
+  for (int64_t h = 0; h < helpers; ++h) pool.Schedule(decltype(drain)(drain));
+  drain();
+  while (shared->done.load(std::memory_order_acquire) < count) {
+  }
+}
+
+// exp(x) for x <= 0 to two units in the last place: 2^n * p(r). Below -87 it is 0. (expf does not vectorise.)
+inline float ExpNegative(float x) {
+  float n = std::floor(x * 1.44269504f + 0.5f);
+  float r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  int32_t bits = (static_cast<int32_t>(std::fmax(n, -126.0f)) + 127) << 23;
+  float scale;
+  std::memcpy(&scale, &bits, sizeof scale);
+  return x < -87.0f ? 0.0f : p * scale;
+}
+
+}  // namespace jaxmoe

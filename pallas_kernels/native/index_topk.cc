@@ -1,0 +1,126 @@
+// Index scores and exact top-k, a query at a time: scores live in one row of scratch, never as [queries, keys].
+#include <algorithm>
+#include <vector>
+
+#include "common.h"
+
+namespace jaxmoe {
+namespace {
+
+constexpr int64_t kLanes = 16;  // index heads computed together
+constexpr int64_t kKeys = 4;    // keys that share one reading of the queries
+
+// total[j] += sum_i weight[i] * relu(q[i] . key[j]) over kLanes heads; q is transposed to [dim, kLanes].
+template <int64_t N>
+inline void ScoreKeys(const float* q, const float* weight, int64_t dim, const float* keys, float* total) {
+  float dots[N][kLanes] = {};
+  for (int64_t d = 0; d < dim; ++d)
+    for (int64_t j = 0; j < N; ++j) {
+      const float value = keys[j * dim + d];
+#pragma omp simd
+      for (int64_t i = 0; i < kLanes; ++i) dots[j][i] += value * q[d * kLanes + i];
+    }
+  for (int64_t j = 0; j < N; ++j) {
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < kLanes; ++i) sum += weight[i] * std::max(dots[j][i], 0.0f);
+    total[j] += sum;
+  }
+}
+
+// Unsigned order of the result is the order of the floats; -0 equals +0, NaN is below everything.
+inline uint32_t Ordered(float score) {
+  if (score != score) return 0;
+  score += 0.0f;
+  uint32_t bits;
+  std::memcpy(&bits, &score, sizeof bits);
+  return bits >> 31 ? ~bits : bits | 0x80000000u;
+}
+
+// The k-th largest of n values by radix, one byte at a time; *above gets how many are larger.
+uint32_t KthLargest(const uint32_t* values, int64_t n, int64_t k, int64_t* above) {
+  uint32_t prefix = 0, mask = 0;
+  int64_t larger = 0;
+  for (int shift = 24; shift >= 0; shift -= 8) {
+    int32_t histogram[256] = {};
+    for (int64_t s = 0; s < n; ++s)
+      if ((values[s] & mask) == prefix) ++histogram[values[s] >> shift & 255];
+    int byte = 255;
+    while (larger + histogram[byte] < k) larger += histogram[byte--];
+    prefix |= static_cast<uint32_t>(byte) << shift;
+    mask |= 255u << shift;
+  }
+  *above = larger;
+  return prefix;
+}
+
+ffi::Error IndexTopkImpl(ffi::ThreadPool pool, F32 q, F32 cached, S32 layer, F32 own, F32 weights,
+                         S32 visible, S32 own_visible, bool best_first,
+                         ffi::ResultBuffer<ffi::S32> chosen) {
+  const auto shape = q.dimensions(), stored = cached.dimensions();
+  const int64_t batch = shape[0], tokens = shape[1], heads = shape[2], dim = shape[3];
+  const int64_t capacity = stored[2], extra = own.dimensions()[1], topk = chosen->dimensions()[2];
+  const int64_t blocks = (heads + kLanes - 1) / kLanes;
+  const float* keys = cached.typed_data() + int64_t{layer.typed_data()[0]} * batch * capacity * dim;
+  const double flops = 2.0 * batch * tokens * heads * dim * (capacity + extra);
+  ParallelFor(pool, batch * tokens, flops, [&](int64_t item) {
+    const int64_t b = item / tokens;
+    const int64_t past = std::clamp<int64_t>(visible.typed_data()[item], 0, capacity);
+    const int64_t now = std::clamp<int64_t>(own_visible.typed_data()[item], 0, extra);
+    const int64_t n = past + now;
+    std::vector<float> turned(dim * kLanes), weight(kLanes), score(n, 0.0f);
+    for (int64_t block = 0; block < blocks; ++block) {
+      const int64_t first = block * kLanes, count = std::min(kLanes, heads - first);
+      std::fill(turned.begin(), turned.end(), 0.0f);
+      std::fill(weight.begin(), weight.end(), 0.0f);
+      for (int64_t i = 0; i < count; ++i) {
+        weight[i] = weights.typed_data()[item * heads + first + i];
+        const float* head = q.typed_data() + (item * heads + first + i) * dim;
+        for (int64_t d = 0; d < dim; ++d) turned[d * kLanes + i] = head[d];
+      }
+      auto score_rows = [&](const float* rows, int64_t number, float* total) {
+        int64_t s = 0;
+        for (; s + kKeys <= number; s += kKeys)
+          ScoreKeys<kKeys>(turned.data(), weight.data(), dim, rows + s * dim, total + s);
+        for (; s < number; ++s)
+          ScoreKeys<1>(turned.data(), weight.data(), dim, rows + s * dim, total + s);
+      };
+      score_rows(keys + b * capacity * dim, past, score.data());
+      score_rows(own.typed_data() + b * extra * dim, now, score.data() + past);
+    }
+    int32_t* out = chosen->typed_data() + item * topk;
+    // Row numbers: cached ones as they are, the step's own after the whole cache.
+    auto row = [&](int64_t s) { return static_cast<int32_t>(s < past ? s : s - past + capacity); };
+    const int64_t kept = std::min(n, topk);
+    std::vector<uint32_t> value(n);
+    for (int64_t s = 0; s < n; ++s) value[s] = Ordered(score[s]);
+    std::vector<int64_t> picked;
+    picked.reserve(kept);
+    int64_t above = 0;
+    const uint32_t kth = kept ? KthLargest(value.data(), n, kept, &above) : 0;
+    int64_t room = kept - above;
+    for (int64_t s = 0; s < n; ++s)
+      if (value[s] > kth || (value[s] == kth && room-- > 0)) picked.push_back(s);
+    if (best_first)
+      std::stable_sort(picked.begin(), picked.end(),
+                       [&](int64_t a, int64_t c) { return value[a] > value[c]; });
+    for (int64_t i = 0; i < topk; ++i) out[i] = i < kept ? row(picked[i]) : -1;
+  });
+  return ffi::Error::Success();
+}
+
+}  // namespace
+}  // namespace jaxmoe
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxmoe_index_topk, jaxmoe::IndexTopkImpl,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<jaxmoe::F32>()    // q [B, T, I, K]
+                                  .Arg<jaxmoe::F32>()    // cached keys [L, B, S, K]
+                                  .Arg<jaxmoe::S32>()    // layer []
+                                  .Arg<jaxmoe::F32>()    // own keys [B, O, K]
+                                  .Arg<jaxmoe::F32>()    // head weights [B, T, I]
+                                  .Arg<jaxmoe::S32>()    // visible cached keys [B, T]
+                                  .Arg<jaxmoe::S32>()    // visible own keys [B, T]
+                                  .Attr<bool>("best_first")
+                                  .Ret<jaxmoe::S32>());  // rows [B, T, topk]
