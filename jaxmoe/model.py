@@ -14,7 +14,7 @@ from jaxmoe.cache import Cache
 from jaxmoe.config import LayerKind, ModelConfig
 from jaxmoe.layers import core_attention, step_attention
 from jaxmoe.layers.attention import Entries, gqa_sequence, gqa_step, mla_sequence, mla_step
-from jaxmoe.layers.linear import linear, matmul
+from jaxmoe.layers.linear import Stacked, dense, linear, matmul
 from jaxmoe.layers.mlp import mlp
 from jaxmoe.layers.norm import rms_norm
 from jaxmoe.layers.rope import Rotation, rotation
@@ -79,7 +79,6 @@ def _feed_forward(
     p: dict,
     config: ModelConfig,
     x: jax.Array,
-    experts: Experts | None,
     tables: ExpertTables | None,
     options: MoeOptions,
 ) -> tuple[jax.Array, LayerStats]:
@@ -97,7 +96,7 @@ def _feed_forward(
             flat,
             routing.expert_ids,
             routing.weights,
-            experts,
+            _experts_of(p, options),
             activation=config.hidden_act,
             tables=tables,
             options=options,
@@ -111,11 +110,17 @@ def _feed_forward(
     return y.reshape(x.shape), stats
 
 
-def _experts_of(p: dict) -> Experts | None:
+def _experts_of(p: dict, options: MoeOptions) -> Experts | None:
     if "moe" not in p:
         return None
-    weights = p["moe"]["experts"]
-    return Experts(weights["gate_up"], weights["down"], slots=weights["down"].shape[0])
+    gate_up, down = p["moe"]["experts"]["gate_up"], p["moe"]["experts"]["down"]
+    slots = down.shape[0]
+    if not isinstance(down, Stacked):
+        return Experts(gate_up, down, slots)
+    if options.path != "local":  # the exchange shards one layer's slots
+        return Experts(dense(gate_up), dense(down), slots)
+    stacks = (w.stack.reshape(-1, *w.shape[1:]) for w in (gate_up, down))
+    return Experts(*stacks, slots, down.layer * slots)
 
 
 def sequence_layer(
@@ -147,7 +152,7 @@ def sequence_layer(
     x = x + h
     h = rms_norm(x, p["mlp_norm"], config.rms_norm_eps)
     with jax.named_scope("mlp"):
-        h, stats = _feed_forward(p, config, h, _experts_of(p), tables, options.moe)
+        h, stats = _feed_forward(p, config, h, tables, options.moe)
     return x + h, entries, stats._replace(index_loss=core.index_loss), core.selection
 
 
@@ -364,7 +369,7 @@ class _StepState(NamedTuple):
     moe: MoeOptions
 
 
-def _step_layer(p, config, x, experts, state, layer, index_layer, selection):
+def _step_layer(p, config, x, state, layer, index_layer, selection):
     """One decoder layer of a step; returns x, entries, stats, selection."""
     h = rms_norm(x, p["attention_norm"], config.rms_norm_eps)
     with jax.named_scope("attention"):
@@ -388,60 +393,41 @@ def _step_layer(p, config, x, experts, state, layer, index_layer, selection):
     x = x + h
     h = rms_norm(x, p["mlp_norm"], config.rms_norm_eps)
     with jax.named_scope("mlp"):
-        h, stats = _feed_forward(p, config, h, experts, state.tables, state.moe)
+        h, stats = _feed_forward(p, config, h, state.tables, state.moe)
     return x + h, entries, stats, selection
 
 
-def _split_experts(member: dict, options: MoeOptions) -> tuple[dict, Any]:
-    """Takes the stacked experts out of what the scan slices, unless the exchange needs per-layer weights.
+def _layer_of(member: dict, repeat: jax.Array) -> dict:
+    """One layer of a segment's stacked parameters: matrices by reference (a step may need few of their rows)."""
 
-    A scan copies each slice it takes. For experts that would read all of a layer's weights to use a few of them.
-    """
-    if "moe" not in member or options.path != "local":
-        return member, None
-    moe = dict(member["moe"])
-    stacked = moe.pop("experts")
-    return {**member, "moe": moe}, stacked
+    def take(path: tuple, leaf: jax.Array) -> jax.Array | Stacked:
+        by_reference = path[-1].key == "weight" or "experts" in {key.key for key in path}
+        if by_reference and leaf.ndim > 2:
+            return Stacked(leaf, repeat)
+        return lax.dynamic_index_in_dim(leaf, repeat, 0, keepdims=False)
 
-
-def _layer_experts(p: dict, stacked: Any, repeat: jax.Array) -> Experts | None:
-    if stacked is None:
-        return _experts_of(p)
-    gate_up, down = stacked["gate_up"], stacked["down"]
-    slots = gate_up.shape[1]
-    return Experts(
-        gate_up.reshape(-1, *gate_up.shape[2:]),
-        down.reshape(-1, *down.shape[2:]),
-        slots,
-        repeat * slots,
-    )
+    return jax.tree_util.tree_map_with_path(take, member)
 
 
 def _run_step_segment(segment, members, config, x, state, first_layer, first_index, selection):
     """Scans one segment; returns x, entries, stats, selection."""
-    split = [_split_experts(member, state.moe) for member in members]
     full = [kind.indexer == "full" for kind in segment.kinds]
     width = len(segment.kinds)
 
-    def body(carry, scanned):
+    def body(carry, repeat):
         x, selection = carry
-        slices, repeat = scanned
         entries, stats = [], []
-        for j, p in enumerate(slices):
+        for j, member in enumerate(members):
             layer = first_layer + repeat * width + j
             index_layer = first_index + repeat * sum(full) + sum(full[:j])
-            experts = _layer_experts(p, split[j][1], repeat)
-            x, e, s, selection = _step_layer(
-                p, config, x, experts, state, layer, index_layer, selection
-            )
+            p = _layer_of(member, repeat)
+            x, e, s, selection = _step_layer(p, config, x, state, layer, index_layer, selection)
             entries.append(e)
             stats.append(s)
         return (x, selection), (entries, stats)
 
     repeats = jnp.arange(segment.repeats, dtype=jnp.int32)
-    (x, selection), (entries, stats) = lax.scan(
-        body, (x, selection), ([member for member, _ in split], repeats)
-    )
+    (x, selection), (entries, stats) = lax.scan(body, (x, selection), repeats)
     return x, _interleave(entries), stats, selection
 
 

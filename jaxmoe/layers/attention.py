@@ -13,7 +13,7 @@ from jax import lax
 from jaxmoe.config import ModelConfig
 from jaxmoe.layers import core_attention, step_attention
 from jaxmoe.layers.indexer import IndexInputs, index_inputs
-from jaxmoe.layers.linear import linear, precision_of
+from jaxmoe.layers.linear import dense, linear, precision_of
 from jaxmoe.layers.norm import rms_norm
 from jaxmoe.layers.rope import Rotation, rotate
 
@@ -142,7 +142,7 @@ def mla_step(
         )
     precision = precision_of(x.dtype)
     q_latent = jnp.einsum(
-        "bthn,hnc->bthc", projected.q_nope, a["k_b"]["weight"].astype(x.dtype), precision=precision
+        "bthn,hnc->bthc", projected.q_nope, dense(a["k_b"]["weight"]).astype(x.dtype), precision=precision
     )
     entries = _entries(projected, index)
     out = step_attention.latent_attention(
@@ -155,7 +155,7 @@ def mla_step(
         value_dim=config.kv_lora_rank,
     )
     heads = jnp.einsum(
-        "bthc,hcv->bthv", out, a["v_b"]["weight"].astype(x.dtype), precision=precision
+        "bthc,hcv->bthv", out, dense(a["v_b"]["weight"]).astype(x.dtype), precision=precision
     )
     return linear(heads, a["o"], contract=2), entries, selection
 

@@ -5,7 +5,37 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jax import lax
+
+from pallas_kernels import grouped_matmul, native
+
+FEW_ROWS = 8  # up to so many a matmul is limited by reading its weights
+
+
+@struct.dataclass
+class Stacked:
+    """One layer's weight, addressed in the stack of all layers instead of being sliced out: a slice is a copy.
+
+    Attributes:
+      stack: [L, *shape].
+      layer: which one; may be traced.
+    """
+
+    stack: jax.Array
+    layer: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the one layer's weight."""
+        return self.stack.shape[1:]
+
+
+def dense(w: jax.Array | Stacked) -> jax.Array:
+    """The weight as an array of its own."""
+    if isinstance(w, Stacked):
+        return lax.dynamic_index_in_dim(w.stack, w.layer, 0, keepdims=False)
+    return w
 
 
 def precision_of(dtype: Any) -> lax.Precision | None:
@@ -43,12 +73,23 @@ def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
     return y.reshape(*x.shape[:-1], w.shape[1])
 
 
-def linear(x: jax.Array, p: dict[str, jax.Array], *, contract: int = 1) -> jax.Array:
+def _matmul_stacked(x: jax.Array, w: Stacked, inputs: int) -> jax.Array:
+    """x [..., K] times a layer of w as [K, N]."""
+    rows = math.prod(x.shape[:-1])
+    stack = w.stack.reshape(w.stack.shape[0], inputs, -1)
+    if rows > FEW_ROWS or x.dtype != jnp.float32 != stack.dtype or not native.available():
+        return matmul(x, dense(Stacked(stack, w.layer)))
+    every_row = jnp.full(1, rows, jnp.int32)
+    y = grouped_matmul(x.reshape(rows, inputs), stack, every_row, group_offset=w.layer)
+    return y.reshape(*x.shape[:-1], stack.shape[2])
+
+
+def linear(x: jax.Array, p: dict[str, Any], *, contract: int = 1) -> jax.Array:
     """Applies ``p["weight"]`` [*in, *out] to the last ``contract`` axes of x and adds ``p["bias"]`` if present.
 
     Args:
       x: [..., *in].
-      p: weight with its input axes first, optional bias of the output's shape.
+      p: weight (an array or ``Stacked``) with its input axes first, optional bias of the output's shape.
       contract: number of input axes.
 
     Returns:
@@ -57,9 +98,12 @@ def linear(x: jax.Array, p: dict[str, jax.Array], *, contract: int = 1) -> jax.A
     w = p["weight"]
     inputs, outputs = w.shape[:contract], w.shape[contract:]
     lead = x.shape[: x.ndim - contract]
-    y = matmul(
-        x.reshape(*lead, math.prod(inputs)), w.reshape(math.prod(inputs), math.prod(outputs))
-    )
+    size = math.prod(inputs)
+    x = x.reshape(*lead, size)
+    if isinstance(w, Stacked):
+        y = _matmul_stacked(x, w, size)
+    else:
+        y = matmul(x, w.reshape(size, math.prod(outputs)))
     y = y.reshape(*lead, *outputs)
     if "bias" in p:
         y = y + jnp.expand_dims(p["bias"].astype(y.dtype), tuple(range(len(lead))))

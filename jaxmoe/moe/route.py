@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxmoe.config import ModelConfig
+from jaxmoe.layers.linear import dense
 
 
 class Routing(NamedTuple):
@@ -40,7 +41,7 @@ def route(p: dict, config: ModelConfig, x: jax.Array) -> Routing:
     """
     logits = lax.dot_general(
         x.astype(jnp.float32),
-        p["weight"].astype(jnp.float32),
+        dense(p["weight"]).astype(jnp.float32),
         (((1,), (0,)), ((), ())),
         precision=lax.Precision.HIGHEST,
     )

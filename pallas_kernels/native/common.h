@@ -16,16 +16,16 @@ namespace ffi = xla::ffi;
 using F32 = ffi::Buffer<ffi::F32>;
 using S32 = ffi::Buffer<ffi::S32>;
 
-// Runs work(i) for i in [0, count), on the calling thread and on helpers from the pool.
+// Runs work(i) for i in [0, count), about work_ns in all, on the calling thread and on helpers from the pool.
 //
 // The caller may itself be a pool thread, so it never waits for a helper that has not begun: it takes items
 // until none are left, then waits for those that helpers hold. A helper that begins later finds nothing and touches
 // only `shared`.
 template <typename Work>
-void ParallelFor(ffi::ThreadPool& pool, int64_t count, double flops, Work work) {
-  constexpr double kWorthAThread = 2e5;  // about 10 us of arithmetic; waking a thread costs some
+void ParallelFor(ffi::ThreadPool& pool, int64_t count, double work_ns, Work work) {
+  constexpr double kWorthAThread = 20000;  // waking one costs about half of that
   int64_t helpers = std::min<int64_t>(pool.num_threads(), count) - 1;
-  helpers = std::min<int64_t>(helpers, static_cast<int64_t>(flops / kWorthAThread));
+  helpers = std::min<int64_t>(helpers, static_cast<int64_t>(work_ns / kWorthAThread));
   if (helpers <= 0) {
     for (int64_t i = 0; i < count; ++i) work(i);
     return;

@@ -8,11 +8,40 @@
 namespace jaxmoe {
 namespace {
 
-inline float Dot(const float* a, const float* b, int64_t n) {
-  float sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; ++i) sum += a[i] * b[i];
-  return sum;
+constexpr int64_t kTogether = 4;  // rows taken together: independent sums hide each other's latency
+
+// p[j] = scale * q . row[j] for N rows.
+template <int64_t N>
+inline void Dots(const float* q, const float* const* row, int64_t size, float scale, float* p) {
+  float s0 = 0, s1 = 0, s2 = 0, s3 = 0;
+  const float *r0 = row[0], *r1 = row[N > 1 ? 1 : 0], *r2 = row[N > 2 ? 2 : 0], *r3 = row[N > 3 ? 3 : 0];
+#pragma omp simd reduction(+ : s0, s1, s2, s3)
+  for (int64_t c = 0; c < size; ++c) {
+    s0 += q[c] * r0[c];
+    if (N > 1) s1 += q[c] * r1[c];
+    if (N > 2) s2 += q[c] * r2[c];
+    if (N > 3) s3 += q[c] * r3[c];
+  }
+  const float sums[4] = {s0, s1, s2, s3};
+  for (int64_t j = 0; j < N; ++j) p[j] = scale * sums[j];
+}
+
+// sum[v] += p[0] * row[0][v] + ... in this order.
+inline void AddRows(const float* p, const float* const* row, int64_t number, int64_t values, float* sum) {
+  int64_t i = 0;
+  for (; i + kTogether <= number; i += kTogether) {
+    const float p0 = p[i], p1 = p[i + 1], p2 = p[i + 2], p3 = p[i + 3];
+    const float *r0 = row[i], *r1 = row[i + 1], *r2 = row[i + 2], *r3 = row[i + 3];
+#pragma omp simd
+    for (int64_t v = 0; v < values; ++v)
+      sum[v] = sum[v] + p0 * r0[v] + p1 * r1[v] + p2 * r2[v] + p3 * r3[v];
+  }
+  for (; i < number; ++i) {
+    const float pi = p[i];
+    const float* r = row[i];
+#pragma omp simd
+    for (int64_t v = 0; v < values; ++v) sum[v] += pi * r[v];
+  }
 }
 
 ffi::Error SparseMlaImpl(ffi::ThreadPool pool, F32 q, F32 cached, S32 layer, F32 own, S32 chosen,
@@ -23,8 +52,8 @@ ffi::Error SparseMlaImpl(ffi::ThreadPool pool, F32 q, F32 cached, S32 layer, F32
   const int64_t capacity = stored[2], extra = own.dimensions()[1], topk = chosen.dimensions()[2];
   const int64_t values = out->dimensions()[3];
   const float* kv = cached.typed_data() + int64_t{layer.typed_data()[0]} * batch * capacity * size;
-  const double flops = 2.0 * batch * tokens * heads * topk * (size + values + 16);
-  ParallelFor(pool, batch * tokens, flops, [&](int64_t item) {
+  const double work_ns = batch * tokens * heads * topk * (size + values + 32) / 16.0;
+  ParallelFor(pool, batch * tokens, work_ns, [&](int64_t item) {
     const int64_t b = item / tokens;
     const int32_t* index = chosen.typed_data() + item * topk;
     std::vector<const float*> rows;
@@ -37,8 +66,13 @@ ffi::Error SparseMlaImpl(ffi::ThreadPool pool, F32 q, F32 cached, S32 layer, F32
     const int64_t n = rows.size();
     std::vector<float> p(heads * n);
     const float* queries = q.typed_data() + item * heads * size;
-    for (int64_t i = 0; i < n; ++i)
-      for (int64_t h = 0; h < heads; ++h) p[h * n + i] = scale * Dot(queries + h * size, rows[i], size);
+    int64_t first = 0;
+    for (; first + kTogether <= n; first += kTogether)
+      for (int64_t h = 0; h < heads; ++h)
+        Dots<kTogether>(queries + h * size, &rows[first], size, scale, &p[h * n + first]);
+    for (; first < n; ++first)
+      for (int64_t h = 0; h < heads; ++h)
+        Dots<1>(queries + h * size, &rows[first], size, scale, &p[h * n + first]);
     float* result = out->typed_data() + item * heads * values;
     std::memset(result, 0, heads * values * sizeof(float));
     for (int64_t h = 0; h < heads; ++h) {
@@ -53,13 +87,10 @@ ffi::Error SparseMlaImpl(ffi::ThreadPool pool, F32 q, F32 cached, S32 layer, F32
       for (int64_t i = 0; i < n; ++i) weight[i] *= inverse;
       lse->typed_data()[item * heads + h] = n ? peak + std::log(total) : peak;
     }
-    for (int64_t i = 0; i < n; ++i)
-      for (int64_t h = 0; h < heads; ++h) {
-        const float weight = p[h * n + i];
-        float* sum = result + h * values;
-#pragma omp simd
-        for (int64_t v = 0; v < values; ++v) sum[v] += weight * rows[i][v];
-      }
+    constexpr int64_t kBlock = 32;  // rows that stay in the L1 cache while every head adds them
+    for (int64_t start = 0; start < n; start += kBlock)
+      for (int64_t h = 0; h < heads; ++h)
+        AddRows(&p[h * n + start], &rows[start], std::min(kBlock, n - start), values, result + h * values);
   });
   return ffi::Error::Success();
 }
