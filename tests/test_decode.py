@@ -13,6 +13,7 @@ import jaxmoe
 from jaxmoe.cache import Cache, commit, init_cache
 from jaxmoe.layers.step_attention import gathers
 from jaxmoe.model import step
+from pallas_kernels import native
 
 TOLERANCE = 1e-5  # the issue's; measured: 5e-6 where logits have standard deviation 0.7
 BATCH, LENGTH, CAPACITY = 3, 96, 112
@@ -76,6 +77,19 @@ _step = jax.jit(step, static_argnames=("config",))
 _commit = jax.jit(commit)
 
 
+@pytest.fixture(scope="module", autouse=True, params=["native", "xla"])
+def backend(request):
+    """Every test on the C++ kernels and on their fallback."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "xla":
+            patch.setattr(native, "_refusal", lambda: "switched off by the test")
+        elif not native.available():
+            pytest.skip("no C++ compiler")
+        jax.clear_caches()
+        yield request.param
+        jax.clear_caches()
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _compiled_quickly():
     """Without LLVM's optimisations: what is tested is which rows are read and written, not how fast."""
@@ -101,7 +115,9 @@ def _counts(*counts: int) -> jax.Array:
     return jnp.asarray(counts, jnp.int32)
 
 
-def test_the_cases_select_both_by_index_and_by_mask():
+def test_the_cases_select_both_by_index_and_by_mask(backend):
+    if backend == "native":
+        pytest.skip("it always selects by index")
     for name, case in CASES.items():
         for chunk in case.chunks:
             assert gathers(case.config.index_topk, CAPACITY, chunk) == case.gathers, (name, chunk)

@@ -142,7 +142,10 @@ def mla_step(
         )
     precision = precision_of(x.dtype)
     q_latent = jnp.einsum(
-        "bthn,hnc->bthc", projected.q_nope, dense(a["k_b"]["weight"]).astype(x.dtype), precision=precision
+        "bthn,hnc->bthc",
+        projected.q_nope,
+        dense(a["k_b"]["weight"]).astype(x.dtype),
+        precision=precision,
     )
     entries = _entries(projected, index)
     out = step_attention.latent_attention(

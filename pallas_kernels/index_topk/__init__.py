@@ -8,4 +8,11 @@ from pallas_kernels.index_topk.reference import (
     select_positions,
 )
 
-__all__ = ["index_scores", "index_topk", "index_topk_step", "select_indices", "select_mask", "select_positions"]
+__all__ = [
+    "index_scores",
+    "index_topk",
+    "index_topk_step",
+    "select_indices",
+    "select_mask",
+    "select_positions",
+]

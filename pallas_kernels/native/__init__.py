@@ -48,9 +48,11 @@ def _cache_directory() -> pathlib.Path:
 
 def _library_path(compiler: str) -> pathlib.Path:
     """Named after everything that the binary depends on."""
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=30)
-    digest = hashlib.sha256(version.stdout)
-    for part in (platform.machine(), _processor(), jaxlib.__version__, *_FLAGS):
+    version = subprocess.run(
+        [compiler, "--version"], capture_output=True, check=True, timeout=30, text=True
+    )
+    digest = hashlib.sha256()
+    for part in (version.stdout, platform.machine(), _processor(), jaxlib.__version__, *_FLAGS):
         digest.update(part.encode())
     for source in sorted((*_HERE.glob("*.cc"), *_HERE.glob("*.h"))):
         digest.update(source.read_bytes())
@@ -69,6 +71,14 @@ def _compile(compiler: str, path: pathlib.Path) -> None:
         output.replace(path)  # atomic: another process may be doing the same
 
 
+def _built(compiler: str) -> pathlib.Path:
+    """The library, compiled unless it is there already."""
+    path = _library_path(compiler)
+    if not path.exists():
+        _compile(compiler, path)
+    return path
+
+
 @functools.cache
 def _refusal() -> str | None:
     """Why the kernels cannot be used here, or None once they are compiled and registered."""
@@ -76,10 +86,7 @@ def _refusal() -> str | None:
     if compiler is None:
         return "no C++ compiler found (c++, or the one that CXX names)"
     try:
-        path = _library_path(compiler)
-        if not path.exists():
-            _compile(compiler, path)
-        library = ctypes.CDLL(str(path))
+        library = ctypes.CDLL(str(_built(compiler)))
         for symbol in _SYMBOLS:
             target = jax.ffi.pycapsule(getattr(library, symbol))
             jax.ffi.register_ffi_target(symbol, target, platform="cpu")

@@ -96,9 +96,7 @@ def sparse_mla_step(
     if not fits or own.shape != (batch, tokens, size):
         raise ValueError(f"sparse_mla_step: B, T and C must agree; got {shapes}.")
     if not 0 < value_dim <= size:
-        raise ValueError(
-            f"sparse_mla_step: value_dim must be in 1..{size} (C); got {value_dim}."
-        )
+        raise ValueError(f"sparse_mla_step: value_dim must be in 1..{size} (C); got {value_dim}.")
     return _implementation.call(
         "sparse_mla_step",
         _STEP_BACKENDS,

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pallas_kernels import grouped_matmul
+from pallas_kernels import grouped_matmul, native
 from pallas_kernels.grouped_matmul import config, xla
 
 # float32 sums of up to 300 products of standard normals: 300 * 2**-24 * a typical partial sum of 20.
@@ -117,6 +117,25 @@ class Cases:
 
 class TestXla(Cases):
     implementation = "xla"
+
+
+@pytest.fixture(scope="class")
+def any_number_of_rows():
+    """The C++ kernel's limit is one of speed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(config, "NATIVE_ROWS_PER_GROUP", 1 << 20)
+        yield
+
+
+@pytest.mark.skipif(not native.available(), reason="no C++ compiler")
+@pytest.mark.usefixtures("any_number_of_rows")
+class TestNative(Cases):
+    implementation = "native"
+
+    def test_bfloat16_accumulates_in_float32(self):
+        x, w = jnp.ones((2, 3), jnp.bfloat16), jnp.ones((1, 3, 2), jnp.bfloat16)
+        with pytest.raises(NotImplementedError, match="float32; got bfloat16"):
+            grouped_matmul(x, w, jnp.array([2], jnp.int32), implementation="native")
 
 
 class TestRaggedDot(Cases):

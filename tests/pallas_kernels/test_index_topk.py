@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from pallas_kernels import index_topk
+from pallas_kernels import index_topk, native
 from pallas_kernels.index_topk import index_scores, select_indices, select_mask
 
 select_indices_jit = jax.jit(select_indices, static_argnums=1)
@@ -161,6 +161,11 @@ class Cases:
 
 class TestXla(Cases):
     implementation = "xla"
+
+
+@pytest.mark.skipif(not native.available(), reason="no C++ compiler")
+class TestNative(Cases):
+    implementation = "native"
 
 
 def test_index_scores_equal_the_oracle(rng):

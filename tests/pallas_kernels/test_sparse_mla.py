@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from pallas_kernels import merge_partials, sparse_mla
+from pallas_kernels import merge_partials, native, sparse_mla
 
 SCALE = 0.3
 # Sums over at most 12 rows of 8 float32 numbers of size 1.
@@ -163,6 +163,11 @@ class Cases:
 
 class TestXla(Cases):
     implementation = "xla"
+
+
+@pytest.mark.skipif(not native.available(), reason="no C++ compiler")
+class TestNative(Cases):
+    implementation = "native"
 
 
 def test_merging_only_empty_parts_gives_zeros_and_minus_infinity():

@@ -1,0 +1,106 @@
+"""The C++ kernels: built once, refused with a reason, equal to XLA's results, and independent of the batch."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import grouped_matmul, index_topk_step, native, sparse_mla_step
+
+needs_compiler = pytest.mark.skipif(not native.available(), reason="no C++ compiler")
+
+
+refusal = native._refusal.__wrapped__  # uncached
+
+
+@needs_compiler
+def test_the_library_is_built_once_and_then_found(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    compiled = []
+    compile_ = native._compile
+    monkeypatch.setattr(native, "_compile", lambda *a: (compiled.append(a), compile_(*a)))
+    compiler = native.shutil.which("c++")
+    path = native._built(compiler)
+    assert native._built(compiler) == path and len(compiled) == 1
+    assert list((tmp_path / "jaxmoe" / "native").iterdir()) == [path]
+
+
+@pytest.mark.parametrize("compiler", ["false", "/does/not/exist"])
+def test_a_compiler_that_fails_is_a_refusal_with_a_reason(monkeypatch, tmp_path, compiler):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", compiler)
+    assert compiler in refusal()
+
+
+@needs_compiler
+def test_what_the_compiler_says_is_in_the_reason(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(native, "_FLAGS", [*native._FLAGS, "-no-such-flag"])
+    assert "no-such-flag" in refusal()
+    assert not list((tmp_path / "jaxmoe" / "native").iterdir())
+
+
+def test_without_a_compiler_the_default_is_xla_and_the_name_refuses(monkeypatch):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(native.shutil, "which", lambda name: None)
+    monkeypatch.setattr(native, "_refusal", refusal)
+    x, w, sizes = jnp.ones((2, 3)), jnp.ones((1, 3, 2)), jnp.array([2], jnp.int32)
+    np.testing.assert_array_equal(grouped_matmul(x, w, sizes), 3.0)
+    with pytest.raises(NotImplementedError, match="no C\\+\\+ compiler"):
+        grouped_matmul(x, w, sizes, implementation="native")
+
+
+@needs_compiler
+def test_many_rows_per_group_are_refused():
+    x, w = jnp.ones((20, 3)), jnp.ones((2, 3, 2))
+    with pytest.raises(NotImplementedError, match="20 rows in 2 groups"):
+        grouped_matmul(x, w, jnp.array([9, 11], jnp.int32), implementation="native")
+
+
+@needs_compiler
+@pytest.mark.parametrize("columns", [5, 256, 700])
+def test_a_row_is_the_same_bit_for_bit_whoever_shares_its_group(rng, columns):
+    x = jnp.asarray(rng.standard_normal((13, 37)), jnp.float32)
+    w = jnp.asarray(rng.standard_normal((3, 37, columns)), jnp.float32)
+    together = grouped_matmul(x, w, jnp.array([0, 13, 0], jnp.int32), implementation="native")
+    for r in range(13):
+        alone = grouped_matmul(x[r : r + 1], w[1:2], jnp.ones(1, jnp.int32))
+        np.testing.assert_array_equal(together[r], alone[0])
+
+
+@functools.partial(jax.jit, static_argnames="implementation")
+def _attend(q, keys, own_keys, weights, queries, cached, own, lengths, layer, implementation):
+    rows = index_topk_step(
+        q, keys, layer, own_keys, weights, lengths, 9, implementation=implementation
+    )
+    out, lse = sparse_mla_step(
+        *(queries, cached, layer, own, rows),
+        scale=0.3,
+        value_dim=10,
+        implementation=implementation,
+    )
+    return rows, out, lse
+
+
+@needs_compiler
+@pytest.mark.parametrize("heads", [1, 16, 19])
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_a_step_equals_xla_s_over_ragged_caches_with_nan_beyond_them(rng, tokens, heads):
+    def random(*shape):
+        return rng.standard_normal(shape).astype(np.float32)
+
+    lengths = np.array([0, 3, 11, 40], np.int32)
+    keys, cached = random(3, 4, 40, 24), random(3, 4, 40, 13)
+    for b, length in enumerate(lengths):
+        keys[:, b, length:], cached[:, b, length:] = np.nan, np.nan
+    operands = (
+        *(random(4, tokens, heads, 24), keys, random(4, tokens, 24), random(4, tokens, heads)),
+        *(random(4, tokens, 6, 13), cached, random(4, tokens, 13), lengths, np.int32(2)),
+    )
+    native_, xla = (_attend(*operands, name) for name in ("native", "xla"))
+    np.testing.assert_array_equal(native_[0], xla[0])
+    # Sums of 13 products and of 9 weighted rows of size 1, in another order.
+    np.testing.assert_allclose(native_[1], xla[1], rtol=1e-5, atol=2e-6)
+    np.testing.assert_allclose(native_[2], xla[2], rtol=1e-5, atol=2e-6)
