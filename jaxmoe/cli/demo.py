@@ -65,7 +65,7 @@ def demo(
 
     Args:
       output: Directory of the run.
-      steps: Training steps; default: about three minutes of them on two cores.
+      steps: Training steps; default: about four minutes of them on two cores.
       seed: Random seed.
       fresh: Start over; with --no-fresh go on with an interrupted run.
       json: Also write a JSON report.
@@ -86,8 +86,8 @@ def demo(
         ByteTokenizer(),
         PROMPT,
         300,
-        temperature=0.6,
-        top_p=0.95,
+        temperature=1.0,
+        top_p=0.9,
         seed=seed,
     )
     console.print(rich.panel.Panel(rich.markup.escape(PROMPT + text), title="generated", width=100))
