@@ -186,6 +186,19 @@ def test_a_step_repeated_without_commit_is_the_same_bit_for_bit(name):
         np.testing.assert_array_equal(new, old)
 
 
+@pytest.mark.parametrize("name", ["6 x topk, selected by index", "grouped queries"])
+def test_a_bfloat16_model_decodes_from_a_bfloat16_cache(name):
+    params, config, tokens, expected = _model(name)
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    cache = init_cache(config, BATCH, CAPACITY, jnp.bfloat16)
+    for t in range(3):
+        logits, entries = _step(params, config, tokens[:, t : t + 1], cache)
+        cache = _commit(cache, entries, _counts(1, 1, 1))
+        assert logits.dtype == jnp.float32
+        # bfloat16 keeps 8 bits: a few rounding errors of 1/256 of logits up to 3.
+        np.testing.assert_allclose(logits[:, 0], expected[:, t], rtol=0, atol=0.15)
+
+
 def test_commit_keeps_exactly_counts_rows_and_touches_none_before_or_far_behind(rng):
     config = CASES["6 x topk, selected by index"].config
     lengths, counts, tokens = np.array([0, 7, 50]), np.array([4, 0, 2]), 5

@@ -77,7 +77,8 @@ def _matmul_stacked(x: jax.Array, w: Stacked, inputs: int) -> jax.Array:
     """x [..., K] times a layer of w as [K, N]."""
     rows = math.prod(x.shape[:-1])
     stack = w.stack.reshape(w.stack.shape[0], inputs, -1)
-    if rows > FEW_ROWS or x.dtype != jnp.float32 != stack.dtype or not native.available():
+    float32 = x.dtype == stack.dtype == jnp.float32
+    if rows > FEW_ROWS or not float32 or not native.available():
         return matmul(x, dense(Stacked(stack, w.layer)))
     every_row = jnp.full(1, rows, jnp.int32)
     y = grouped_matmul(x.reshape(rows, inputs), stack, every_row, group_offset=w.layer)
