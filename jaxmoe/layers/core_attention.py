@@ -99,7 +99,9 @@ def _softmax_block_forward(q, k, v, mask, scale, want_mean):
         preferred_element_type=jnp.float32,
     ).astype(q.dtype)
     mean = probabilities.mean((1, 2)) if want_mean else None
-    out, lse = checkpoint_name((out, jnp.log(total) + peak), SAVED[0])
+    # A query without keys: probabilities of zero in the backward pass, hence no gradient.
+    lse = jnp.where(peak > jnp.finfo(jnp.float32).min, jnp.log(total) + peak, jnp.inf)
+    out, lse = checkpoint_name((out, lse), SAVED[0])
     return (out, mean), (q, k, v, mask, out, lse)
 
 

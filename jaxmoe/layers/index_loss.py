@@ -1,7 +1,8 @@
 """The indexer's training loss: how far softmax(index scores) is from the attention it should imitate (spec 4.1).
 
 Loss and gradient are computed together, some queries at a time: the per-head dot products [queries, index heads,
-keys] are the largest array of training, and exist for ``ROWS`` queries only.
+keys] are the largest array of training, and exist for ``ROWS`` queries only (for all, if their number is not a
+multiple of that, which a whole block of queries is).
 """
 
 from typing import NamedTuple
@@ -113,7 +114,11 @@ def _forward(target, index, mask):
 
 
 def _backward(gradient, d_loss):
-    return None, jax.tree.map(lambda g: (g * d_loss).astype(g.dtype), gradient), None
+    return (
+        None,
+        jax.tree.map(lambda g: (g.astype(jnp.float32) * d_loss).astype(g.dtype), gradient),
+        None,
+    )
 
 
 indexer_kl.defvjp(_forward, _backward)

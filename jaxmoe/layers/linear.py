@@ -9,8 +9,10 @@ from flax import struct
 from jax import lax
 
 from pallas_kernels import grouped_matmul, native
+from pallas_kernels.grouped_matmul import config
 
-FEW_ROWS = 8  # up to so many a matmul is limited by reading its weights
+# Up to so many a matmul is limited by reading its weights.
+FEW_ROWS = config.NATIVE_ROWS_PER_GROUP
 
 
 @struct.dataclass

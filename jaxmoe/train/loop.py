@@ -335,11 +335,11 @@ def _steps(
         for step in range(int(state.step), c.steps):
             state, record = this.step(state, step)
             last, bits = step + 1 == c.steps, None
-            # Asked once: a signal that comes after the decision to save must wait for the next step.
-            stop = bool(received)
             if last or (step + 1) % c.eval_every == 0:
                 bits = this.evaluate(state.params, final=last)
                 record["bits_per_byte"] = bits
+            # Asked once: a signal that comes after the decision to save must wait for the next step.
+            stop = bool(received)
             # The line is with the operating system before the checkpoint that makes it final.
             file.write(json.dumps(record) + "\n")
             file.flush()

@@ -60,6 +60,10 @@ def index_topk(
                 f"index_topk: {q.shape[1]} queries but {k.shape[1]} keys; pass visible= when queries are not the last positions."
             )
         visible = jnp.broadcast_to(jnp.arange(q.shape[1], dtype=jnp.int32) + ahead + 1, q.shape[:2])
+    if visible.shape != q.shape[:2]:
+        raise ValueError(
+            f"index_topk: visible must have q's [B, T], {q.shape[:2]}; got {visible.shape}."
+        )
     return _implementation.call(
         "index_topk", _BACKENDS, _PREFERENCE, implementation, q, k, weights, topk, visible
     )
@@ -101,6 +105,10 @@ def index_topk_step(
         )
     if cached.shape[1] != q.shape[0] or cached.shape[3] != q.shape[3]:
         raise ValueError(f"index_topk_step: q, cached and own must share B and K; got {shapes}.")
+    if weights.shape != q.shape[:3] or lengths.shape != q.shape[:1]:
+        raise ValueError(
+            f"index_topk_step: weights must be [B, T, I] and lengths [B], as in q {q.shape}; got {weights.shape}, {lengths.shape}."
+        )
     if not 1 <= topk <= cached.shape[2] + q.shape[1]:
         raise ValueError(
             f"index_topk_step: topk must be in 1..{cached.shape[2] + q.shape[1]} (S + T); got {topk}."

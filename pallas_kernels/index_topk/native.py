@@ -7,8 +7,10 @@ from pallas_kernels import native
 
 
 def _call(q, cached, layer, own, weights, visible, own_visible, topk, *, best_first):
-    weights = weights.astype(jnp.float32)
     native.require(q, cached, own)
+    # A selection has no gradient, and a foreign call no derivative to ask for.
+    operands = jax.lax.stop_gradient((q, cached, own, weights.astype(jnp.float32)))
+    q, cached, own, weights = operands
     result = jax.ShapeDtypeStruct((*q.shape[:2], topk), jnp.int32)
     layer = jnp.asarray(layer, jnp.int32)
     return native.call(
@@ -42,6 +44,6 @@ def index_topk_step(
 ) -> jax.Array:
     """See ``api.index_topk_step``."""
     shape = q.shape[:2]
-    visible = jnp.broadcast_to(lengths[:, None], shape)
+    visible = jnp.broadcast_to(lengths.astype(jnp.int32)[:, None], shape)
     own_visible = jnp.broadcast_to(jnp.arange(1, shape[1] + 1, dtype=jnp.int32)[None], shape)
     return _call(q, cached, layer, own, weights, visible, own_visible, topk, best_first=False)

@@ -12,9 +12,11 @@ import logging
 import os
 import pathlib
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
+import threading
 from typing import Any
 
 import jax
@@ -25,7 +27,7 @@ _HERE = pathlib.Path(__file__).parent
 _SYMBOLS = ("jaxmoe_grouped_matmul", "jaxmoe_index_topk", "jaxmoe_sparse_mla")
 # Not -ffast-math: linked into a library it would switch off subnormal numbers for the whole process.
 _FLAGS = (
-    "-w -std=c++17 -O3 -march=native -ffp-contract=fast -fno-math-errno -fno-trapping-math "
+    "-w -std=c++17 -O3 -ffp-contract=fast -fno-math-errno -fno-trapping-math "
     "-fopenmp-simd -shared -fPIC"
 ).split()
 
@@ -46,10 +48,10 @@ def _cache_directory() -> pathlib.Path:
     return pathlib.Path(root) / "jaxmoe" / "native"
 
 
-def _library_path(compiler: str) -> pathlib.Path:
+def _library_path(compiler: list[str]) -> pathlib.Path:
     """Named after everything that the binary depends on."""
     version = subprocess.run(
-        [compiler, "--version"], capture_output=True, check=True, timeout=30, text=True
+        [*compiler, "--version"], capture_output=True, check=True, timeout=30, text=True
     )
     digest = hashlib.sha256()
     for part in (version.stdout, platform.machine(), _processor(), jaxlib.__version__, *_FLAGS):
@@ -59,19 +61,20 @@ def _library_path(compiler: str) -> pathlib.Path:
     return _cache_directory() / f"{digest.hexdigest()[:24]}.so"
 
 
-def _compile(compiler: str, path: pathlib.Path) -> None:
+def _compile(compiler: list[str], path: pathlib.Path) -> None:
     logger.info("compiling CPU kernels path=%s", path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as directory:
         output = pathlib.Path(directory) / path.name
-        command = [compiler, *_FLAGS, f"-I{jax.ffi.include_dir()}", str(_HERE / "all.cc")]
-        subprocess.run(
-            [*command, "-o", str(output)], capture_output=True, check=True, timeout=300, text=True
-        )
+        source = [f"-I{jax.ffi.include_dir()}", str(_HERE / "all.cc"), "-o", str(output)]
+        run = functools.partial(subprocess.run, capture_output=True, timeout=300, text=True)
+        # Some compilers do not know the flag: slower code then.
+        if run([*compiler, *_FLAGS, "-march=native", *source]).returncode:
+            run([*compiler, *_FLAGS, *source], check=True)
         output.replace(path)  # atomic: another process may be doing the same
 
 
-def _built(compiler: str) -> pathlib.Path:
+def _built(compiler: list[str]) -> pathlib.Path:
     """The library, compiled unless it is there already."""
     path = _library_path(compiler)
     if not path.exists():
@@ -79,23 +82,38 @@ def _built(compiler: str) -> pathlib.Path:
     return path
 
 
-@functools.cache
-def _refusal() -> str | None:
-    """Why the kernels cannot be used here, or None once they are compiled and registered."""
-    compiler = os.environ.get("CXX") or shutil.which("c++")
-    if compiler is None:
-        return "no C++ compiler found (c++, or the one that CXX names)"
+def _register() -> str | None:
+    """Compiles and registers the kernels; returns why that is impossible, or None."""
+    found = (shutil.which(name) for name in ("c++", "g++", "clang++"))
+    compiler = shlex.split(os.environ.get("CXX", "")) or [path for path in found if path][:1]
+    if not compiler:
+        logger.warning("no C++ compiler found, decoding on CPU is slower; install one, or set CXX")
+        return "no C++ compiler found (c++, g++, clang++, or the one that CXX names)"
     try:
         library = ctypes.CDLL(str(_built(compiler)))
         for symbol in _SYMBOLS:
             target = jax.ffi.pycapsule(getattr(library, symbol))
             jax.ffi.register_ffi_target(symbol, target, platform="cpu")
-    except (OSError, AttributeError, subprocess.SubprocessError) as error:
-        lines = (getattr(error, "stderr", None) or str(error)).splitlines()
+    # RuntimeError: no home directory; or XLA refused the registration.
+    except (OSError, AttributeError, RuntimeError, subprocess.SubprocessError) as error:
+        said = getattr(error, "stderr", None)
+        lines = (said if isinstance(said, str) and said else str(error)).splitlines()
         reason = next((line for line in lines if "error" in line), str(error))
         logger.warning("CPU kernels unavailable, using slower ones reason=%r", reason)
         return f"the C++ kernels could not be built: {reason}"
     return None
+
+
+_lock = threading.Lock()
+_outcome: list[str | None] = []
+
+
+def _refusal() -> str | None:
+    """Why the kernels cannot be used here, or None once they are registered; asked once per process."""
+    with _lock:
+        if not _outcome:
+            _outcome.append(_register())
+        return _outcome[0]
 
 
 def available() -> bool:
@@ -126,5 +144,8 @@ def call(symbol: str, result: Any, *operands: jax.Array, **attributes: Any) -> A
       result: ``ShapeDtypeStruct`` or a tuple of them.
       *operands: arrays in the kernel's order.
       **attributes: its attributes.
+
+    Returns:
+      Arrays as ``result`` describes them.
     """
     return jax.ffi.ffi_call(symbol, result, vmap_method="sequential")(*operands, **attributes)

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <thread>
 
 #include "xla/ffi/api/ffi.h"
 
@@ -34,7 +35,7 @@ void ParallelFor(ffi::ThreadPool& pool, int64_t count, double work_ns, Work work
     std::atomic<int64_t> next{0}, done{0};
   };
   auto shared = std::make_shared<Shared>();
-  auto drain = [shared, count, &work] {
+  auto drain = [shared, count, &work]() noexcept {
     for (int64_t i; (i = shared->next.fetch_add(1)) < count;) {
       work(i);
       shared->done.fetch_add(1, std::memory_order_release);
@@ -42,8 +43,8 @@ void ParallelFor(ffi::ThreadPool& pool, int64_t count, double work_ns, Work work
   };
   for (int64_t h = 0; h < helpers; ++h) pool.Schedule(decltype(drain)(drain));
   drain();
-  while (shared->done.load(std::memory_order_acquire) < count) {
-  }
+  for (int64_t spins = 0; shared->done.load(std::memory_order_acquire) < count; ++spins)
+    if (spins > 1000) std::this_thread::yield();
 }
 
 // exp(x) for x <= 0 to two units in the last place: 2^n * p(r). Below -87 it is 0. (expf does not vectorise.)

@@ -50,7 +50,10 @@ ffi::Error GroupedMatmulImpl(ffi::ThreadPool pool, F32 x, F32 w, S32 sizes, S32 
     if (row > first[g]) used[count++] = g;
   }
   first[groups] = row;
-  const float* weights = w.typed_data() + int64_t{offset.typed_data()[0]} * inner * stride;
+  const int64_t base = offset.typed_data()[0];
+  if (base < 0 || base + groups > w.dimensions()[0])
+    return ffi::Error::InvalidArgument("grouped_matmul: group_offset + E must lie within w's matrices");
+  const float* weights = w.typed_data() + base * inner * stride;
   float* out = y->typed_data();
   std::memset(out + row * stride, 0, (total - row) * stride * sizeof(float));
   // Reading weights at 16 bytes/ns, or arithmetic at 32 operations/ns.

@@ -28,6 +28,8 @@ inline void ScoreKeys(const float* q, const float* weight, int64_t dim, const fl
   }
 }
 
+constexpr uint32_t kMinusInfinity = 0x007fffffu;  // Ordered(-inf)
+
 // Unsigned order of the result is the order of the floats; -0 equals +0, NaN is below everything.
 inline uint32_t Ordered(float score) {
   if (score != score) return 0;
@@ -67,7 +69,10 @@ ffi::Error IndexTopkImpl(ffi::ThreadPool pool, F32 q, F32 cached, S32 layer, F32
   const int64_t batch = shape[0], tokens = shape[1], heads = shape[2], dim = shape[3];
   const int64_t capacity = stored[2], extra = own.dimensions()[1], topk = chosen->dimensions()[2];
   const int64_t blocks = (heads + kLanes - 1) / kLanes;
-  const float* keys = cached.typed_data() + int64_t{layer.typed_data()[0]} * batch * capacity * dim;
+  const int64_t index_of_layer = layer.typed_data()[0];
+  if (index_of_layer < 0 || index_of_layer >= stored[0])
+    return ffi::Error::InvalidArgument("index_topk: layer must lie within the cached layers");
+  const float* keys = cached.typed_data() + index_of_layer * batch * capacity * dim;
   const double work_ns = batch * tokens * (capacity + extra) * (heads * dim / 20.0 + 10.0);
   ParallelFor(pool, batch * tokens, work_ns, [&](int64_t item) {
     const int64_t b = item / tokens;
@@ -97,9 +102,11 @@ ffi::Error IndexTopkImpl(ffi::ThreadPool pool, F32 q, F32 cached, S32 layer, F32
     int32_t* out = chosen->typed_data() + item * topk;
     // Row numbers: cached ones as they are, the step's own after the whole cache.
     auto row = [&](int64_t s) { return static_cast<int32_t>(s < past ? s : s - past + capacity); };
-    const int64_t kept = std::min(n, topk);
     std::vector<uint32_t> value(n);
     for (int64_t s = 0; s < n; ++s) value[s] = Ordered(score[s]);
+    int64_t finite = 0;  // -inf and NaN are never chosen
+    for (int64_t s = 0; s < n; ++s) finite += value[s] > kMinusInfinity;
+    const int64_t kept = std::min(finite, topk);
     std::vector<int32_t> picked(kept + 1);
     int64_t above = 0, number = 0;
     const uint32_t kth = kept ? KthLargest(value.data(), n, kept, &above) : 0;

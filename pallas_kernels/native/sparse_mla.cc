@@ -51,7 +51,10 @@ ffi::Error SparseMlaImpl(ffi::ThreadPool pool, F32 q, F32 cached, S32 layer, F32
   const int64_t batch = shape[0], tokens = shape[1], heads = shape[2], size = shape[3];
   const int64_t capacity = stored[2], extra = own.dimensions()[1], topk = chosen.dimensions()[2];
   const int64_t values = out->dimensions()[3];
-  const float* kv = cached.typed_data() + int64_t{layer.typed_data()[0]} * batch * capacity * size;
+  const int64_t index_of_layer = layer.typed_data()[0];
+  if (index_of_layer < 0 || index_of_layer >= stored[0])
+    return ffi::Error::InvalidArgument("sparse_mla: layer must lie within the cached layers");
+  const float* kv = cached.typed_data() + index_of_layer * batch * capacity * size;
   const double work_ns = batch * tokens * heads * topk * (size + values + 32) / 16.0;
   ParallelFor(pool, batch * tokens, work_ns, [&](int64_t item) {
     const int64_t b = item / tokens;
@@ -77,15 +80,15 @@ ffi::Error SparseMlaImpl(ffi::ThreadPool pool, F32 q, F32 cached, S32 layer, F32
     std::memset(result, 0, heads * values * sizeof(float));
     for (int64_t h = 0; h < heads; ++h) {
       float* weight = p.data() + h * n;
-      float peak = -std::numeric_limits<float>::infinity(), total = 0;
+      float peak = std::numeric_limits<float>::lowest(), total = 0;  // finite, so that -inf scores weigh 0
       for (int64_t i = 0; i < n; ++i) peak = std::max(peak, weight[i]);
 #pragma omp simd
       for (int64_t i = 0; i < n; ++i) weight[i] = ExpNegative(weight[i] - peak);
 #pragma omp simd reduction(+ : total)
       for (int64_t i = 0; i < n; ++i) total += weight[i];
-      const float inverse = n ? 1.0f / total : 0.0f;
+      const float inverse = total > 0 ? 1.0f / total : 0.0f;
       for (int64_t i = 0; i < n; ++i) weight[i] *= inverse;
-      lse->typed_data()[item * heads + h] = n ? peak + std::log(total) : peak;
+      lse->typed_data()[item * heads + h] = total > 0 ? peak + std::log(total) : -std::numeric_limits<float>::infinity();
     }
     constexpr int64_t kBlock = 32;  // rows that stay in the L1 cache while every head adds them
     for (int64_t start = 0; start < n; start += kBlock)

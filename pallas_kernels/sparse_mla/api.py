@@ -68,7 +68,7 @@ def sparse_mla_step(
     value_dim: int,
     implementation: _implementation.Implementation = None,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B T H"]]:
-    """``sparse_mla`` for T new tokens over a cache and over their own rows, in one softmax. Forward only.
+    """``sparse_mla`` for T new tokens over a cache and over their own rows, in one softmax.
 
     Args:
       q: absorbed queries of the new tokens.

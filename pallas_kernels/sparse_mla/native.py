@@ -47,6 +47,7 @@ def _backward(scale, value_dim, residuals, cotangents):
 sparse_mla.defvjp(_forward, _backward)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def sparse_mla_step(
     q: jax.Array,
     cached: jax.Array,
@@ -58,3 +59,21 @@ def sparse_mla_step(
 ) -> tuple[jax.Array, jax.Array]:
     """See ``api.sparse_mla_step``."""
     return _call(q, cached, layer, own, rows, scale, value_dim)
+
+
+def _step_forward(q, cached, layer, own, rows, scale, value_dim):
+    residuals = (q, cached, layer, own, rows)
+    return sparse_mla_step(*residuals, scale, value_dim), residuals
+
+
+def _step_backward(scale, value_dim, residuals, cotangents):
+    q, cached, layer, own, rows = residuals
+
+    def differentiable(q, cached, own):
+        return reference.sparse_mla_step(q, cached, layer, own, rows, scale, value_dim)
+
+    d_q, d_cached, d_own = jax.vjp(differentiable, q, cached, own)[1](cotangents)
+    return d_q, d_cached, None, d_own, None
+
+
+sparse_mla_step.defvjp(_step_forward, _step_backward)

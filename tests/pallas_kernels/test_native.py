@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import grouped_matmul, index_topk_step, native, sparse_mla_step
+from pallas_kernels import grouped_matmul, index_topk, index_topk_step, native, sparse_mla_step
 
 needs_compiler = pytest.mark.skipif(not native.available(), reason="no C++ compiler")
 
 
-refusal = native._refusal.__wrapped__  # uncached
+refusal = native._register  # as asked in a new process
 
 
 @needs_compiler
@@ -21,7 +21,7 @@ def test_the_library_is_built_once_and_then_found(monkeypatch, tmp_path):
     compiled = []
     compile_ = native._compile
     monkeypatch.setattr(native, "_compile", lambda *a: (compiled.append(a), compile_(*a)))
-    compiler = native.shutil.which("c++")
+    compiler = [native.shutil.which("c++")]
     path = native._built(compiler)
     assert native._built(compiler) == path and len(compiled) == 1
     assert list((tmp_path / "jaxmoe" / "native").iterdir()) == [path]
@@ -66,7 +66,9 @@ def test_a_row_is_the_same_bit_for_bit_whoever_shares_its_group(rng, columns):
     w = jnp.asarray(rng.standard_normal((3, 37, columns)), jnp.float32)
     together = grouped_matmul(x, w, jnp.array([0, 13, 0], jnp.int32), implementation="native")
     for r in range(13):
-        alone = grouped_matmul(x[r : r + 1], w[1:2], jnp.ones(1, jnp.int32))
+        alone = grouped_matmul(
+            x[r : r + 1], w[1:2], jnp.ones(1, jnp.int32), implementation="native"
+        )
         np.testing.assert_array_equal(together[r], alone[0])
 
 
@@ -104,3 +106,48 @@ def test_a_step_equals_xla_s_over_ragged_caches_with_nan_beyond_them(rng, tokens
     # Sums of 13 products and of 9 weighted rows of size 1, in another order.
     np.testing.assert_allclose(native_[1], xla[1], rtol=1e-5, atol=2e-6)
     np.testing.assert_allclose(native_[2], xla[2], rtol=1e-5, atol=2e-6)
+
+
+@needs_compiler
+def test_an_offset_outside_the_matrices_is_an_error_and_no_read(rng):
+    x, w, sizes = jnp.ones((2, 3)), jnp.ones((2, 3, 2)), jnp.array([1, 1], jnp.int32)
+    for offset in (-1, 1):
+        with pytest.raises(jax.errors.JaxRuntimeError, match="group_offset"):
+            grouped_matmul(
+                x, w, sizes, group_offset=offset, implementation="native"
+            ).block_until_ready()
+
+
+@needs_compiler
+def test_scores_of_minus_infinity_or_nan_are_never_chosen():
+    keys = jnp.array([1.0, np.nan, 2.0, 3e38, 0.5])[None, :, None]
+    for weight in (1.0, -1.0):
+        q, weights = jnp.full((1, 1, 1, 1), 4.0), jnp.full((1, 1, 1), weight)
+        chosen = index_topk(q, keys, weights, 5, implementation="native")
+        expected = [3, 2, 0, 4, -1] if weight > 0 else [4, 0, 2, -1, -1]
+        np.testing.assert_array_equal(chosen[0, 0], expected)
+
+
+@needs_compiler
+def test_gradients_of_a_step_equal_xla_s_and_the_selection_has_none(rng):
+    def random(*shape):
+        return jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
+    q, cached, own, keys = random(2, 1, 3, 6), random(2, 2, 9, 6), random(2, 1, 6), random(2, 1, 4)
+    index_q, index_keys, weights = random(2, 1, 16, 4), random(2, 2, 9, 4), random(2, 1, 16)
+    lengths = jnp.array([9, 5], jnp.int32)
+
+    def loss(implementation, q, cached, own, index_q):
+        rows = index_topk_step(
+            index_q, index_keys, 1, keys, weights, lengths, 4, implementation=implementation
+        )
+        step = functools.partial(sparse_mla_step, scale=0.3, value_dim=5)
+        out, lse = step(q, cached, 1, own, rows, implementation=implementation)
+        return (out**2).sum() + lse.sum()
+
+    got, expected = (
+        jax.grad(loss, (1, 2, 3, 4))(name, q, cached, own, index_q) for name in ("native", "xla")
+    )
+    for a, b in zip(got, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    assert not got[3].any()
