@@ -139,7 +139,7 @@ def index_topk(
 def index_topk_step(
     q: jax.Array,
     cached: jax.Array,
-    layer: jax.Array,
+    layer: jax.Array | int,
     own: jax.Array,
     weights: jax.Array,
     lengths: jax.Array,
