@@ -110,9 +110,7 @@ def _feed_forward(
     return y.reshape(x.shape), stats
 
 
-def _experts_of(p: dict, options: MoeOptions) -> Experts | None:
-    if "moe" not in p:
-        return None
+def _experts_of(p: dict, options: MoeOptions) -> Experts:
     gate_up, down = p["moe"]["experts"]["gate_up"], p["moe"]["experts"]["down"]
     slots = down.shape[0]
     if not isinstance(down, Stacked):

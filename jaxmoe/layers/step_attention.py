@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jaxmoe.layers.indexer import IndexInputs
 from pallas_kernels import native
-from pallas_kernels.index_topk import index_scores, index_topk_step, select_mask
+from pallas_kernels.index_topk import index_topk_step, select_mask, step_scores
 from pallas_kernels.sparse_mla import sparse_mla_step
 from pallas_kernels.sparse_mla.reference import Part, attend
 
@@ -79,18 +79,10 @@ def select(
     capacity, tokens = cached.shape[2], index.k.shape[1]
     if capacity + tokens <= topk:
         return visible
+    operands = (index.q, cached, layer, index.k, index.weights, lengths)
     if gathers(topk, capacity, tokens, cached.dtype):
-        rows = index_topk_step(index.q, cached, layer, index.k, index.weights, lengths, topk)
-        return visible._replace(cached=rows)
-    keys = jax.lax.dynamic_index_in_dim(cached, layer, 0, keepdims=False)
-    scores = jnp.concatenate(
-        [
-            jnp.where(visible.cached, index_scores(index.q, keys, index.weights), -jnp.inf),
-            jnp.where(visible.new, index_scores(index.q, index.k, index.weights), -jnp.inf),
-        ],
-        axis=-1,
-    )
-    mask = select_mask(scores, topk)
+        return visible._replace(cached=index_topk_step(*operands, topk))
+    mask = select_mask(step_scores(*operands), topk)
     return Selection(mask[..., :capacity], mask[..., capacity:])
 
 

@@ -1,6 +1,6 @@
 """Block sizes and limits of the CPU backends, by heuristic."""
 
-# Above so many rows per group on average the C++ kernel loses to XLA's matmul (docs/log.md, 2026-11-25).
+# On average. At this many the C++ kernel is still five times as fast as the block loop; above is not measured.
 NATIVE_ROWS_PER_GROUP = 8
 
 

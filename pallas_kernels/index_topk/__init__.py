@@ -6,6 +6,7 @@ from pallas_kernels.index_topk.reference import (
     select_indices,
     select_mask,
     select_positions,
+    step_scores,
 )
 
 __all__ = [
@@ -15,4 +16,5 @@ __all__ = [
     "select_indices",
     "select_mask",
     "select_positions",
+    "step_scores",
 ]

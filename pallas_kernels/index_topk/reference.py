@@ -136,6 +136,29 @@ def index_topk(
     return select_indices(jnp.where(seen, scores, -jnp.inf), topk)
 
 
+def step_scores(
+    q: jax.Array,
+    cached: jax.Array,
+    layer: jax.Array | int,
+    own: jax.Array,
+    weights: jax.Array,
+    lengths: jax.Array,
+) -> jax.Array:
+    """Scores [B, T, S + T] of a step's cached and own keys, -inf where not visible; see ``api.index_topk_step``."""
+    tokens = own.shape[1]
+    keys = lax.dynamic_index_in_dim(cached, layer, 0, keepdims=False)
+    seen = jnp.arange(keys.shape[1], dtype=jnp.int32)[None] < lengths[:, None]
+    causal = jnp.tril(jnp.ones((tokens, tokens), bool))
+    # Cached rows precede the step's own, so that the tie rule is the one over a whole sequence.
+    return jnp.concatenate(
+        [
+            jnp.where(seen[:, None], index_scores(q, keys, weights), -jnp.inf),
+            jnp.where(causal[None], index_scores(q, own, weights), -jnp.inf),
+        ],
+        axis=-1,
+    )
+
+
 def index_topk_step(
     q: jax.Array,
     cached: jax.Array,
@@ -146,16 +169,4 @@ def index_topk_step(
     topk: int,
 ) -> jax.Array:
     """See ``api.index_topk_step``."""
-    tokens = own.shape[1]
-    keys = lax.dynamic_index_in_dim(cached, layer, 0, keepdims=False)
-    seen = jnp.arange(keys.shape[1], dtype=jnp.int32)[None] < lengths[:, None]
-    causal = jnp.tril(jnp.ones((tokens, tokens), bool))
-    # Cached rows precede the step's own, so that the tie rule is the one over a whole sequence.
-    scores = jnp.concatenate(
-        [
-            jnp.where(seen[:, None], index_scores(q, keys, weights), -jnp.inf),
-            jnp.where(causal[None], index_scores(q, own, weights), -jnp.inf),
-        ],
-        axis=-1,
-    )
-    return select_positions(scores, topk)
+    return select_positions(step_scores(q, cached, layer, own, weights, lengths), topk)

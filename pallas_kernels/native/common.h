@@ -64,4 +64,11 @@ inline float ExpNegative(float x) {
   return x < -87.0f ? 0.0f : p * scale;
 }
 
+// The rows of one layer of cached [L, ...]; null if there is no such layer.
+inline const float* LayerOf(const F32& cached, const S32& layer) {
+  const int64_t index = layer.typed_data()[0], layers = cached.dimensions()[0];
+  if (index < 0 || index >= layers) return nullptr;
+  return cached.typed_data() + index * (cached.element_count() / layers);
+}
+
 }  // namespace jaxmoe

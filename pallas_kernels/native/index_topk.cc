@@ -69,10 +69,9 @@ ffi::Error IndexTopkImpl(ffi::ThreadPool pool, F32 q, F32 cached, S32 layer, F32
   const int64_t batch = shape[0], tokens = shape[1], heads = shape[2], dim = shape[3];
   const int64_t capacity = stored[2], extra = own.dimensions()[1], topk = chosen->dimensions()[2];
   const int64_t blocks = (heads + kLanes - 1) / kLanes;
-  const int64_t index_of_layer = layer.typed_data()[0];
-  if (index_of_layer < 0 || index_of_layer >= stored[0])
+  const float* keys = LayerOf(cached, layer);
+  if (keys == nullptr)
     return ffi::Error::InvalidArgument("index_topk: layer must lie within the cached layers");
-  const float* keys = cached.typed_data() + index_of_layer * batch * capacity * dim;
   const double work_ns = batch * tokens * (capacity + extra) * (heads * dim / 20.0 + 10.0);
   ParallelFor(pool, batch * tokens, work_ns, [&](int64_t item) {
     const int64_t b = item / tokens;

@@ -51,10 +51,9 @@ ffi::Error SparseMlaImpl(ffi::ThreadPool pool, F32 q, F32 cached, S32 layer, F32
   const int64_t batch = shape[0], tokens = shape[1], heads = shape[2], size = shape[3];
   const int64_t capacity = stored[2], extra = own.dimensions()[1], topk = chosen.dimensions()[2];
   const int64_t values = out->dimensions()[3];
-  const int64_t index_of_layer = layer.typed_data()[0];
-  if (index_of_layer < 0 || index_of_layer >= stored[0])
+  const float* kv = LayerOf(cached, layer);
+  if (kv == nullptr)
     return ffi::Error::InvalidArgument("sparse_mla: layer must lie within the cached layers");
-  const float* kv = cached.typed_data() + index_of_layer * batch * capacity * size;
   const double work_ns = batch * tokens * heads * topk * (size + values + 32) / 16.0;
   ParallelFor(pool, batch * tokens, work_ns, [&](int64_t item) {
     const int64_t b = item / tokens;

@@ -1,6 +1,8 @@
 """C++ backend for CPU: attends to the chosen rows where they lie, instead of gathering them first."""
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +24,33 @@ def _call(q, cached, layer, own, rows, scale, value_dim):
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _with_gradient_of(oracle: Callable[..., Any]) -> Callable[..., Any]:
+    """Gives a kernel the gradient of ``oracle``, which has its signature: operands, then scale and value_dim."""
+
+    def decorate(kernel: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(kernel)
+        def op(*arguments: Any) -> tuple[jax.Array, jax.Array]:
+            operands, static = arguments[:-2], arguments[-2:]
+
+            @jax.custom_vjp
+            def run(*operands):
+                return kernel(*operands, *static)
+
+            def forward(*operands):
+                return run(*operands), operands
+
+            def backward(operands, cotangents):
+                return jax.vjp(lambda *x: oracle(*x, *static), *operands)[1](cotangents)
+
+            run.defvjp(forward, backward)
+            return run(*operands)
+
+        return op
+
+    return decorate
+
+
+@_with_gradient_of(reference.sparse_mla)
 def sparse_mla(
     q: jax.Array, kv: jax.Array, indices: jax.Array, scale: float, value_dim: int
 ) -> tuple[jax.Array, jax.Array]:
@@ -31,23 +59,7 @@ def sparse_mla(
     return _call(q, kv[None], 0, none, indices, scale, value_dim)
 
 
-def _forward(q, kv, indices, scale, value_dim):
-    return sparse_mla(q, kv, indices, scale, value_dim), (q, kv, indices)
-
-
-def _backward(scale, value_dim, residuals, cotangents):
-    q, kv, indices = residuals
-
-    def differentiable(q, kv):
-        return reference.sparse_mla(q, kv, indices, scale, value_dim)
-
-    return *jax.vjp(differentiable, q, kv)[1](cotangents), None
-
-
-sparse_mla.defvjp(_forward, _backward)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+@_with_gradient_of(reference.sparse_mla_step)
 def sparse_mla_step(
     q: jax.Array,
     cached: jax.Array,
@@ -59,21 +71,3 @@ def sparse_mla_step(
 ) -> tuple[jax.Array, jax.Array]:
     """See ``api.sparse_mla_step``."""
     return _call(q, cached, layer, own, rows, scale, value_dim)
-
-
-def _step_forward(q, cached, layer, own, rows, scale, value_dim):
-    residuals = (q, cached, layer, own, rows)
-    return sparse_mla_step(*residuals, scale, value_dim), residuals
-
-
-def _step_backward(scale, value_dim, residuals, cotangents):
-    q, cached, layer, own, rows = residuals
-
-    def differentiable(q, cached, own):
-        return reference.sparse_mla_step(q, cached, layer, own, rows, scale, value_dim)
-
-    d_q, d_cached, d_own = jax.vjp(differentiable, q, cached, own)[1](cotangents)
-    return d_q, d_cached, None, d_own, None
-
-
-sparse_mla_step.defvjp(_step_forward, _step_backward)
