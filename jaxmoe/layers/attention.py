@@ -13,7 +13,7 @@ from jax import lax
 from jaxmoe.config import ModelConfig
 from jaxmoe.layers import core_attention, step_attention
 from jaxmoe.layers.indexer import IndexInputs, index_inputs
-from jaxmoe.layers.linear import dense, linear, precision_of
+from jaxmoe.layers.linear import linear, per_head
 from jaxmoe.layers.norm import rms_norm
 from jaxmoe.layers.rope import Rotation, rotate
 
@@ -140,13 +140,7 @@ def mla_step(
         selection = step_attention.select(
             index, cached["index_k"], index_layer, lengths, visible, config.index_topk
         )
-    precision = precision_of(x.dtype)
-    q_latent = jnp.einsum(
-        "bthn,hnc->bthc",
-        projected.q_nope,
-        dense(a["k_b"]["weight"]).astype(x.dtype),
-        precision=precision,
-    )
+    q_latent = per_head(projected.q_nope, a["k_b"]["weight"])
     entries = _entries(projected, index)
     out = step_attention.latent_attention(
         jnp.concatenate([q_latent, projected.q_rope], axis=-1),
@@ -157,9 +151,7 @@ def mla_step(
         scale=config.softmax_scale,
         value_dim=config.kv_lora_rank,
     )
-    heads = jnp.einsum(
-        "bthc,hcv->bthv", out, dense(a["v_b"]["weight"]).astype(x.dtype), precision=precision
-    )
+    heads = per_head(out, a["v_b"]["weight"])
     return linear(heads, a["o"], contract=2), entries, selection
 
 

@@ -11,8 +11,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxmoe.layers.index_loss import SAVED as INDEX_SAVED
 from jaxmoe.layers.index_loss import indexer_kl
 from jaxmoe.layers.indexer import IndexInputs
-from jaxmoe.layers.linear import precision_of
 from pallas_kernels.index_topk import index_scores, select_mask
+from pallas_kernels.numerics import precision_of
 
 QUERY_BLOCK = 128  # rows of the [queries, keys] matrices that exist at once
 MAX_GROUPS = 8  # groups of query blocks with a static key length each, so that causality saves work

@@ -13,7 +13,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxmoe.layers.indexer import IndexInputs
-from jaxmoe.layers.linear import precision_of
+from pallas_kernels.numerics import precision_of
 
 ROWS = 16  # queries at once; their dot products should fit the cache
 SAVED = "index_loss"

@@ -9,10 +9,7 @@ from flax import struct
 from jax import lax
 
 from pallas_kernels import grouped_matmul, native
-from pallas_kernels.grouped_matmul import config
-
-# Up to so many a matmul is limited by reading its weights.
-FEW_ROWS = config.NATIVE_ROWS_PER_GROUP
+from pallas_kernels.numerics import dot, precision_of
 
 
 @struct.dataclass
@@ -40,20 +37,9 @@ def dense(w: jax.Array | Stacked) -> jax.Array:
     return w
 
 
-def precision_of(dtype: Any) -> lax.Precision | None:
-    """float32 means float32: TPUs and tensor-float GPUs would otherwise round the inputs (spec 11, trap 25)."""
-    return lax.Precision.HIGHEST if dtype == jnp.float32 else None
-
-
-def _dot(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
-    dims = (((contract[0],), (contract[1],)), ((), ()))
-    precision = precision_of(a.dtype)
-    return lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
-
-
 @jax.custom_vjp
 def _matmul_2d(x: jax.Array, w: jax.Array) -> jax.Array:
-    return _dot(x, w, (1, 0)).astype(x.dtype)
+    return dot(x, w, (1, 0)).astype(x.dtype)
 
 
 def _matmul_2d_forward(x, w):
@@ -62,7 +48,7 @@ def _matmul_2d_forward(x, w):
 
 def _matmul_2d_backward(residuals, dy):
     x, w = residuals
-    return _dot(dy, w, (1, 1)).astype(x.dtype), _dot(x, dy, (0, 0)).astype(w.dtype)
+    return dot(dy, w, (1, 1)).astype(x.dtype), dot(x, dy, (0, 0)).astype(w.dtype)
 
 
 # JAX's own rule computes (dy.T @ x).T, for which XLA:CPU transposes dy and leaves its fast path: 7x slower.
@@ -75,12 +61,18 @@ def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
     return y.reshape(*x.shape[:-1], w.shape[1])
 
 
+def _in_place(x: jax.Array, w: jax.Array | Stacked) -> bool:
+    """Whether x can be multiplied by w in its stack, without a copy of the layer."""
+    if not isinstance(w, Stacked) or not x.dtype == w.stack.dtype == jnp.float32:
+        return False
+    return native.available()
+
+
 def _matmul_stacked(x: jax.Array, w: Stacked, inputs: int) -> jax.Array:
     """x [..., K] times a layer of w as [K, N]."""
     rows = math.prod(x.shape[:-1])
     stack = w.stack.reshape(w.stack.shape[0], inputs, -1)
-    float32 = x.dtype == stack.dtype == jnp.float32
-    if rows > FEW_ROWS or not float32 or not native.available():
+    if not _in_place(x, w):
         return matmul(x, dense(Stacked(stack, w.layer)))
     every_row = jnp.full(1, rows, jnp.int32)
     y = grouped_matmul(x.reshape(rows, inputs), stack, every_row, group_offset=w.layer)
@@ -111,3 +103,16 @@ def linear(x: jax.Array, p: dict[str, Any], *, contract: int = 1) -> jax.Array:
     if "bias" in p:
         y = y + jnp.expand_dims(p["bias"].astype(y.dtype), tuple(range(len(lead))))
     return y
+
+
+def per_head(x: jax.Array, w: jax.Array | Stacked) -> jax.Array:
+    """Every head by its own matrix: x [B, T, H, N], w [H, N, C] -> [B, T, H, C] in x's dtype."""
+    if not _in_place(x, w):
+        w = dense(w).astype(x.dtype)
+        return jnp.einsum("bthn,hnc->bthc", x, w, precision=precision_of(x.dtype))
+    batch, tokens, heads, size = x.shape
+    rows = x.transpose(2, 0, 1, 3).reshape(-1, size)
+    stack = w.stack.reshape(-1, *w.shape[1:])
+    sizes = jnp.full(heads, batch * tokens, jnp.int32)
+    y = grouped_matmul(rows, stack, sizes, group_offset=w.layer * heads)
+    return y.reshape(heads, batch, tokens, -1).transpose(1, 2, 0, 3)

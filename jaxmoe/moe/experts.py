@@ -5,9 +5,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxmoe.layers.linear import precision_of
 from jaxmoe.layers.mlp import gate
 from pallas_kernels import grouped_matmul
+from pallas_kernels.numerics import precision_of
 
 
 class Experts(NamedTuple):

@@ -63,7 +63,7 @@ def grouped_matmul(
       w: one matrix per group, [in, out]; may hold more than the E groups in use (a rank's slice, stacked layers).
       group_sizes: rows per group; must sum to at most M (not checked: it is data).
       group_offset: index in ``w`` of group 0's matrix; may be traced.
-      implementation: None, "native" (C++, for few rows per group on CPU), "xla" (block loop), "ragged_dot" (jax.lax), "reference", or a sequence of these.
+      implementation: None, "native" (C++, float32 on CPU), "xla" (block loop), "ragged_dot" (jax.lax), "reference", or a sequence of these.
 
     Returns:
       [M, N] in x's dtype.

@@ -1,7 +1,4 @@
-"""Block sizes and limits of the CPU backends, by heuristic."""
-
-# On average. At this many the C++ kernel is still five times as fast as the block loop; above is not measured.
-NATIVE_ROWS_PER_GROUP = 8
+"""Block sizes of the XLA backend, by heuristic."""
 
 
 def block_rows(rows: int, groups: int) -> int:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.grouped_matmul import config
+from pallas_kernels.numerics import dot
 
 
 class _Blocks(NamedTuple):
@@ -56,12 +57,6 @@ def _blocks(group_sizes: jax.Array, rows: int) -> _Blocks:
     )
 
 
-def _dot(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
-    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    dims = (((contract[0],), (contract[1],)), ((), ()))
-    return lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
-
-
 def _rows_times_groups(
     x: jax.Array,
     w: jax.Array,
@@ -79,7 +74,7 @@ def _rows_times_groups(
     def body(i: jax.Array, y: jax.Array) -> jax.Array:
         w_block = lax.dynamic_index_in_dim(w, group_offset + blocks.group[i], 0, keepdims=False)
         x_block = lax.dynamic_slice_in_dim(x, blocks.start[i], blocks.size)
-        y_block = _dot(x_block, w_block, (1, 1 if transpose else 0)).astype(y.dtype)
+        y_block = dot(x_block, w_block, (1, 1 if transpose else 0)).astype(y.dtype)
         before = lax.dynamic_slice_in_dim(y, blocks.start[i], blocks.size)
         y_block = jnp.where(blocks.inside(i), y_block, before)
         return lax.dynamic_update_slice_in_dim(y, y_block, blocks.start[i], 0)
@@ -111,7 +106,7 @@ def _groups_outer(
         )
         g = group_offset + blocks.group[i]
         total = lax.dynamic_index_in_dim(dw, g, 0, keepdims=False)
-        total = total + _dot(x_block, dy_block, (0, 0))
+        total = total + dot(x_block, dy_block, (0, 0))
         return lax.dynamic_update_index_in_dim(dw, total, g, 0)
 
     return lax.fori_loop(0, blocks.used, body, jnp.zeros(w.shape, jnp.float32)).astype(w.dtype)
@@ -129,15 +124,14 @@ def _forward(x, w, group_sizes, group_offset):
     return grouped_matmul(x, w, group_sizes, group_offset), (x, w, group_sizes, group_offset)
 
 
-def backward(residuals, dy):
-    """The op's gradients, for every backend; residuals are the operands."""
+def _backward(residuals, dy):
     x, w, group_sizes, group_offset = residuals
     dx = _rows_times_groups(dy, w, group_sizes, group_offset, transpose=True)
     dw = _groups_outer(x, dy, group_sizes, group_offset, w)
     return dx, dw, None, None
 
 
-grouped_matmul.defvjp(_forward, backward)
+grouped_matmul.defvjp(_forward, _backward)
 
 
 def ragged_dot(

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.numerics import precision_of
+
 
 def index_scores(q: jax.Array, k: jax.Array, weights: jax.Array) -> jax.Array:
     """I[b, t, s] = sum_i weights[b, t, i] * relu(q[b, t, i] . k[b, s]), in float32 (spec 3.1).
@@ -21,7 +23,7 @@ def index_scores(q: jax.Array, k: jax.Array, weights: jax.Array) -> jax.Array:
       [B, T, S] float32.
     """
     batch, tokens, heads, dim = q.shape
-    precision = lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
+    precision = precision_of(q.dtype)
     weights = weights.astype(jnp.float32)
     if tokens > 1:
         # One head at a time: [B, T, I, S] would be many times larger than the result and leave the cache.

@@ -24,7 +24,12 @@ import jax.numpy as jnp
 import jaxlib
 
 _HERE = pathlib.Path(__file__).parent
-_SYMBOLS = ("jaxmoe_grouped_matmul", "jaxmoe_index_topk", "jaxmoe_sparse_mla")
+_SYMBOLS = (
+    "jaxmoe_grouped_matmul",
+    "jaxmoe_grouped_outer",
+    "jaxmoe_index_topk",
+    "jaxmoe_sparse_mla",
+)
 # Not -ffast-math: linked into a library it would switch off subnormal numbers for the whole process.
 _FLAGS = (
     "-w -std=c++17 -O3 -ffp-contract=fast -fno-math-errno -fno-trapping-math "

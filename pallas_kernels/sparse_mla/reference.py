@@ -7,6 +7,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.numerics import precision_of
+
 
 class Part(NamedTuple):
     """Keys and values that one softmax covers together with other parts.
@@ -34,7 +36,7 @@ def attend(q: jax.Array, parts: Sequence[Part], scale: float) -> tuple[jax.Array
       out [..., T, H, V] in q's dtype and lse [..., T, H] float32 (natural log). A query with no valid
       key gives zeros and -inf.
     """
-    precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
+    precision = precision_of(q.dtype)
     dot = functools.partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
     rows = ["...ts" if part.k.ndim == q.ndim else "...s" for part in parts]
     logits = [

@@ -119,16 +119,7 @@ class TestXla(Cases):
     implementation = "xla"
 
 
-@pytest.fixture(scope="class")
-def any_number_of_rows():
-    """The C++ kernel's limit is one of speed."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(config, "NATIVE_ROWS_PER_GROUP", 1 << 20)
-        yield
-
-
 @pytest.mark.skipif(not native.available(), reason="no C++ compiler")
-@pytest.mark.usefixtures("any_number_of_rows")
 class TestNative(Cases):
     implementation = "native"
 

@@ -52,20 +52,15 @@ def test_without_a_compiler_the_default_is_xla_and_the_name_refuses(monkeypatch)
         grouped_matmul(x, w, sizes, implementation="native")
 
 
-@needs_compiler
-def test_many_rows_per_group_are_refused():
-    x, w = jnp.ones((20, 3)), jnp.ones((2, 3, 2))
-    with pytest.raises(NotImplementedError, match="20 rows in 2 groups"):
-        grouped_matmul(x, w, jnp.array([9, 11], jnp.int32), implementation="native")
-
-
+# 5 and 8 rows are few; 13 and 300 are packed, in one block of rows or several; 1100 is more than one inner block.
 @needs_compiler
 @pytest.mark.parametrize("columns", [5, 256, 700])
-def test_a_row_is_the_same_bit_for_bit_whoever_shares_its_group(rng, columns):
-    x = jnp.asarray(rng.standard_normal((13, 37)), jnp.float32)
-    w = jnp.asarray(rng.standard_normal((3, 37, columns)), jnp.float32)
-    together = grouped_matmul(x, w, jnp.array([0, 13, 0], jnp.int32), implementation="native")
-    for r in range(13):
+@pytest.mark.parametrize(("rows", "inner"), [(5, 37), (8, 1100), (13, 37), (300, 37), (13, 1100)])
+def test_a_row_is_the_same_bit_for_bit_whoever_shares_its_group(rng, rows, inner, columns):
+    x = jnp.asarray(rng.standard_normal((rows, inner)), jnp.float32)
+    w = jnp.asarray(rng.standard_normal((3, inner, columns)), jnp.float32)
+    together = grouped_matmul(x, w, jnp.array([0, rows, 0], jnp.int32), implementation="native")
+    for r in range(0, rows, max(1, rows // 13)):
         alone = grouped_matmul(
             x[r : r + 1], w[1:2], jnp.ones(1, jnp.int32), implementation="native"
         )
