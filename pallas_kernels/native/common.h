@@ -17,6 +17,32 @@ namespace ffi = xla::ffi;
 using F32 = ffi::Buffer<ffi::F32>;
 using S32 = ffi::Buffer<ffi::S32>;
 
+#if defined(__AVX512F__)
+constexpr int64_t kVectorSize = 16;
+#else
+constexpr int64_t kVectorSize = 8;
+#endif
+using Vector = float __attribute__((vector_size(kVectorSize * sizeof(float))));
+
+inline Vector Load(const float* from) {
+  Vector v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+
+inline void Store(float* to, Vector v) { std::memcpy(to, &v, sizeof v); }
+
+// Sums of neighbours: {a0 + a1, a2 + a3, ..., b0 + b1, ...}.
+inline Vector AddNeighbours(Vector a, Vector b) {
+#if defined(__AVX512F__)
+  return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
+         __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+#else
+  return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14) +
+         __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15);
+#endif
+}
+
 // Runs work(i) for i in [0, count), about work_ns in all, on the calling thread and on helpers from the pool.
 //
 // The caller may itself be a pool thread, so it never waits for a helper that has not begun: it takes items

@@ -11,24 +11,11 @@ namespace {
 constexpr int64_t kColumns = 256;  // of one work item with few rows: a row of sums stays in the L1 cache
 constexpr int64_t kRows = 8;       // rows that share one reading of the weights; more are worth packing
 
-#if defined(__AVX512F__)
-constexpr int64_t kVectorSize = 16, kTileRows = 12;  // 24 of 32 registers hold sums
-#else
-constexpr int64_t kVectorSize = 8, kTileRows = 6;  // 12 of 16
-#endif
+// Twice so many registers hold sums: 24 of 32, or 12 of 16.
+constexpr int64_t kTileRows = kVectorSize == 16 ? 12 : 6;
 constexpr int64_t kPanel = 2 * kVectorSize;   // columns of a register tile
 constexpr int64_t kInnerBlock = 512;     // a packed panel stays in the L2 cache
 constexpr int64_t kRowBlock = 20 * kTileRows;  // rows of a work item: packing is then a few percent of it
-
-using Vector = float __attribute__((vector_size(kVectorSize * sizeof(float))));
-
-inline Vector Load(const float* from) {
-  Vector v;
-  std::memcpy(&v, from, sizeof v);
-  return v;
-}
-
-inline void Store(float* to, Vector v) { std::memcpy(to, &v, sizeof v); }
 
 // A matrix in someone else's memory, element (i, j) at data[i * row + j * column].
 struct View {

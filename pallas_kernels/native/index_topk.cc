@@ -10,22 +10,31 @@ namespace {
 constexpr int64_t kLanes = 16;  // index heads computed together
 constexpr int64_t kKeys = 8;    // keys that share one reading of the queries
 
-// total[j] += sum_i weight[i] * relu(q[i] . key[j]) over kLanes heads; q is transposed to [dim, kLanes].
-template <int64_t N>
+// total[j] += sum_i weight[i] * relu(q[i] . key[j]) over kLanes heads and kKeys keys; q is transposed to [dim, kLanes].
 inline void ScoreKeys(const float* q, const float* weight, int64_t dim, const float* keys, float* total) {
-  float dots[N][kLanes] = {};
-  for (int64_t d = 0; d < dim; ++d)
-    for (int64_t j = 0; j < N; ++j) {
-      const float value = keys[j * dim + d];
-#pragma omp simd
-      for (int64_t i = 0; i < kLanes; ++i) dots[j][i] += value * q[d * kLanes + i];
+  constexpr int64_t kParts = kLanes / kVectorSize;
+  Vector sums[kKeys];
+#pragma GCC unroll 2
+  for (int64_t part = 0; part < kParts; ++part) {
+    Vector dots[kKeys] = {};
+    for (int64_t d = 0; d < dim; ++d) {
+      const Vector heads = Load(q + d * kLanes + part * kVectorSize);
+#pragma GCC unroll 8
+      for (int64_t j = 0; j < kKeys; ++j) dots[j] += keys[j * dim + d] * heads;
     }
-  for (int64_t j = 0; j < N; ++j) {
-    float sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < kLanes; ++i) sum += weight[i] * std::max(dots[j][i], 0.0f);
-    total[j] += sum;
+    const Vector scale = Load(weight + part * kVectorSize);
+#pragma GCC unroll 8
+    for (int64_t j = 0; j < kKeys; ++j) {
+      const Vector product = scale * (dots[j] < 0 ? Vector{} : dots[j]);
+      sums[j] = part == 0 ? product : sums[j] + product;
+    }
   }
+  const Vector first = AddNeighbours(AddNeighbours(sums[0], sums[1]), AddNeighbours(sums[2], sums[3]));
+  const Vector last = AddNeighbours(AddNeighbours(sums[4], sums[5]), AddNeighbours(sums[6], sums[7]));
+  Vector scores = AddNeighbours(first, last);  // one lane per key, or two
+  if (kVectorSize == 2 * kKeys) scores = AddNeighbours(scores, scores);
+#pragma GCC unroll 8
+  for (int64_t j = 0; j < kKeys; ++j) total[j] += scores[j];
 }
 
 constexpr uint32_t kMinusInfinity = 0x007fffffu;  // Ordered(-inf)
@@ -78,7 +87,7 @@ ffi::Error IndexTopkImpl(ffi::ThreadPool pool, F32 q, F32 cached, S32 layer, F32
     const int64_t past = std::clamp<int64_t>(visible.typed_data()[item], 0, capacity);
     const int64_t now = std::clamp<int64_t>(own_visible.typed_data()[item], 0, extra);
     const int64_t n = past + now;
-    std::vector<float> turned(dim * kLanes), weight(kLanes), score(n, 0.0f);
+    std::vector<float> turned(dim * kLanes), weight(kLanes), rest(kKeys * dim), score(n, 0.0f);
     for (int64_t block = 0; block < blocks; ++block) {
       const int64_t first = block * kLanes, count = std::min(kLanes, heads - first);
       std::fill(turned.begin(), turned.end(), 0.0f);
@@ -89,11 +98,15 @@ ffi::Error IndexTopkImpl(ffi::ThreadPool pool, F32 q, F32 cached, S32 layer, F32
         for (int64_t d = 0; d < dim; ++d) turned[d * kLanes + i] = head[d];
       }
       auto score_rows = [&](const float* rows, int64_t number, float* total) {
-        int64_t s = 0;
-        for (; s + kKeys <= number; s += kKeys)
-          ScoreKeys<kKeys>(turned.data(), weight.data(), dim, rows + s * dim, total + s);
-        for (; s < number; ++s)
-          ScoreKeys<1>(turned.data(), weight.data(), dim, rows + s * dim, total + s);
+        const int64_t whole = number / kKeys * kKeys, left = number - whole;
+        for (int64_t s = 0; s < whole; s += kKeys)
+          ScoreKeys(turned.data(), weight.data(), dim, rows + s * dim, total + s);
+        if (left == 0) return;
+        // The same code for the last few, so that equal keys have equal scores.
+        std::memcpy(rest.data(), rows + whole * dim, left * dim * sizeof(float));
+        float last[kKeys] = {};
+        ScoreKeys(turned.data(), weight.data(), dim, rest.data(), last);
+        for (int64_t s = 0; s < left; ++s) total[whole + s] += last[s];
       };
       score_rows(keys + b * capacity * dim, past, score.data());
       score_rows(own.typed_data() + b * extra * dim, now, score.data() + past);
