@@ -4,7 +4,7 @@ import json
 import pathlib
 from typing import Any
 
-from jaxmoe.config import ModelConfig, RopeConfig
+from jaxmoe.config import ROPE_TYPES, ModelConfig, RopeConfig
 
 # Fields copied by name when the model type knows them.
 _COMMON = (
@@ -43,6 +43,9 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "initializer_range": 0.02, "bos_token_id": 1, "eos_token_id": 2,
     },
 }  # fmt: skip
+_COUNTS = (
+    "num_hidden_layers", "first_k_dense_replace", "moe_layer_freq", "index_topk_freq", "index_skip_topk_offset",
+)  # fmt: skip
 _ARCHITECTURES = {
     "deepseek_v3": "DeepseekV3ForCausalLM",
     "deepseek_v32": "DeepseekV32ForCausalLM",
@@ -83,7 +86,7 @@ def from_hf(source: Any) -> ModelConfig:
     """See ``ModelConfig.from_hf``."""
     hf = read_config_json(source)
     model_type = hf.get("model_type")
-    if model_type not in _DEFAULTS:
+    if not isinstance(model_type, str) or model_type not in _DEFAULTS:
         raise ValueError(
             f"model_type {model_type!r} is not supported; supported: {', '.join(sorted(_DEFAULTS))}."
         )
@@ -96,6 +99,7 @@ def from_hf(source: Any) -> ModelConfig:
         **_DEFAULTS[model_type],
         **{k: v for k, v in hf.items() if v is not None or k == "q_lora_rank"},
     }
+    _check_kinds(values)
     names = list(_COMMON)
     extra: dict[str, Any] = {"rope": _rope_from_hf(hf, values)}
     if model_type == "llama":
@@ -112,6 +116,20 @@ def from_hf(source: Any) -> ModelConfig:
     return ModelConfig(**{**fields, **extra})
 
 
+def _check_kinds(values: dict[str, Any]) -> None:
+    """The kinds of settings that are computed with before ``ModelConfig`` checks its own fields."""
+    for kind, word, names in (
+        (int, "an integer", _COUNTS),
+        (list, "a list", ("mlp_layer_types", "indexer_types")),
+        (dict, "an object", ("rope_parameters", "rope_scaling")),
+    ):
+        for name in names:
+            if name in values and not isinstance(values[name], kind):
+                raise ValueError(
+                    f"{name} must be {word}; got {values[name]!r}. Correct config.json."
+                )
+
+
 def _deepseek_fields(model_type: str, hf: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
     layers = values["num_hidden_layers"]
     fields: dict[str, Any] = {
@@ -120,7 +138,7 @@ def _deepseek_fields(model_type: str, hf: dict[str, Any], values: dict[str, Any]
         "first_k_dense_replace": values["first_k_dense_replace"],
         "rope_interleave": hf.get("rope_interleave", True) is not False,
     }
-    frequency = hf.get("moe_layer_freq") or 1
+    frequency = values.get("moe_layer_freq") or 1
     types = hf.get("mlp_layer_types")
     first_dense = fields["first_k_dense_replace"]
     if types is None and frequency != 1:
@@ -133,21 +151,22 @@ def _deepseek_fields(model_type: str, hf: dict[str, Any], values: dict[str, Any]
         fields["mlp_layer_types"] = tuple(types)
     if model_type == "glm_moe_dsa":
         fields["indexer_rope_interleave"] = True
-        kinds = _glm_indexer_types(hf, layers)
+        kinds = _glm_indexer_types(values, layers)
         fields["indexer_types"] = kinds if "shared" in kinds else None
     return fields
 
 
-def _glm_indexer_types(hf: dict[str, Any], layers: int) -> tuple[str, ...]:
+def _glm_indexer_types(values: dict[str, Any], layers: int) -> tuple[str, ...]:
     """GLM's cross-layer selection sharing: an explicit list, a pattern string, or a frequency with an offset."""
-    if hf.get("indexer_types") is not None:
-        return tuple(hf["indexer_types"])
-    pattern = hf.get("index_topk_pattern")
-    if isinstance(pattern, str):
-        return tuple({"F": "full", "S": "shared"}[c] for c in pattern)
+    if "indexer_types" in values:
+        return tuple(values["indexer_types"])
+    pattern = values.get("index_topk_pattern")
+    if isinstance(pattern, str):  # ModelConfig refuses other letters
+        return tuple({"F": "full", "S": "shared"}.get(c, c) for c in pattern)
     if pattern is not None:
         return tuple(pattern)
-    frequency, offset = max(hf.get("index_topk_freq", 1), 1), hf.get("index_skip_topk_offset", 2)
+    frequency = max(values.get("index_topk_freq", 1), 1)
+    offset = values.get("index_skip_topk_offset", 2)
     return tuple(
         "full" if max(i - offset + 1, 0) % frequency == 0 else "shared" for i in range(layers)
     )
@@ -169,7 +188,12 @@ def _rope_from_hf(hf: dict[str, Any], values: dict[str, Any]) -> RopeConfig:
         raise ValueError(f"rope_scaling fields {unknown} are not supported for rope type {kind!r}.")
     fields = {k: v for k, v in scaling.items() if v is not None}
     if kind in ("yarn", "llama3"):
-        fields.setdefault("original_max_position_embeddings", values["max_position_embeddings"])
+        original = values["max_position_embeddings"]
+        original = fields.setdefault("original_max_position_embeddings", original)
+        if kind == "yarn" and "factor" not in fields:  # null means the ratio of the lengths
+            fields["factor"] = values["max_position_embeddings"] / original
+    if kind in ROPE_TYPES and "factor" not in fields:
+        raise ValueError(f"rope type {kind!r} needs a factor; got {scaling}. Correct config.json.")
     return RopeConfig(theta=theta, type=kind, **fields)
 
 
@@ -179,8 +203,11 @@ def _rope_to_hf(config: ModelConfig) -> dict[str, Any]:
     if rope.type == "default":
         return out
     names = {
-        "linear": ("factor",),
-        "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
+        # mscale_all_dim scales MLA's softmax whatever the type.
+        "linear": ("factor", "mscale_all_dim"),
+        "llama3": (
+            "factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor", "mscale_all_dim",
+        ),
         "yarn": (
             "factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale",
             "mscale_all_dim", "attention_factor", "truncate",

@@ -12,6 +12,7 @@ from flax import struct
 
 from jaxmoe.config import ModelConfig
 from jaxmoe.layers.attention import Entries, entry_sizes
+from pallas_kernels import paged
 
 
 @struct.dataclass
@@ -19,18 +20,20 @@ class Cache:
     """Cached rows of a batch of sequences.
 
     Attributes:
-      entries: by name, [L, B, S, size]: "latent" (normalised latent, then rotated key) and "index_k" for MLA, "k" and
-        "v" for grouped-query attention. L counts the layers that have the entry.
+      entries: by name, [L, P, S, size], P pages of S rows: "latent" (normalised latent, then rotated key) and "index_k"
+        for MLA, "k" and "v" for grouped-query attention. L counts the layers that have the entry.
       lengths: [B] int32, valid rows per sequence.
+      pages: [B, W] int32, each sequence's pages in order, -1 after the last; None: sequence b has page b to itself.
     """
 
     entries: Entries
     lengths: jax.Array
+    pages: jax.Array | None = None
 
     @property
     def capacity(self) -> int:
-        """S, the rows each sequence can hold."""
-        return next(iter(self.entries.values())).shape[2]
+        """The rows each sequence can hold."""
+        return paged.capacity_of(next(iter(self.entries.values())), self.pages)
 
 
 def entry_layers(config: ModelConfig) -> dict[str, int]:
@@ -61,11 +64,37 @@ def bytes_per_token(config: ModelConfig, dtype: Any = jnp.bfloat16) -> int:
     )
 
 
-def commit(cache: Cache, entries: Entries, counts: jax.Array) -> Cache:
-    """Appends the first ``counts`` of a step's T rows to each sequence.
+def write(entries: Entries, new: Entries, pages: jax.Array | None, positions: jax.Array) -> Entries:
+    """Writes a step's rows to their places. Free of collectives; the only thing that may donate ``entries``.
 
-    Rows past ``counts`` are written too and lie beyond the new length, where nothing reads them; the caller
-    guarantees ``lengths + T <= capacity``. Free of collectives; donate ``cache`` when calling under jit.
+    Args:
+      entries: the cache's rows by name, [L, P, S, size].
+      new: by name, [L, B, T, size], from a step.
+      pages: [B, W] as in ``Cache``.
+      positions: [B, T] int32, each row's position in its sequence; rows at a negative one, beyond the capacity or on
+        page -1 are dropped.
+    """
+    page_size = next(iter(entries.values())).shape[2]
+    table = paged.table_of(pages, positions.shape[0])
+    column = jnp.where(positions >= 0, positions // page_size, table.shape[1])
+    page = jax.vmap(lambda row, i: row.at[i].get(mode="fill", fill_value=-1))(table, column)
+    offset = positions % page_size
+
+    def put(stored: jax.Array, rows: jax.Array) -> jax.Array:
+        # Negative indices would count from the end.
+        place = jnp.where(page >= 0, page, stored.shape[1])
+        return stored.at[:, place, offset].set(
+            rows.astype(stored.dtype), mode="drop", unique_indices=True
+        )
+
+    return {name: put(stored, new[name]) for name, stored in entries.items()}
+
+
+def commit(cache: Cache, entries: Entries, counts: jax.Array) -> Cache:
+    """Appends the first ``counts`` of a step's T rows to each sequence; see ``write``.
+
+    Rows past ``counts`` are written too, where their sequence has a place, and lie beyond the new length, where
+    nothing reads them.
 
     Args:
       cache: the cache.
@@ -73,14 +102,6 @@ def commit(cache: Cache, entries: Entries, counts: jax.Array) -> Cache:
       counts: [B] int32, rows to keep per sequence (<= T).
     """
     tokens = next(iter(entries.values())).shape[2]
-    batch = cache.lengths.shape[0]
-    row = cache.lengths[:, None] + jnp.arange(tokens, dtype=jnp.int32)[None]
-    sequence = jnp.arange(batch, dtype=jnp.int32)[:, None]
-
-    def write(stored: jax.Array, new: jax.Array) -> jax.Array:
-        return stored.at[:, sequence, row].set(
-            new.astype(stored.dtype), mode="drop", unique_indices=True
-        )
-
-    written = {name: write(stored, entries[name]) for name, stored in cache.entries.items()}
-    return Cache(written, cache.lengths + counts)
+    positions = cache.lengths[:, None] + jnp.arange(tokens, dtype=jnp.int32)[None]
+    written = write(cache.entries, entries, cache.pages, positions)
+    return cache.replace(entries=written, lengths=cache.lengths + counts)

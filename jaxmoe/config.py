@@ -7,6 +7,9 @@ A config is hashable and therefore static under ``jax.jit``.
 import dataclasses
 import functools
 import math
+import numbers
+import types
+import typing
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +20,31 @@ ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
 def _require(ok: bool, message: str) -> None:
     if not ok:
         raise ValueError(message)
+
+
+_WORDS = {
+    int: "an integer",
+    float: "a number",
+    str: "a string",
+    bool: "true or false",
+    type(None): "None",
+}
+# What counts as a value of a field's type: NumPy's numbers do, and JSON has lists where Python has tuples.
+_ACCEPTED = {int: numbers.Integral, float: numbers.Real, tuple: (tuple, list)}
+
+
+def _check_types(config: Any) -> None:
+    """Every field of a dataclass against its annotation, so that what JSON got wrong is named."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        options = typing.get_args(field.type) if isinstance(field.type, types.UnionType) else ()
+        kinds = [typing.get_origin(kind) or kind for kind in options or (field.type,)]
+        number_for_flag = isinstance(value, bool) and bool not in kinds
+        _require(
+            not number_for_flag and any(isinstance(value, _ACCEPTED.get(k, k)) for k in kinds),
+            f"{field.name} must be {' or '.join(_WORDS.get(k, k.__name__) for k in kinds)}; got {value!r}. "
+            "Correct its type.",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +70,7 @@ class RopeConfig:
     high_freq_factor: float = 4.0
 
     def __post_init__(self):
+        _check_types(self)
         _require(
             self.type in ROPE_TYPES,
             f"rope type must be one of {ROPE_TYPES}; got {self.type!r}. Convert the checkpoint's rope_scaling to one of these.",
@@ -160,8 +189,9 @@ class ModelConfig:
     # -- construction ---------------------------------------------------------------------------
 
     def __post_init__(self):
-        self._fill_defaults()
+        _check_types(self)
         self._check_positive()
+        self._fill_defaults()
         self._check_attention()
         self._check_indexer()
         self._check_moe()
@@ -177,7 +207,7 @@ class ModelConfig:
         else:
             if self.num_key_value_heads is None:
                 put("num_key_value_heads", self.num_attention_heads)
-            if self.head_dim is None and self.num_attention_heads:
+            if self.head_dim is None:
                 _require(
                     self.hidden_size % self.num_attention_heads == 0,
                     f"hidden_size ({self.hidden_size}) must be a multiple of num_attention_heads "

@@ -12,17 +12,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from jaxmoe.cache import Cache, commit
+from jaxmoe.cache import Cache, commit, init_cache
 from jaxmoe.config import ModelConfig
-from jaxmoe.model import PassOptions, check_tokens, run, step, unembed
+from jaxmoe.model import check_tokens, run_step, step, unembed_step
+from jaxmoe.moe import MoeOptions
 from jaxmoe.params import Params
 
 DECODE_CHUNK = (
     64  # tokens per call of the decode loop, and with a callback the most between two calls of it
 )
 CALLBACK_CHUNK = 8
+PREFILL_CHUNK = 256  # tokens of each prompt per step
 
 
 def bucket(n: int, *, smallest: int = 16) -> int:
@@ -50,16 +52,15 @@ class _State(NamedTuple):
     done: jax.Array
 
 
-def _nucleus(logits: jax.Array, top_p: jax.Array) -> jax.Array:
-    """Logits with everything outside the smallest set of mass >= top_p at -inf; the best token always stays."""
+def nucleus_mask(logits: Float[Array, "B V"], top_p: Float[Array, " B"]) -> Bool[Array, "B V"]:
+    """The smallest set of tokens of mass >= top_p; the best token always belongs to it."""
     order = jnp.argsort(logits, axis=-1, descending=True)
     probability = jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1), axis=-1)
     before = jnp.cumsum(probability, axis=-1) - probability
     keep_sorted = (before < top_p[:, None]).at[:, 0].set(True)
-    keep = jnp.put_along_axis(
+    return jnp.put_along_axis(
         jnp.zeros_like(keep_sorted), order, keep_sorted, axis=-1, inplace=False
     )
-    return jnp.where(keep, logits, -jnp.inf)
 
 
 def sample(
@@ -83,32 +84,57 @@ def sample(
         return greedy
     scaled = logits / jnp.maximum(sampling.temperature, 1e-6)[:, None]
     if nucleus:
-        scaled = _nucleus(scaled, sampling.top_p)
+        scaled = jnp.where(nucleus_mask(scaled, sampling.top_p), scaled, -jnp.inf)
     keys = jax.vmap(jax.random.fold_in, (0, None))(sampling.key, index)
     drawn = jax.vmap(jax.random.categorical)(keys, scaled).astype(jnp.int32)
     return jnp.where(sampling.temperature > 0, drawn, greedy)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "capacity", "options", "nucleus"))
-def _prefill(params, config, tokens, lengths, sampling, stop, *, capacity, options, nucleus):
-    output = run(params, config, tokens, options=options)
-    last = jnp.take_along_axis(output.hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
-    token = sample(unembed(params, last), sampling, jnp.zeros((), jnp.int32), nucleus=nucleus)
-    widths = ((0, 0), (0, 0), (0, capacity - tokens.shape[1]), (0, 0))
-    cache = Cache({name: jnp.pad(rows, widths) for name, rows in output.entries.items()}, lengths)
-    done = (token[:, None] == stop[None]).any(-1)
+@functools.partial(jax.jit, static_argnames=("config", "moe"), donate_argnums=(3, 4))
+def _fill(params, config, tokens, cache, last, lengths, *, moe):
+    """One chunk of the prompts into the cache; ``last`` [B, D] gets the hidden state of every prompt that ends in it."""
+    before, size = cache.lengths, tokens.shape[1]
+    output = run_step(params, config, tokens, cache, moe=moe)
+    cache = commit(cache, output.entries, jnp.clip(lengths - before, 0, size))
+    at = lengths - 1 - before
+    here = jnp.take_along_axis(output.hidden, jnp.clip(at, 0, size - 1)[:, None, None], axis=1)[
+        :, 0
+    ]
+    return cache, jnp.where(((at >= 0) & (at < size))[:, None], here, last)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "nucleus"))
+def _first(params, config, last, sampling, stop, *, nucleus):
+    del config
+    token = sample(unembed_step(params, last), sampling, jnp.zeros((), jnp.int32), nucleus=nucleus)
+    return token, (token[:, None] == stop[None]).any(-1)
+
+
+def _prefill(params, config, tokens, lengths, sampling, stop, *, capacity, moe, nucleus):
+    """The prompts as steps of at most PREFILL_CHUNK tokens: the same arithmetic as decoding and as the engine."""
+    dtype = params["embed"]["weight"].dtype
+    batch, length = tokens.shape
+    cache = init_cache(config, batch, capacity, dtype)
+    last = jnp.zeros((batch, config.hidden_size), dtype)
+    lengths = jnp.asarray(lengths)
+    for start in range(0, length, PREFILL_CHUNK):
+        piece = tokens[:, start : start + PREFILL_CHUNK]
+        short = bucket(piece.shape[1]) - piece.shape[1]
+        piece = jnp.pad(piece, ((0, 0), (0, short)))
+        cache, last = _fill(params, config, piece, cache, last, lengths, moe=moe)
+    token, done = _first(params, config, last, sampling, stop, nucleus=nucleus)
     return _State(cache, token, jnp.ones((), jnp.int32), done)
 
 
 @functools.partial(
-    jax.jit, static_argnames=("config", "chunk", "options", "nucleus"), donate_argnums=(2,)
+    jax.jit, static_argnames=("config", "chunk", "moe", "nucleus"), donate_argnums=(2,)
 )
-def _decode(params, config, state, sampling, stop, steps, *, chunk, options, nucleus):
+def _decode(params, config, state, sampling, stop, steps, *, chunk, moe, nucleus):
     """Up to ``steps`` (<= chunk) more tokens; ends early when every sequence is done. Returns state, tokens, count."""
 
     def body(carry):
         state, tokens = carry
-        logits, entries = step(params, config, state.token[:, None], state.cache, moe=options.moe)
+        logits, entries = step(params, config, state.token[:, None], state.cache, moe=moe)
         ones = jnp.ones_like(state.cache.lengths)
         token = sample(logits[:, 0], sampling, state.index, nucleus=nucleus)
         token = jnp.where(state.done, state.token, token)
@@ -184,7 +210,7 @@ def generate(
     lengths: Int[Array | np.ndarray, " B"] | Sequence[int] | None = None,
     eos_token_id: int | Sequence[int] | None = None,
     on_tokens: Callable[[np.ndarray], None] | None = None,
-    options: PassOptions = PassOptions(),
+    moe: MoeOptions = MoeOptions(),
 ) -> Int[Array, "B max_new_tokens"]:
     """Continues every prompt by ``max_new_tokens`` tokens.
 
@@ -202,7 +228,7 @@ def generate(
       eos_token_id: stop id or ids. None (the default) never stops: exactly ``max_new_tokens`` tokens are sampled.
         A stopped sequence repeats its stop id to the end.
       on_tokens: called with int32 [B, n] as tokens appear, n <= 8; the pieces concatenate to the result.
-      options: MoE path of both phases and attention of the prefill.
+      moe: how experts are computed.
 
     Returns:
       int32 [B, max_new_tokens].
@@ -223,13 +249,10 @@ def generate(
         raise ValueError(f"lengths must be {batch} numbers in 1..{length}; got {lengths}.")
     sampling, nucleus = _sampling(temperature, top_p, key, batch)
     stop = jnp.asarray(_stop_ids(eos_token_id))
-    static = {"options": options, "nucleus": nucleus}
+    static = {"moe": moe, "nucleus": nucleus}
 
-    padded = jnp.pad(tokens, ((0, 0), (0, bucket(length) - length)))
-    capacity = bucket(max(length + max_new_tokens, padded.shape[1]))
-    state = _prefill(
-        params, config, padded, jnp.asarray(lengths), sampling, stop, capacity=capacity, **static
-    )
+    capacity = bucket(length + max_new_tokens)
+    state = _prefill(params, config, tokens, lengths, sampling, stop, capacity=capacity, **static)
     pieces = [np.asarray(state.token)[:, None]]
     if on_tokens is not None:
         on_tokens(pieces[0])

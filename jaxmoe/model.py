@@ -14,7 +14,7 @@ from jaxmoe.cache import Cache
 from jaxmoe.config import LayerKind, ModelConfig
 from jaxmoe.layers import core_attention, step_attention
 from jaxmoe.layers.attention import Entries, gqa_sequence, gqa_step, mla_sequence, mla_step
-from jaxmoe.layers.linear import Stacked, dense, linear, matmul
+from jaxmoe.layers.linear import Stacked, dense, linear, matmul, whole
 from jaxmoe.layers.mlp import mlp
 from jaxmoe.layers.norm import rms_norm
 from jaxmoe.layers.rope import Rotation, rotation
@@ -360,9 +360,9 @@ def forward(
 class _StepState(NamedTuple):
     """Loop-invariant inputs of a step's layers."""
 
-    cache: Cache
+    entries: Entries
     rotation: Rotation
-    visible: step_attention.Selection
+    sight: step_attention.Sight
     tables: ExpertTables | None
     moe: MoeOptions
 
@@ -370,24 +370,12 @@ class _StepState(NamedTuple):
 def _step_layer(p, config, x, state, layer, index_layer, selection):
     """One decoder layer of a step; returns x, entries, stats, selection."""
     h = rms_norm(x, p["attention_norm"], config.rms_norm_eps)
+    operands = (p, config, h, state.rotation, state.entries, state.sight, layer)
     with jax.named_scope("attention"):
         if config.is_mla:
-            h, entries, selection = mla_step(
-                p,
-                config,
-                h,
-                state.rotation,
-                state.cache.entries,
-                state.cache.lengths,
-                layer,
-                index_layer,
-                state.visible,
-                selection,
-            )
+            h, entries, selection = mla_step(*operands, index_layer, selection)
         else:
-            h, entries = gqa_step(
-                p, config, h, state.rotation, state.cache.entries, layer, state.visible
-            )
+            h, entries = gqa_step(*operands, selection)
     x = x + h
     h = rms_norm(x, p["mlp_norm"], config.rms_norm_eps)
     with jax.named_scope("mlp"):
@@ -396,15 +384,8 @@ def _step_layer(p, config, x, state, layer, index_layer, selection):
 
 
 def _layer_of(member: dict, repeat: jax.Array) -> dict:
-    """One layer of a segment's stacked parameters: matrices by reference (a step may need few of their rows)."""
-
-    def take(path: tuple, leaf: jax.Array) -> jax.Array | Stacked:
-        by_reference = path[-1].key == "weight" or "experts" in {key.key for key in path}
-        if by_reference and leaf.ndim > 2:
-            return Stacked(leaf, repeat)
-        return lax.dynamic_index_in_dim(leaf, repeat, 0, keepdims=False)
-
-    return jax.tree_util.tree_map_with_path(take, member)
+    """One layer of a segment's stacked parameters, by reference."""
+    return jax.tree.map(lambda leaf: Stacked(leaf, repeat), member)
 
 
 def _run_step_segment(segment, members, config, x, state, first_layer, first_index, selection):
@@ -429,15 +410,68 @@ def _run_step_segment(segment, members, config, x, state, first_layer, first_ind
     return x, _interleave(entries), stats, selection
 
 
-def _initial_selection(
-    config: ModelConfig, visible: step_attention.Selection, dtype: Any
-) -> step_attention.Selection:
-    """A carry of the form that ``step_attention.select`` will return; its values are never read before that."""
-    batch, tokens, capacity = visible.cached.shape
-    if not step_attention.gathers(config.index_topk, capacity, tokens, dtype):
-        return visible
-    rows = min(config.index_topk, capacity + tokens)
-    return visible._replace(cached=jnp.full((batch, tokens, rows), -1, jnp.int32))
+class StepOutput(NamedTuple):
+    """Result of a step.
+
+    Attributes:
+      hidden: [B, T, D], after the final norm.
+      entries: rows for ``cache.write`` or ``cache.commit``, by name [L, B, T, size].
+      stats: as in ``Output``.
+    """
+
+    hidden: jax.Array
+    entries: Entries
+    stats: list[list[LayerStats]]
+
+
+def run_step(
+    params: Params,
+    config: ModelConfig,
+    tokens: Int[Array, "B T"],
+    cache: Cache,
+    *,
+    spans: Int[Array, "B T 2"] | None = None,
+    tables: ExpertTables | None = None,
+    moe: MoeOptions = MoeOptions(),
+) -> StepOutput:
+    """New tokens over the cache; everything that ``step`` and the engine need. Pure: never writes the cache.
+
+    On CPU with the C++ kernels and float32, a latent-attention model's result for a token is the same, bit for bit,
+    whichever other tokens share the step and however the tokens before it were cut into steps.
+
+    Args:
+      params: parameters.
+      config: the model.
+      tokens: the new tokens, each after what its sequence has in the cache and, with ``spans``, in this step.
+      cache: what came before.
+      spans: for tokens of several steps' worth of sequences in one flat row (B tokens of T = 1, say): the first and end
+        of the step's tokens, counted over all of [B, T], that each one sees; its own is the last of them. Default:
+        T tokens of each of B sequences.
+      tables: expert placement.
+      moe: how experts are computed.
+    """
+    sight = step_attention.Sight(cache.lengths, cache.pages, spans)
+    positions = sight.positions(*tokens.shape)
+    state = _StepState(cache.entries, rotation(config, positions), sight, tables, moe)
+    x = params["embed"]["weight"][tokens]
+    own, dtype = sight.own_rows(*tokens.shape), next(iter(cache.entries.values())).dtype
+    by_row = config.is_mla and step_attention.selects_rows(
+        config.index_topk, cache.capacity, own, dtype
+    )
+    selection = step_attention.nothing(
+        sight, config.index_topk, cache.capacity, tokens.shape[1], by_row=by_row
+    )
+    parts, all_stats, first_layer, first_index = [], [], 0, 0
+    for segment, members in zip(config.segments, params["segments"], strict=True):
+        x, entries, stats, selection = _run_step_segment(
+            segment, members, config, x, state, first_layer, first_index, selection
+        )
+        parts.append(entries)
+        all_stats.append(stats)
+        first_layer += segment.repeats * len(segment.kinds)
+        first_index += segment.repeats * sum(kind.indexer == "full" for kind in segment.kinds)
+    hidden = rms_norm(x, {"weight": whole(params["norm"]["weight"])}, config.rms_norm_eps)
+    return StepOutput(hidden, _concatenate(parts), all_stats)
 
 
 def step(
@@ -462,19 +496,13 @@ def step(
     Returns:
       (float32 logits, rows for ``cache.commit``).
     """
-    batch, length = tokens.shape
-    positions = cache.lengths[:, None] + jnp.arange(length, dtype=jnp.int32)[None]
-    visible = step_attention.visible_mask(cache.lengths, cache.capacity, length)
-    state = _StepState(cache, rotation(config, positions), visible, tables, moe)
-    x = params["embed"]["weight"][tokens]
-    selection = _initial_selection(config, visible, next(iter(cache.entries.values())).dtype)
-    parts, first_layer, first_index = [], 0, 0
-    for segment, members in zip(config.segments, params["segments"], strict=True):
-        x, entries, _, selection = _run_step_segment(
-            segment, members, config, x, state, first_layer, first_index, selection
-        )
-        parts.append(entries)
-        first_layer += segment.repeats * len(segment.kinds)
-        first_index += segment.repeats * sum(kind.indexer == "full" for kind in segment.kinds)
-    hidden = rms_norm(x, params["norm"], config.rms_norm_eps)
-    return unembed(params, hidden), _concatenate(parts)
+    output = run_step(params, config, tokens, cache, tables=tables, moe=moe)
+    return unembed_step(params, output.hidden), output.entries
+
+
+def unembed_step(params: Params, hidden: Float[Array, "*S D"]) -> Float[Array, "*S V"]:
+    """``unembed`` as steps do it: a row's logits do not depend on how many rows there are."""
+    if "lm_head" not in params:
+        return unembed(params, hidden)
+    weight = params["lm_head"]["weight"].astype(jnp.float32)
+    return linear(hidden.astype(jnp.float32), {"weight": whole(weight)})

@@ -108,4 +108,7 @@ def write_report(path: str | os.PathLike[str], report: Mapping[str, Any]) -> Non
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.tmp")
     temporary.write_text(json.dumps(report, indent=2) + "\n")
-    temporary.replace(target)
+    try:
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -61,6 +62,13 @@ def test_info_report_has_the_common_format(tmp_path):
         (["info", "no_such_model"], ["no_such_model", "preset", "tiny"]),
         (["generate", "no_such_directory"], ["no_such_directory", "check the path"]),
         (["generate", "tiny"], ["tiny", "no weights", "train"]),
+        (["generate", "tiny", "--seed", 10**30], ["seed", "64 bits", str(10**30)]),
+        (["info", "tiny", "--json", __file__ + "/a.json"], [__file__, "check the path"]),
+        (["info", "tiny", "--json", os.path.dirname(__file__)], ["tests", "directory"]),
+        (["train", "--steps", 1, "--output", __file__], [__file__, "exists"]),
+        (["train", "--model", "deepseek_v32"], ["683,501,971,712 parameters", "GiB", "tiny"]),
+        (["train", "--learning-rate", "nan"], ["learning_rate", "positive", "nan"]),
+        (["train", "--beta1", "1"], ["beta1", "[0, 1)", "1.0"]),
     ],
 )
 def test_a_users_mistake_is_one_line_without_a_traceback(args, words):
@@ -71,6 +79,18 @@ def test_a_users_mistake_is_one_line_without_a_traceback(args, words):
     assert len(lines) == 1 and lines[0].startswith("error:")
     for word in words:
         assert word in lines[0]
+
+
+@pytest.mark.parametrize("metadata", [None, b"", b"{}"])
+def test_info_names_the_damaged_file_of_a_native_checkpoint(native, tmp_path, metadata):
+    shutil.copytree(native, tmp_path / "native")
+    path = tmp_path / "native" / "3" / "metadata.json"
+    path.unlink()
+    if metadata is not None:
+        path.write_bytes(metadata)
+    result = run("info", tmp_path / "native")
+    assert result.returncode == 1 and len(result.stderr.splitlines()) == 1
+    assert str(path) in result.stderr and "restore another step" in result.stderr
 
 
 def test_generate_streams_the_same_text_for_the_same_seed(native, tmp_path):

@@ -74,6 +74,10 @@ BAD_MODELS = [
     (dict(topk_group=3), ["topk_group (3)", "n_group (2)", "lower topk_group"]),
     (dict(n_group=8), ["8 experts in 8 groups", ">= 2 experts", "Lower n_group"]),
     (dict(num_experts_per_tok=5), ["num_experts_per_tok (5)", "4 experts", "raise topk_group"]),
+    (dict(hidden_size="128"), ["hidden_size", "an integer", "'128'"]),
+    (dict(num_attention_heads=True), ["num_attention_heads", "an integer", "True"]),
+    (dict(rms_norm_eps=None), ["rms_norm_eps", "a number", "None"]),
+    (dict(rope={"theta": 1e4}), ["rope", "RopeConfig", "'theta'"]),
 ]
 
 # (changes to LLAMA, what the message must name)
@@ -85,6 +89,7 @@ BAD_LLAMAS = [
     (dict(head_dim=7), ["head_dim", "even", "got 7"]),
     (dict(q_lora_rank=8), ["q_lora_rank=8", "kv_lora_rank is unset", "drop q_lora_rank"]),
     (dict(v_head_dim=8), ["v_head_dim=8", "set kv_lora_rank or drop v_head_dim"]),
+    (dict(head_dim=None, hidden_size=-48), ["hidden_size must be >= 1", "-48"]),
     (dict(head_dim=None, num_attention_heads=5), ["hidden_size (48)", "(5)", "set head_dim"]),
     (
         dict(index_topk=4, index_n_heads=2, index_head_dim=8),
@@ -112,6 +117,7 @@ def check_message(construct, fragments):
     assert not missing, f"{missing} not in: {caught.value}"
 
 
+@pytest.mark.misuse
 @pytest.mark.parametrize(("changes", "fragments"), BAD_MODELS, ids=lambda x: str(x)[:60])
 def test_a_bad_model_is_refused_with_field_value_and_way_out(changes, fragments):
     check_message(lambda: presets["tiny"].replace(**changes), fragments)
@@ -280,6 +286,19 @@ def test_both_spellings_of_the_rope_settings_mean_the_same():
     assert ModelConfig.from_hf(deepseek_json(rope_scaling=both)) == expected
 
 
+def test_a_null_yarn_factor_is_the_ratio_of_the_lengths_as_in_transformers():
+    scaling = {"type": "yarn", "factor": None, "original_max_position_embeddings": 4096}
+    assert ModelConfig.from_hf(deepseek_json(rope_scaling=scaling)).rope.factor == 40.0
+
+
+@pytest.mark.parametrize("kind", ["linear", "llama3"])
+def test_a_softmax_scale_beside_another_rope_than_yarn_survives_the_export(kind):
+    scaling = {"type": kind, "factor": 4.0, "mscale_all_dim": 1.0}
+    config = ModelConfig.from_hf(deepseek_json(rope_scaling=scaling))
+    assert config.rope.softmax_mscale() != 1
+    assert ModelConfig.from_hf(config.to_hf()) == config
+
+
 def test_absent_or_null_rope_scaling_means_plain_rotation():
     plain = RopeConfig(theta=10000.0)
     assert ModelConfig.from_hf(deepseek_json(rope_scaling=None)).rope == plain
@@ -337,6 +356,7 @@ def test_a_config_json_may_omit_what_equals_the_class_defaults():
     assert config == full
 
 
+@pytest.mark.misuse
 @pytest.mark.parametrize(
     ("changes", "fragments"),
     [
@@ -346,6 +366,19 @@ def test_a_config_json_may_omit_what_equals_the_class_defaults():
         (dict(topk_method="greedy"), ["topk_method='greedy'", "'noaux_tc'"]),
         (dict(partial_rotary_factor=0.5), ["partial_rotary_factor=0.5", "1.0"]),
         (dict(rope_scaling={"type": "longrope"}), ["rope type", "'longrope'", "'yarn'"]),
+        (dict(rope_scaling={"type": "linear"}), ["'linear'", "factor"]),
+        (dict(rope_scaling={"type": "linear", "factor": "4"}), ["factor", "a number", "'4'"]),
+        (dict(rope_scaling="yarn"), ["rope_scaling", "object", "'yarn'"]),
+        (dict(model_type=["llama"]), ["model_type ['llama']", "deepseek_v32"]),
+        (dict(num_hidden_layers="61"), ["num_hidden_layers", "integer", "'61'"]),
+        (dict(hidden_size=7168.5), ["hidden_size", "integer", "7168.5"]),
+        (dict(q_lora_rank="none"), ["q_lora_rank", "integer or None", "'none'"]),
+        (dict(norm_topk_prob="yes"), ["norm_topk_prob", "true or false", "'yes'"]),
+        (dict(mlp_layer_types=5), ["mlp_layer_types", "list", "5"]),
+        (
+            dict(model_type="glm_moe_dsa", num_hidden_layers=3, index_topk_pattern="FXS"),
+            ["indexer_types", "'full' or 'shared'", "'X'"],
+        ),
         (dict(rope_scaling={"type": "yarn", "factor": 4.0, "bend": 2}), ["['bend']", "'yarn'"]),
     ],
 )

@@ -11,7 +11,7 @@ from parity.clear import clear_case, sharp_params
 
 import jaxmoe
 from jaxmoe.cache import Cache, commit, init_cache
-from jaxmoe.layers.step_attention import gathers
+from jaxmoe.layers.step_attention import selects_rows
 from jaxmoe.model import step
 from pallas_kernels import native
 
@@ -120,7 +120,10 @@ def test_the_cases_select_both_by_index_and_by_mask(backend):
         pytest.skip("it always selects by index")
     for name, case in CASES.items():
         for chunk in case.chunks:
-            assert gathers(case.config.index_topk, CAPACITY, chunk) == case.gathers, (name, chunk)
+            assert selects_rows(case.config.index_topk, CAPACITY, chunk) == case.gathers, (
+                name,
+                chunk,
+            )
 
 
 @pytest.mark.parametrize(("name", "chunk"), _CASE_AND_CHUNK)

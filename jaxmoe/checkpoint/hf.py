@@ -135,7 +135,8 @@ def _block_size(raw: dict[str, Any], found: dict[str, _safetensors.Tensor]) -> t
     quantised = [name for name, tensor in found.items() if tensor.dtype in _FP8]
     if not quantised:
         return (0, 0)
-    size = (raw.get("quantization_config") or {}).get("weight_block_size")
+    quantisation = raw.get("quantization_config")
+    size = quantisation.get("weight_block_size") if isinstance(quantisation, dict) else None
     if not (
         isinstance(size, list)
         and len(size) == 2

@@ -328,6 +328,17 @@ def restore(
     return Restored(unflatten(flat, config), config, step, metadata["extra"], tree)
 
 
+def restore_config(directory: str | os.PathLike[str], step: int | None = None) -> ModelConfig:
+    """The config of a saved step (default: the latest); reads no arrays.
+
+    Raises:
+      CheckpointCorrupt: the metadata is missing or damaged.
+      ValueError: no such step.
+    """
+    _, path = _steps.find(pathlib.Path(directory).absolute(), step)
+    return ModelConfig.from_dict(read_metadata(path, _manifest.read(path))["config"])
+
+
 def read_metadata(path: pathlib.Path, manifest: _manifest.Manifest) -> dict[str, Any]:
     """``metadata.json`` of a step directory, with its format version checked."""
     metadata = json.loads(_manifest.read_file(path, manifest, _METADATA))

@@ -1,6 +1,5 @@
 """Finding and loading what the user names on the command line."""
 
-import json
 import pathlib
 from typing import Any
 
@@ -51,8 +50,7 @@ def find_config(name: str) -> ModelConfig:
     native = _native_directory(path)
     if native is None:
         raise _unknown(name)
-    step = native / str(checkpoint.latest_step(native))
-    return ModelConfig.from_dict(json.loads((step / "metadata.json").read_text())["config"])
+    return checkpoint.restore_config(native)
 
 
 def load(

@@ -16,6 +16,7 @@ from jaxmoe.config import ModelConfig
 from jaxmoe.params import Params
 from jaxmoe.report import make_report, write_report
 from jaxmoe.tokenizer import load_tokenizer
+from jaxmoe.train.config import check_seed
 
 
 def stream_text(
@@ -95,6 +96,7 @@ def generate(
       dtype: Parameter dtype.
       json: Also write a JSON report.
     """
+    check_seed(seed)
     params, config = load(checkpoint, dtype_of(dtype))
     tokenizer = load_tokenizer(checkpoint)
     if tokenizer.vocab_size > config.vocab_size:

@@ -17,14 +17,16 @@ from jaxmoe.errors import JaxMoeError
 COMMANDS = {"demo": demo, "train": train, "generate": generate, "convert": convert, "info": info}
 
 # What a user can cause and mend; anything else is our bug and keeps its traceback.
-_USER_ERRORS = (
-    ValueError,
-    TypeError,
-    JaxMoeError,
-    FileNotFoundError,
-    NotADirectoryError,
-    PermissionError,
-)
+_USER_ERRORS = (ValueError, TypeError, JaxMoeError, OSError)
+
+
+def _message(error: Exception) -> str:
+    """The error in one line."""
+    if isinstance(error, OSError) and error.filename is not None:
+        path = error.filename if error.filename2 is None else error.filename2
+        return f"{path}: {error.strerror}; check the path and its permissions."
+    first, *rest = str(error).splitlines() or [type(error).__name__]
+    return " ".join([first, "; ".join(line.strip() for line in rest)]).strip()
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -40,7 +42,7 @@ def main(args: Sequence[str] | None = None) -> None:
         if os.environ.get("JAXMOE_TRACEBACK"):
             raise
         rich.console.Console(stderr=True, soft_wrap=True).print(
-            f"[red]error:[/] {rich.markup.escape(str(error))}"
+            f"[red]error:[/] {rich.markup.escape(_message(error))}"
         )
         sys.exit(1)
     except KeyboardInterrupt:

@@ -2,10 +2,12 @@
 
 import contextlib
 import dataclasses
+import os
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import Annotated
 
+import jax
 import rich.console
 import rich.progress
 import tyro
@@ -60,6 +62,20 @@ def report_rows(summary: Summary, train_config: TrainConfig) -> tuple[list[dict]
     return rows, {"model_over_gzip": summary.bits_per_byte / baseline}
 
 
+def check_memory(config: ModelConfig) -> None:
+    """Raises ValueError if not even the state of training fits into this machine, before the system kills the process."""
+    if jax.default_backend() != "cpu" or not hasattr(os, "sysconf"):
+        return
+    # Parameters and two moments, in float32.
+    needed = 3 * 4 * param_count(config, include_mtp=True)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory:
+        raise ValueError(
+            f"training {param_count(config, include_mtp=True):,} parameters needs at least {needed / 2**30:.0f} GiB; this "
+            f"machine has {memory / 2**30:.0f}. Choose a smaller --model, such as tiny or small."
+        )
+
+
 def run_and_report(
     config: ModelConfig,
     train_config: TrainConfig,
@@ -68,6 +84,7 @@ def run_and_report(
     console: rich.console.Console,
 ) -> tuple[Summary, list[dict], dict[str, float]]:
     """Trains with a progress bar, prints the outcome, draws the plot."""
+    check_memory(config)
     console.print(
         f"{param_count(config, include_mtp=True):,} parameters, {active_param_count(config):,} active per token; "
         f"{train_config.steps} steps of {train_config.batch_size} x {train_config.seq_len} bytes"

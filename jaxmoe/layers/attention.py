@@ -110,10 +110,9 @@ def mla_step(
     x: jax.Array,
     r: Rotation,
     cached: Entries,
-    lengths: jax.Array,
+    sight: step_attention.Sight,
     layer: jax.Array | int,
     index_layer: jax.Array | int,
-    visible: step_attention.Selection,
     selection: step_attention.Selection,
 ) -> tuple[jax.Array, Entries, step_attention.Selection]:
     """MLA in absorbed (MQA) form: T new tokens over the cache and each other.
@@ -123,11 +122,10 @@ def mla_step(
       config: the model.
       x: [B, T, D], normalised.
       r: rotation at the new tokens' positions.
-      cached: "latent" [L, B, S, C] and, with an indexer, "index_k" [L', B, S, K], of all layers.
-      lengths: [B] int32, valid cached rows.
+      cached: "latent" [L, P, S, C] and, with an indexer, "index_k" [L', P, S, K], of all layers.
+      sight: what the tokens may see.
       layer: this layer's row in "latent".
       index_layer: this layer's row in "index_k", if it has an indexer.
-      visible: what causality allows.
       selection: what the previous layer attended to, used if this layer shares it.
 
     Returns:
@@ -138,7 +136,7 @@ def mla_step(
     index = _index(p, config, x, projected.q_latent, r)
     if index is not None:
         selection = step_attention.select(
-            index, cached["index_k"], index_layer, lengths, visible, config.index_topk
+            index, cached["index_k"], index_layer, sight, selection, config.index_topk
         )
     q_latent = per_head(projected.q_nope, a["k_b"]["weight"])
     entries = _entries(projected, index)
@@ -147,6 +145,7 @@ def mla_step(
         cached["latent"],
         layer,
         entries["latent"],
+        sight,
         selection,
         scale=config.softmax_scale,
         value_dim=config.kv_lora_rank,
@@ -179,15 +178,23 @@ def gqa_step(
     x: jax.Array,
     r: Rotation,
     cached: Entries,
+    sight: step_attention.Sight,
     layer: jax.Array | int,
     visible: step_attention.Selection,
 ) -> tuple[jax.Array, Entries]:
     """Grouped-query attention of T new tokens over the cache and each other; see ``mla_step``."""
     q, k, v = _gqa_project(p["attention"], config, x, r)
+    entries = _gqa_entries(k, v)
     out = step_attention.grouped_query_attention(
-        q, (cached["k"], cached["v"]), layer, (k, v), visible, scale=config.softmax_scale
+        q,
+        (cached["k"], cached["v"]),
+        layer,
+        (entries["k"], entries["v"]),
+        sight,
+        visible,
+        scale=config.softmax_scale,
     )
-    return linear(out, p["attention"]["o"], contract=2), _gqa_entries(k, v)
+    return linear(out, p["attention"]["o"], contract=2), entries
 
 
 def entry_sizes(config: ModelConfig) -> dict[str, int]:

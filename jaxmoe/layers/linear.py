@@ -30,6 +30,11 @@ class Stacked:
         return self.stack.shape[1:]
 
 
+def whole(w: jax.Array) -> Stacked:
+    """A weight that is no layer's, as the only one of a stack: steps treat it like the others."""
+    return Stacked(w[None], jnp.zeros((), jnp.int32))
+
+
 def dense(w: jax.Array | Stacked) -> jax.Array:
     """The weight as an array of its own."""
     if isinstance(w, Stacked):
@@ -61,8 +66,8 @@ def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
     return y.reshape(*x.shape[:-1], w.shape[1])
 
 
-def _in_place(x: jax.Array, w: jax.Array | Stacked) -> bool:
-    """Whether x can be multiplied by w in its stack, without a copy of the layer."""
+def in_place(x: jax.Array, w: jax.Array | Stacked) -> bool:
+    """Whether a C++ kernel can use w where it lies in its stack, without a copy of the layer."""
     if not isinstance(w, Stacked) or not x.dtype == w.stack.dtype == jnp.float32:
         return False
     return native.available()
@@ -72,7 +77,7 @@ def _matmul_stacked(x: jax.Array, w: Stacked, inputs: int) -> jax.Array:
     """x [..., K] times a layer of w as [K, N]."""
     rows = math.prod(x.shape[:-1])
     stack = w.stack.reshape(w.stack.shape[0], inputs, -1)
-    if not _in_place(x, w):
+    if not in_place(x, w):
         return matmul(x, dense(Stacked(stack, w.layer)))
     every_row = jnp.full(1, rows, jnp.int32)
     y = grouped_matmul(x.reshape(rows, inputs), stack, every_row, group_offset=w.layer)
@@ -101,13 +106,13 @@ def linear(x: jax.Array, p: dict[str, Any], *, contract: int = 1) -> jax.Array:
         y = matmul(x, w.reshape(size, math.prod(outputs)))
     y = y.reshape(*lead, *outputs)
     if "bias" in p:
-        y = y + jnp.expand_dims(p["bias"].astype(y.dtype), tuple(range(len(lead))))
+        y = y + jnp.expand_dims(dense(p["bias"]).astype(y.dtype), tuple(range(len(lead))))
     return y
 
 
 def per_head(x: jax.Array, w: jax.Array | Stacked) -> jax.Array:
     """Every head by its own matrix: x [B, T, H, N], w [H, N, C] -> [B, T, H, C] in x's dtype."""
-    if not _in_place(x, w):
+    if not in_place(x, w):
         w = dense(w).astype(x.dtype)
         return jnp.einsum("bthn,hnc->bthc", x, w, precision=precision_of(x.dtype))
     batch, tokens, heads, size = x.shape

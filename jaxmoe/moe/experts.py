@@ -1,17 +1,17 @@
 """The experts' gated MLPs on rows grouped by expert."""
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from jaxmoe.layers.mlp import gate
 from pallas_kernels import grouped_matmul
 from pallas_kernels.numerics import precision_of
 
 
-class Experts(NamedTuple):
-    """Expert weights of one layer, or of several stacked ones.
+@struct.dataclass
+class Experts:
+    """Expert weights of one layer, or of several stacked ones. A pytree: ``slots`` stays static under jit.
 
     Attributes:
       gate_up: [G, D, 2, F].
@@ -23,7 +23,7 @@ class Experts(NamedTuple):
 
     gate_up: jax.Array
     down: jax.Array
-    slots: int
+    slots: int = struct.field(pytree_node=False)
     offset: jax.Array | int = 0
 
 

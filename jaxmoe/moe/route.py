@@ -1,5 +1,7 @@
 """Expert routing: sigmoid scores, group-limited selection with a bias, normalised weights (spec 5)."""
 
+import functools
+import operator
 from typing import NamedTuple
 
 import jax
@@ -7,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxmoe.config import ModelConfig
-from jaxmoe.layers.linear import dense
+from jaxmoe.layers.linear import dense, linear
 
 
 class Routing(NamedTuple):
@@ -22,7 +24,8 @@ def _allowed_groups(choice: jax.Array, config: ModelConfig) -> jax.Array:
     """[T, E] bool: experts of the topk_group groups with the largest sum of their two best scores."""
     tokens, experts = choice.shape
     grouped = choice.reshape(tokens, config.n_group, experts // config.n_group)
-    group_score = lax.top_k(grouped, 2)[0].sum(-1)
+    best_two = lax.top_k(grouped, 2)[0]
+    group_score = best_two[..., 0] + best_two[..., 1]
     best = lax.top_k(group_score, config.topk_group)[1]
     chosen = jax.nn.one_hot(best, config.n_group, dtype=bool).any(1)
     return jnp.repeat(chosen, experts // config.n_group, axis=1, total_repeat_length=experts)
@@ -39,20 +42,17 @@ def route(p: dict, config: ModelConfig, x: jax.Array) -> Routing:
       config: the model.
       x: [T, D].
     """
-    logits = lax.dot_general(
-        x.astype(jnp.float32),
-        dense(p["weight"]).astype(jnp.float32),
-        (((1,), (0,)), ((), ())),
-        precision=lax.Precision.HIGHEST,
-    )
+    logits = linear(x.astype(jnp.float32), {"weight": p["weight"]})
     scores = jax.nn.sigmoid(logits)
-    choice = lax.stop_gradient(scores) + p["bias"].astype(jnp.float32)[None]
+    choice = lax.stop_gradient(scores) + dense(p["bias"]).astype(jnp.float32)[None]
     if config.n_group > 1 and config.topk_group < config.n_group:
         choice = jnp.where(_allowed_groups(choice, config), choice, -jnp.inf)
     ids = lax.top_k(choice, config.num_experts_per_tok)[1].astype(jnp.int32)
     weights = jnp.take_along_axis(scores, ids, axis=-1)
     if config.norm_topk_prob:
-        weights = weights / (weights.sum(-1, keepdims=True) + 1e-20)
+        # Added one by one: XLA chooses how to reduce by the number of tokens, which must not matter.
+        total = functools.reduce(operator.add, jnp.split(weights, weights.shape[-1], axis=-1))
+        weights = weights / (total + 1e-20)
     return Routing(ids, weights * jnp.float32(config.routed_scaling_factor), scores)
 
 

@@ -11,6 +11,12 @@ from jaxmoe.tokenizer import ByteTokenizer
 _BESIDE_THE_LOSSES = ("eval_every", "eval_bytes", "probe_bytes", "save_every", "keep")
 
 
+def check_seed(seed: int) -> None:
+    """Raises ValueError for a seed that random generators cannot hold."""
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed must fit in 64 bits; got {seed}.")
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """Hyper-parameters of a run; defaults follow V3's pre-training where a laptop can (spec 4.3)."""
@@ -70,7 +76,7 @@ class TrainConfig:
             "keep",
         )
         for name in (*positive, "eval_bytes", "probe_bytes"):
-            if getattr(self, name) <= 0:
+            if not getattr(self, name) > 0:  # nor NaN
                 raise ValueError(f"{name} must be positive; got {getattr(self, name)}.")
         for name in (
             "mtp_weight",
@@ -78,11 +84,16 @@ class TrainConfig:
             "bias_update_speed",
             "index_weight",
             "weight_decay",
+            "final_learning_rate_ratio",
         ):
-            if getattr(self, name) < 0:
+            if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be >= 0; got {getattr(self, name)}.")
         if self.warmup_steps < 0:
             raise ValueError(f"warmup_steps must be >= 0; got {self.warmup_steps}.")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1); got {getattr(self, name)}.")
+        check_seed(self.seed)
 
     def check(self, model: ModelConfig) -> None:
         """Raises ValueError if this run does not fit the model."""

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import _implementation
+from pallas_kernels import _implementation, paged
 from pallas_kernels.index_topk import native, reference
 
 _BACKENDS = {"native": native.index_topk, "xla": reference.index_topk}
@@ -71,52 +71,59 @@ def index_topk(
 
 def index_topk_step(
     q: Float[Array, "B T I K"],
-    cached: Float[Array, "L B S K"],
+    cached: Float[Array, "L P S K"],
     layer: Int[Array, ""] | int,
-    own: Float[Array, "B T K"],
+    own: Float[Array, "Bo O K"],
     weights: Float[Array, "B T I"],
     lengths: Int[Array, " B"],
     topk: int,
     *,
+    pages: Int[Array, "B W"] | None = None,
+    spans: Int[Array, "B T 2"] | None = None,
     implementation: _implementation.Implementation = None,
 ) -> Int[Array, "B T topk"]:
-    """``index_topk`` for T new tokens over a cache and over each other.
+    """``index_topk`` for new tokens over a cache and over rows of the same step (``pallas_kernels.paged``).
 
     Args:
       q: index queries of the new tokens.
       cached: key cache of all layers.
       layer: which of them; may be traced.
-      own: the new tokens' own keys, which come after the cached ones; query t sees own keys 0..t.
+      own: the step's own keys, which come after the cached ones.
       weights: signed head weights, all scale factors multiplied in.
       lengths: valid cached keys of each sequence.
-      topk: how many to select, at most S + T.
+      topk: how many to select, at most the capacity + O.
+      pages: the sequences' pages; default page b for sequence b.
+      spans: first and end of the own keys that each query sees; default 0..t of its own sequence for query t.
       implementation: None, "native" (C++ on CPU), "xla", or a sequence.
 
     Returns:
-      int32 rows in ascending order: below S cached ones, from S on the step's own; -1 after the last.
+      int32 rows in ascending order: below the capacity cached ones, from there on the step's own; -1 after the last.
 
     Raises:
       ValueError: if shapes disagree or topk is out of range.
     """
-    shapes = f"{q.shape}, {cached.shape}, {own.shape}"
-    if q.ndim != 4 or cached.ndim != 4 or own.shape != (*q.shape[:2], q.shape[3]):
+    if q.ndim != 4:
+        raise ValueError(f"index_topk_step: q must be [B, T, I, K]; got {q.shape}.")
+    paged.check("index_topk_step", q.shape, cached, own, pages)
+    if spans is None and own.shape[:2] != q.shape[:2]:
         raise ValueError(
-            f"index_topk_step: q must be [B, T, I, K], cached [L, B, S, K], own [B, T, K]; got {shapes}."
+            f"index_topk_step: own must have a row per query, {q.shape[:2]}; got {own.shape}. Pass spans for others."
         )
-    if cached.shape[1] != q.shape[0] or cached.shape[3] != q.shape[3]:
-        raise ValueError(f"index_topk_step: q, cached and own must share B and K; got {shapes}.")
+    if spans is not None and spans.shape != (*q.shape[:2], 2):
+        raise ValueError(
+            f"index_topk_step: spans must be [B, T, 2] with q's {q.shape[:2]}; got {spans.shape}."
+        )
     if weights.shape != q.shape[:3] or lengths.shape != q.shape[:1]:
         raise ValueError(
             f"index_topk_step: weights must be [B, T, I] and lengths [B], as in q {q.shape}; got {weights.shape}, {lengths.shape}."
         )
-    if not 1 <= topk <= cached.shape[2] + q.shape[1]:
-        raise ValueError(
-            f"index_topk_step: topk must be in 1..{cached.shape[2] + q.shape[1]} (S + T); got {topk}."
-        )
+    most = paged.capacity_of(cached, pages) + own.shape[1]
+    if not 1 <= topk <= most:
+        raise ValueError(f"index_topk_step: topk must be in 1..{most} (capacity + O); got {topk}.")
     return _implementation.call(
         "index_topk_step",
         _STEP_BACKENDS,
         _PREFERENCE,
         implementation,
-        *(q, cached, layer, own, weights, lengths, topk),
+        *(q, cached, layer, own, weights, lengths, topk, pages, spans),
     )

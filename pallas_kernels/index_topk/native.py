@@ -3,10 +3,10 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import native
+from pallas_kernels import native, paged
 
 
-def _call(q, cached, layer, own, weights, visible, own_visible, topk, *, best_first):
+def _call(q, cached, layer, own, weights, visible, spans, pages, topk, *, best_first):
     native.require(q, cached, own)
     # A selection has no gradient, and a foreign call no derivative to ask for.
     operands = jax.lax.stop_gradient((q, cached, own, weights.astype(jnp.float32)))
@@ -16,7 +16,7 @@ def _call(q, cached, layer, own, weights, visible, own_visible, topk, *, best_fi
     return native.call(
         "jaxmoe_index_topk",
         result,
-        *(q, cached, layer, own, weights, visible, own_visible),
+        *(q, cached, layer, own, weights, visible, spans, paged.table_of(pages, q.shape[0])),
         best_first=best_first,
     )
 
@@ -27,10 +27,9 @@ def index_topk(
     """See ``api.index_topk``."""
     topk = min(topk, k.shape[1])
     none = jnp.zeros((k.shape[0], 0, k.shape[2]), k.dtype)
+    spans = jnp.zeros((*q.shape[:2], 2), jnp.int32)
     visible = visible.astype(jnp.int32)
-    return _call(
-        q, k[None], 0, none, weights, visible, jnp.zeros_like(visible), topk, best_first=True
-    )
+    return _call(q, k[None], 0, none, weights, visible, spans, None, topk, best_first=True)
 
 
 def index_topk_step(
@@ -41,9 +40,10 @@ def index_topk_step(
     weights: jax.Array,
     lengths: jax.Array,
     topk: int,
+    pages: jax.Array | None,
+    spans: jax.Array | None,
 ) -> jax.Array:
     """See ``api.index_topk_step``."""
-    shape = q.shape[:2]
-    visible = jnp.broadcast_to(lengths.astype(jnp.int32)[:, None], shape)
-    own_visible = jnp.broadcast_to(jnp.arange(1, shape[1] + 1, dtype=jnp.int32)[None], shape)
-    return _call(q, cached, layer, own, weights, visible, own_visible, topk, best_first=False)
+    visible = jnp.broadcast_to(lengths.astype(jnp.int32)[:, None], q.shape[:2])
+    spans = paged.spans_of(spans, *q.shape[:2])
+    return _call(q, cached, layer, own, weights, visible, spans, pages, topk, best_first=False)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels import paged
 from pallas_kernels.numerics import precision_of
 
 
@@ -145,17 +146,25 @@ def step_scores(
     own: jax.Array,
     weights: jax.Array,
     lengths: jax.Array,
+    pages: jax.Array | None = None,
+    spans: jax.Array | None = None,
 ) -> jax.Array:
-    """Scores [B, T, S + T] of a step's cached and own keys, -inf where not visible; see ``api.index_topk_step``."""
-    tokens = own.shape[1]
-    keys = lax.dynamic_index_in_dim(cached, layer, 0, keepdims=False)
+    """Scores [B, T, capacity + O] of a step's cached and own keys, -inf where not visible; see ``api.index_topk_step``."""
+    batch, tokens, heads, _ = q.shape
+    keys = paged.layer_rows(cached, layer, pages)
     seen = jnp.arange(keys.shape[1], dtype=jnp.int32)[None] < lengths[:, None]
-    causal = jnp.tril(jnp.ones((tokens, tokens), bool))
+    if own.shape[0] == batch:
+        own_scores = index_scores(q, own, weights)
+    else:  # all queries score all own keys, as one sequence
+        flat = (1, batch * tokens, heads)
+        own_scores = index_scores(q.reshape(*flat, -1), own, weights.reshape(flat))
+        own_scores = own_scores.reshape(batch, tokens, -1)
+    own_seen = paged.own_mask(spans, batch, tokens, own.shape[1])
     # Cached rows precede the step's own, so that the tie rule is the one over a whole sequence.
     return jnp.concatenate(
         [
             jnp.where(seen[:, None], index_scores(q, keys, weights), -jnp.inf),
-            jnp.where(causal[None], index_scores(q, own, weights), -jnp.inf),
+            jnp.where(own_seen, own_scores, -jnp.inf),
         ],
         axis=-1,
     )
@@ -169,6 +178,9 @@ def index_topk_step(
     weights: jax.Array,
     lengths: jax.Array,
     topk: int,
+    pages: jax.Array | None,
+    spans: jax.Array | None,
 ) -> jax.Array:
     """See ``api.index_topk_step``."""
-    return select_positions(step_scores(q, cached, layer, own, weights, lengths), topk)
+    scores = step_scores(q, cached, layer, own, weights, lengths, pages, spans)
+    return select_positions(scores, topk)

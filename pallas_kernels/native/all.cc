@@ -1,4 +1,5 @@
 // One translation unit: most of the compiler's time goes into the headers.
 #include "grouped_matmul.cc"
 #include "index_topk.cc"
+#include "norm.cc"
 #include "sparse_mla.cc"

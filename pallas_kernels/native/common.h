@@ -90,11 +90,49 @@ inline float ExpNegative(float x) {
   return x < -87.0f ? 0.0f : p * scale;
 }
 
-// The rows of one layer of cached [L, ...]; null if there is no such layer.
-inline const float* LayerOf(const F32& cached, const S32& layer) {
-  const int64_t index = layer.typed_data()[0], layers = cached.dimensions()[0];
-  if (index < 0 || index >= layers) return nullptr;
-  return cached.typed_data() + index * (cached.element_count() / layers);
+// What a step's queries may see: rows of one layer of a paged cache [L, P, S, size], then the step's own [Bo, O, size].
+struct StepRows {
+  const float *cached, *own;
+  const int32_t* pages;  // [B, W]: sequence b's row r is row r % S of page pages[b, r / S]; -1 where it has none
+  int64_t page_size, width, size, extra;
+  bool own_shared;  // Bo is 1: all sequences see the same own rows
+
+  // Rows that a sequence can have in the cache; the step's own are numbered from here on.
+  int64_t capacity() const { return width * page_size; }
+
+  // A sequence's cached rows from `row` to the end of the page, and how many these are.
+  const float* Page(int64_t sequence, int64_t row, int64_t* number) const {
+    *number = page_size - row % page_size;
+    const int64_t page = std::max(pages[sequence * width + row / page_size], 0);
+    return cached + (page * page_size + row % page_size) * size;
+  }
+
+  const float* Own(int64_t sequence) const { return own + (own_shared ? 0 : sequence * extra * size); }
+
+  const float* Row(int64_t sequence, int64_t row) const {
+    int64_t number;
+    return row < capacity() ? Page(sequence, row, &number) : Own(sequence) + (row - capacity()) * size;
+  }
+};
+
+// False if the layer or a page is not in the cache.
+inline bool RowsOf(const F32& cached, const S32& layer, const F32& own, const S32& pages, int64_t batch,
+                   StepRows* rows) {
+  const auto shape = cached.dimensions();
+  const int64_t index = layer.typed_data()[0];
+  if (index < 0 || index >= static_cast<int64_t>(shape[0])) return false;
+  const int64_t width = pages.dimensions()[1], number = shape[1];
+  for (int64_t i = 0; i < batch * width; ++i)
+    if (pages.typed_data()[i] >= number) return false;
+  *rows = {cached.typed_data() + index * static_cast<int64_t>(shape[1] * shape[2] * shape[3]),
+           own.typed_data(),
+           pages.typed_data(),
+           static_cast<int64_t>(shape[2]),
+           width,
+           static_cast<int64_t>(shape[3]),
+           static_cast<int64_t>(own.dimensions()[1]),
+           own.dimensions()[0] == 1 && batch > 1};
+  return true;
 }
 
 }  // namespace jaxmoe

@@ -72,21 +72,24 @@ uint32_t KthLargest(const uint32_t* values, int64_t n, int64_t k, int64_t* above
 }
 
 ffi::Error IndexTopkImpl(ffi::ThreadPool pool, F32 q, F32 cached, S32 layer, F32 own, F32 weights,
-                         S32 visible, S32 own_visible, bool best_first,
+                         S32 visible, S32 spans, S32 pages, bool best_first,
                          ffi::ResultBuffer<ffi::S32> chosen) {
-  const auto shape = q.dimensions(), stored = cached.dimensions();
+  const auto shape = q.dimensions();
   const int64_t batch = shape[0], tokens = shape[1], heads = shape[2], dim = shape[3];
-  const int64_t capacity = stored[2], extra = own.dimensions()[1], topk = chosen->dimensions()[2];
-  const int64_t blocks = (heads + kLanes - 1) / kLanes;
-  const float* keys = LayerOf(cached, layer);
-  if (keys == nullptr)
-    return ffi::Error::InvalidArgument("index_topk: layer must lie within the cached layers");
-  const double work_ns = batch * tokens * (capacity + extra) * (heads * dim / 20.0 + 10.0);
+  const int64_t topk = chosen->dimensions()[2], blocks = (heads + kLanes - 1) / kLanes;
+  StepRows rows;
+  if (!RowsOf(cached, layer, own, pages, batch, &rows))
+    return ffi::Error::InvalidArgument("index_topk: layer and pages must lie within the cache");
+  const int64_t capacity = rows.capacity();
+  int64_t scored = 0;
+  for (int64_t item = 0; item < batch * tokens; ++item) scored += visible.typed_data()[item];
+  const double work_ns = (scored + batch * tokens * 16) * (heads * dim / 20.0 + 10.0);
   ParallelFor(pool, batch * tokens, work_ns, [&](int64_t item) {
     const int64_t b = item / tokens;
     const int64_t past = std::clamp<int64_t>(visible.typed_data()[item], 0, capacity);
-    const int64_t now = std::clamp<int64_t>(own_visible.typed_data()[item], 0, extra);
-    const int64_t n = past + now;
+    const int64_t first_own = std::clamp<int64_t>(spans.typed_data()[2 * item], 0, rows.extra);
+    const int64_t end_own = std::clamp<int64_t>(spans.typed_data()[2 * item + 1], first_own, rows.extra);
+    const int64_t n = past + end_own - first_own;
     std::vector<float> turned(dim * kLanes), weight(kLanes), rest(kKeys * dim), score(n, 0.0f);
     for (int64_t block = 0; block < blocks; ++block) {
       const int64_t first = block * kLanes, count = std::min(kLanes, heads - first);
@@ -97,23 +100,27 @@ ffi::Error IndexTopkImpl(ffi::ThreadPool pool, F32 q, F32 cached, S32 layer, F32
         const float* head = q.typed_data() + (item * heads + first + i) * dim;
         for (int64_t d = 0; d < dim; ++d) turned[d * kLanes + i] = head[d];
       }
-      auto score_rows = [&](const float* rows, int64_t number, float* total) {
+      auto score_rows = [&](const float* keys, int64_t number, float* total) {
         const int64_t whole = number / kKeys * kKeys, left = number - whole;
         for (int64_t s = 0; s < whole; s += kKeys)
-          ScoreKeys(turned.data(), weight.data(), dim, rows + s * dim, total + s);
+          ScoreKeys(turned.data(), weight.data(), dim, keys + s * dim, total + s);
         if (left == 0) return;
         // The same code for the last few, so that equal keys have equal scores.
-        std::memcpy(rest.data(), rows + whole * dim, left * dim * sizeof(float));
+        std::memcpy(rest.data(), keys + whole * dim, left * dim * sizeof(float));
         float last[kKeys] = {};
         ScoreKeys(turned.data(), weight.data(), dim, rest.data(), last);
         for (int64_t s = 0; s < left; ++s) total[whole + s] += last[s];
       };
-      score_rows(keys + b * capacity * dim, past, score.data());
-      score_rows(own.typed_data() + b * extra * dim, now, score.data() + past);
+      for (int64_t s = 0, number; s < past; s += number) {
+        const float* keys = rows.Page(b, s, &number);
+        number = std::min(number, past - s);
+        score_rows(keys, number, score.data() + s);
+      }
+      score_rows(rows.Own(b) + first_own * dim, end_own - first_own, score.data() + past);
     }
     int32_t* out = chosen->typed_data() + item * topk;
     // Row numbers: cached ones as they are, the step's own after the whole cache.
-    auto row = [&](int64_t s) { return static_cast<int32_t>(s < past ? s : s - past + capacity); };
+    auto row = [&](int64_t s) { return static_cast<int32_t>(s < past ? s : s - past + first_own + capacity); };
     std::vector<uint32_t> value(n);
     for (int64_t s = 0; s < n; ++s) value[s] = Ordered(score[s]);
     int64_t finite = 0;  // -inf and NaN are never chosen
@@ -145,11 +152,12 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxmoe_index_topk, jaxmoe::IndexTopkImpl,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::ThreadPool>()
                                   .Arg<jaxmoe::F32>()    // q [B, T, I, K]
-                                  .Arg<jaxmoe::F32>()    // cached keys [L, B, S, K]
+                                  .Arg<jaxmoe::F32>()    // cached keys [L, P, S, K]
                                   .Arg<jaxmoe::S32>()    // layer []
-                                  .Arg<jaxmoe::F32>()    // own keys [B, O, K]
+                                  .Arg<jaxmoe::F32>()    // own keys [B or 1, O, K]
                                   .Arg<jaxmoe::F32>()    // head weights [B, T, I]
                                   .Arg<jaxmoe::S32>()    // visible cached keys [B, T]
-                                  .Arg<jaxmoe::S32>()    // visible own keys [B, T]
+                                  .Arg<jaxmoe::S32>()    // visible own keys, first and end [B, T, 2]
+                                  .Arg<jaxmoe::S32>()    // pages [B, W]
                                   .Attr<bool>("best_first")
                                   .Ret<jaxmoe::S32>());  // rows [B, T, topk]

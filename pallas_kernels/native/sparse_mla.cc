@@ -45,26 +45,23 @@ inline void AddRows(const float* p, const float* const* row, int64_t number, int
 }
 
 ffi::Error SparseMlaImpl(ffi::ThreadPool pool, F32 q, F32 cached, S32 layer, F32 own, S32 chosen,
-                         float scale, ffi::ResultBuffer<ffi::F32> out,
+                         S32 pages, float scale, ffi::ResultBuffer<ffi::F32> out,
                          ffi::ResultBuffer<ffi::F32> lse) {
-  const auto shape = q.dimensions(), stored = cached.dimensions();
+  const auto shape = q.dimensions();
   const int64_t batch = shape[0], tokens = shape[1], heads = shape[2], size = shape[3];
-  const int64_t capacity = stored[2], extra = own.dimensions()[1], topk = chosen.dimensions()[2];
-  const int64_t values = out->dimensions()[3];
-  const float* kv = LayerOf(cached, layer);
-  if (kv == nullptr)
-    return ffi::Error::InvalidArgument("sparse_mla: layer must lie within the cached layers");
+  const int64_t topk = chosen.dimensions()[2], values = out->dimensions()[3];
+  StepRows all;
+  if (!RowsOf(cached, layer, own, pages, batch, &all))
+    return ffi::Error::InvalidArgument("sparse_mla: layer and pages must lie within the cache");
+  const int64_t end = all.capacity() + all.extra;
   const double work_ns = batch * tokens * heads * topk * (size + values + 32) / 16.0;
   ParallelFor(pool, batch * tokens, work_ns, [&](int64_t item) {
     const int64_t b = item / tokens;
     const int32_t* index = chosen.typed_data() + item * topk;
     std::vector<const float*> rows;
     rows.reserve(topk);
-    for (int64_t i = 0; i < topk; ++i) {
-      if (index[i] < 0 || index[i] >= capacity + extra) continue;
-      rows.push_back(index[i] < capacity ? kv + (b * capacity + index[i]) * size
-                                         : own.typed_data() + (b * extra + index[i] - capacity) * size);
-    }
+    for (int64_t i = 0; i < topk; ++i)
+      if (index[i] >= 0 && index[i] < end) rows.push_back(all.Row(b, index[i]));
     const int64_t n = rows.size();
     std::vector<float> p(heads * n);
     const float* queries = q.typed_data() + item * heads * size;
@@ -104,10 +101,11 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxmoe_sparse_mla, jaxmoe::SparseMlaImpl,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::ThreadPool>()
                                   .Arg<jaxmoe::F32>()    // q [B, T, H, C]
-                                  .Arg<jaxmoe::F32>()    // cached rows [L, B, S, C]
+                                  .Arg<jaxmoe::F32>()    // cached rows [L, P, S, C]
                                   .Arg<jaxmoe::S32>()    // layer []
-                                  .Arg<jaxmoe::F32>()    // own rows [B, O, C]
+                                  .Arg<jaxmoe::F32>()    // own rows [B or 1, O, C]
                                   .Arg<jaxmoe::S32>()    // chosen rows [B, T, topk]
+                                  .Arg<jaxmoe::S32>()    // pages [B, W]
                                   .Attr<float>("scale")
                                   .Ret<jaxmoe::F32>()    // out [B, T, H, V]
                                   .Ret<jaxmoe::F32>());  // lse [B, T, H]

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import _implementation
+from pallas_kernels import _implementation, paged
 from pallas_kernels.sparse_mla import native, reference
 
 _BACKENDS = {"native": native.sparse_mla, "xla": reference.sparse_mla}
@@ -59,25 +59,27 @@ def sparse_mla(
 
 def sparse_mla_step(
     q: Float[Array, "B T H C"],
-    cached: Float[Array, "L B S C"],
+    cached: Float[Array, "L P S C"],
     layer: Int[Array, ""] | int,
-    own: Float[Array, "B T C"],
+    own: Float[Array, "Bo O C"],
     rows: Int[Array, "B T K"],
     *,
     scale: float,
     value_dim: int,
+    pages: Int[Array, "B W"] | None = None,
     implementation: _implementation.Implementation = None,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B T H"]]:
-    """``sparse_mla`` for T new tokens over a cache and over their own rows, in one softmax.
+    """``sparse_mla`` for new tokens over a cache and over rows of the same step, in one softmax (``pallas_kernels.paged``).
 
     Args:
       q: absorbed queries of the new tokens.
       cached: latent rows of all layers.
       layer: which of them; may be traced.
-      own: the new tokens' latent rows.
-      rows: ``index_topk_step``'s result: below S cached rows, from S on the step's own, -1 for none.
+      own: the step's own latent rows.
+      rows: ``index_topk_step``'s result: below the capacity cached rows, from there on the step's own, -1 for none.
       scale: softmax scale.
       value_dim: V, the latent part of a row.
+      pages: the sequences' pages; default page b for sequence b.
       implementation: None, "native" (C++ on CPU), "xla", or a sequence.
 
     Returns:
@@ -86,15 +88,12 @@ def sparse_mla_step(
     Raises:
       ValueError: if shapes disagree.
     """
-    shapes = f"{q.shape}, {cached.shape}, {own.shape}, {rows.shape}"
-    if q.ndim != 4 or cached.ndim != 4 or rows.ndim != 3:
+    if q.ndim != 4 or rows.ndim != 3 or rows.shape[:2] != q.shape[:2]:
         raise ValueError(
-            f"sparse_mla_step: q must be [B, T, H, C], cached [L, B, S, C], own [B, T, C], rows [B, T, K]; got {shapes}."
+            f"sparse_mla_step: q must be [B, T, H, C] and rows [B, T, K]; got {q.shape} and {rows.shape}."
         )
-    batch, tokens, _, size = q.shape
-    fits = cached.shape[1] == batch and cached.shape[3] == size and rows.shape[:2] == q.shape[:2]
-    if not fits or own.shape != (batch, tokens, size):
-        raise ValueError(f"sparse_mla_step: B, T and C must agree; got {shapes}.")
+    paged.check("sparse_mla_step", q.shape, cached, own, pages)
+    size = q.shape[3]
     if not 0 < value_dim <= size:
         raise ValueError(f"sparse_mla_step: value_dim must be in 1..{size} (C); got {value_dim}.")
     return _implementation.call(
@@ -102,7 +101,7 @@ def sparse_mla_step(
         _STEP_BACKENDS,
         _PREFERENCE,
         implementation,
-        *(q, cached, layer, own, rows, scale, value_dim),
+        *(q, cached, layer, own, rows, pages, scale, value_dim),
     )
 
 

@@ -8,20 +8,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import native
+from pallas_kernels import native, paged
 from pallas_kernels.sparse_mla import reference
 
 
-def _call(q, cached, layer, own, rows, scale, value_dim):
+def _call(q, cached, layer, own, rows, pages, scale, value_dim):
     native.require(q, cached, own)
     results = (
         jax.ShapeDtypeStruct((*q.shape[:3], value_dim), q.dtype),
         jax.ShapeDtypeStruct(q.shape[:3], jnp.float32),
     )
     layer, rows = jnp.asarray(layer, jnp.int32), rows.astype(jnp.int32)
-    return native.call(
-        "jaxmoe_sparse_mla", results, q, cached, layer, own, rows, scale=np.float32(scale)
-    )
+    operands = (q, cached, layer, own, rows, paged.table_of(pages, q.shape[0]))
+    return native.call("jaxmoe_sparse_mla", results, *operands, scale=np.float32(scale))
 
 
 def _with_gradient_of(oracle: Callable[..., Any]) -> Callable[..., Any]:
@@ -56,7 +55,7 @@ def sparse_mla(
 ) -> tuple[jax.Array, jax.Array]:
     """See ``api.sparse_mla``."""
     none = jnp.zeros((kv.shape[0], 0, kv.shape[2]), kv.dtype)
-    return _call(q, kv[None], 0, none, indices, scale, value_dim)
+    return _call(q, kv[None], 0, none, indices, None, scale, value_dim)
 
 
 @_with_gradient_of(reference.sparse_mla_step)
@@ -66,8 +65,9 @@ def sparse_mla_step(
     layer: jax.Array | int,
     own: jax.Array,
     rows: jax.Array,
+    pages: jax.Array | None,
     scale: float,
     value_dim: int,
 ) -> tuple[jax.Array, jax.Array]:
     """See ``api.sparse_mla_step``."""
-    return _call(q, cached, layer, own, rows, scale, value_dim)
+    return _call(q, cached, layer, own, rows, pages, scale, value_dim)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import paged
 from pallas_kernels.numerics import precision_of
 
 
@@ -79,17 +80,21 @@ def sparse_mla_step(
     layer: jax.Array | int,
     own: jax.Array,
     rows: jax.Array,
+    pages: jax.Array | None,
     scale: float,
     value_dim: int,
 ) -> tuple[jax.Array, jax.Array]:
     """See ``api.sparse_mla_step``."""
-    layers, batch, capacity, size = cached.shape
+    layers, number, page_size, size = cached.shape
+    capacity = paged.capacity_of(cached, pages)
     # Address rows of the whole stacked cache, so that only the selected ones are read; the step's own rows
     # take their places in the gathered set, so that one softmax covers both.
-    first = (layer * batch + jnp.arange(batch, dtype=jnp.int32)) * capacity
-    address = first[:, None, None] + jnp.clip(rows, 0, capacity - 1)
-    flat = cached.reshape(layers * batch * capacity, size)
+    past = jnp.clip(rows, 0, capacity - 1)
+    page = jax.vmap(lambda table, i: table[i])(paged.table_of(pages, q.shape[0]), past // page_size)
+    address = (layer * number + jnp.maximum(page, 0)) * page_size + past % page_size
+    flat = cached.reshape(layers * number * page_size, size)
     kv = flat.at[address].get(mode="promise_in_bounds")
+    own = jnp.broadcast_to(own, (q.shape[0], *own.shape[1:]))
     new = jax.vmap(lambda x, i: x.at[i].get(mode="clip"))(own, jnp.maximum(rows - capacity, 0))
     kv = jnp.where((rows >= capacity)[..., None], new, kv)
     valid = rows >= 0

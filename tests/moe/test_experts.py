@@ -55,3 +55,14 @@ def test_every_expert_gives_all_slots_of_its_layer(weights, rng):
     for e in range(4):
         expected = by_hand(gate_up[8 + e], down[8 + e], x)
         np.testing.assert_allclose(y[e], expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("function", [grouped_experts, every_expert])
+def test_experts_may_be_an_argument_of_a_compiled_function(function, weights, rng):
+    rest = (jnp.asarray(SIZES), "silu") if function is grouped_experts else ("silu",)
+    rows = jnp.asarray(rng.standard_normal((9, 6), np.float32))
+    experts = Experts(*weights, 4, 8)
+    compiled = jax.jit(lambda experts, rows: function(experts, rows, *rest))
+    np.testing.assert_allclose(
+        compiled(experts, rows), function(experts, rows, *rest), rtol=1e-6, atol=1e-5
+    )

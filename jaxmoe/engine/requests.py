@@ -1,0 +1,204 @@
+"""What a caller asks of the engine and what it gets back."""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+_ids = itertools.count()
+
+
+def _check(name: str, value: float, low: float, high: float, hint: str) -> None:
+    if not (isinstance(value, int | float) and low <= value <= high):
+        raise ValueError(f"{name} must be in [{low:g}, {high:g}]; got {value!r}. {hint}")
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingParams:
+    """How one request's tokens are chosen. Draws depend on these and the request's own tokens, not on the batch."""
+
+    max_new_tokens: int = 128
+    """At most so many tokens; the request also ends at a stop condition or a full context."""
+    temperature: float = 0.0
+    """0 takes the most probable token."""
+    top_p: float = 1.0
+    """Nucleus: the smallest set of tokens with at least this mass."""
+    top_k: int = 0
+    """Only the k most probable tokens; 0 for all."""
+    min_p: float = 0.0
+    """Only tokens at least this times as probable as the most probable one."""
+    repetition_penalty: float = 1.0
+    """Divides positive and multiplies negative logits of tokens in the prompt or output."""
+    presence_penalty: float = 0.0
+    """Subtracted from the logits of tokens in the output."""
+    frequency_penalty: float = 0.0
+    """Subtracted once per occurrence in the output."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """(token, added to its logit) pairs."""
+    logprobs: int | None = None
+    """With each token, its log-probability and those of so many most probable ones; None for neither."""
+    stop: tuple[str, ...] = ()
+    """Texts at which to end; not part of the result."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Tokens at which to end, beside the model's own; not part of the text."""
+    ignore_eos: bool = False
+    """Whether to go on after the model's own stop token."""
+    seed: int | None = None
+    """Of the draws; None draws one."""
+    json_schema: str | None = None
+    """A JSON schema (as JSON text) that the output must satisfy."""
+    width: int | None = None
+    """SEFP mantissa bits to read the weights at; reserved, must be None."""
+
+    def __post_init__(self):
+        if not isinstance(self.max_new_tokens, int) or self.max_new_tokens < 1:
+            raise ValueError(
+                f"max_new_tokens must be an integer >= 1; got {self.max_new_tokens!r}."
+            )
+        _check("temperature", self.temperature, 0, 100, "Use 0 for greedy.")
+        _check("top_p", self.top_p, 0, 1, "Use 1 for no cut.")
+        if self.top_p == 0:
+            raise ValueError("top_p must be above 0; got 0. Use temperature=0 for greedy.")
+        _check("min_p", self.min_p, 0, 1, "Use 0 for no cut.")
+        if not isinstance(self.top_k, int) or self.top_k < 0:
+            raise ValueError(f"top_k must be an integer >= 0; got {self.top_k!r}. Use 0 for all.")
+        _check("repetition_penalty", self.repetition_penalty, 1e-3, 1e3, "Use 1 for none.")
+        _check("presence_penalty", self.presence_penalty, -100, 100, "Use 0 for none.")
+        _check("frequency_penalty", self.frequency_penalty, -100, 100, "Use 0 for none.")
+        for token, bias in self.logit_bias:
+            if token < 0 or not math.isfinite(bias):
+                raise ValueError(
+                    f"logit_bias takes token ids and finite numbers; got {token}: {bias}."
+                )
+        if self.logprobs is not None and not 0 <= self.logprobs <= 20:
+            raise ValueError(f"logprobs must be in 0..20 or None; got {self.logprobs}.")
+        if any(not text for text in self.stop):
+            raise ValueError("stop must not contain an empty text; leave it out.")
+        if self.width is not None:
+            raise ValueError(
+                f"width={self.width} needs SEFP weights, which this version cannot serve; leave width out."
+            )
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most probable token is all that is needed: no draw, no change of logits, no report."""
+        return (
+            self.temperature == 0
+            and self.repetition_penalty == 1
+            and self.presence_penalty == 0
+            and self.frequency_penalty == 0
+            and not self.logit_bias
+            and self.logprobs is None
+            and self.json_schema is None
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenLogprobs:
+    """Log-probabilities at one generated token, before temperature and cuts.
+
+    Attributes:
+      token: the token.
+      logprob: its own.
+      top: (token, logprob) of the most probable ones, best first.
+    """
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """What one engine step added to a request.
+
+    Attributes:
+      token_ids: new tokens.
+      text: new text; may lag behind the tokens by an unfinished character or a possible stop text.
+      logprobs: one per token, if asked for.
+      finish_reason: None while it goes on; "stop", "length", "cancelled", "deadline" or "error" with the last chunk.
+      error: what went wrong, with finish_reason "error".
+    """
+
+    token_ids: tuple[int, ...] = ()
+    text: str = ""
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    finish_reason: str | None = None
+    error: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """A finished request.
+
+    Attributes:
+      request_id: the engine's name for it.
+      prompt_tokens: how many tokens the prompt had.
+      cached_tokens: how many of those were not computed again, because an earlier prompt began alike.
+      token_ids: generated tokens, without a stop token.
+      text: their text, without a stop text.
+      logprobs: one per token, if asked for.
+      finish_reason: as in ``Chunk``.
+      time_to_first_token_s: from submission.
+      total_s: from submission to the end.
+    """
+
+    request_id: str
+    prompt_tokens: int
+    cached_tokens: int
+    token_ids: tuple[int, ...]
+    text: str
+    logprobs: tuple[TokenLogprobs, ...]
+    finish_reason: str
+    time_to_first_token_s: float
+    total_s: float
+
+
+@dataclasses.dataclass(eq=False)
+class Request:
+    """A request as the scheduler sees it. Owned by the engine's thread once submitted.
+
+    Attributes:
+      prompt: token ids.
+      sampling: how to choose tokens.
+      priority: higher goes first and is preempted last.
+      deadline: ``time.monotonic()`` after which it ends with "deadline"; None for never.
+      request_id: unique name.
+      output: generated tokens, a stop token included.
+      computed: how many of prompt + output have rows in the cache.
+      pages: the pages that hold those rows, in order.
+      rank: whose pages; None while waiting.
+    """
+
+    prompt: Sequence[int]
+    sampling: SamplingParams = SamplingParams()
+    priority: int = 0
+    deadline: float | None = None
+    request_id: str = ""
+    output: list[int] = dataclasses.field(default_factory=list)
+    computed: int = 0
+    pages: list[int] = dataclasses.field(default_factory=list)
+    rank: int | None = None
+    slot: int | None = None
+    cached_tokens: int = 0
+    preemptions: int = 0
+    order: int = dataclasses.field(default_factory=lambda: next(_ids))
+    private: Any = None
+
+    def __post_init__(self):
+        if not self.request_id:
+            self.request_id = f"req-{self.order}"
+
+    @property
+    def length(self) -> int:
+        """Tokens so far, prompt included."""
+        return len(self.prompt) + len(self.output)
+
+    def tokens(self, start: int, stop: int) -> list[int]:
+        """Tokens ``start`` to ``stop`` of prompt and output."""
+        split = len(self.prompt)
+        return [
+            *self.prompt[start : min(stop, split)],
+            *self.output[max(start - split, 0) : max(stop - split, 0)],
+        ]

@@ -1,0 +1,1 @@
+"""Serving: what stands between an HTTP client and the engine."""
