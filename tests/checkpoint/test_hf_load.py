@@ -144,10 +144,11 @@ def test_fp8_without_its_scale_or_with_a_wrong_one_is_named(tmp_path, rng):
     assert f"wrong shape {short}: expected (2, 1), found (2, 0)" in str(error.value)
 
 
-def test_fp8_without_a_block_size_in_the_config_is_refused(tmp_path, rng):
+@pytest.mark.parametrize("fields", [{}, {"quantization_config": 3}])
+def test_fp8_without_a_block_size_in_the_config_is_refused(fields, tmp_path, rng):
     stored, _ = _quantise(hf_tensors(FP8, rng), rng, (128, 128))
     with pytest.raises(ValueError, match="weight_block_size is None; only block-quantised"):
-        load_hf(write_hf(tmp_path, FP8, stored))
+        load_hf(write_hf(tmp_path, FP8, stored, **fields))
 
 
 # -- multi-token prediction ------------------------------------------------------------------------
