@@ -12,6 +12,7 @@ import pytest
 
 import jaxmoe
 from jaxmoe import checkpoint
+from jaxmoe.report import write_report
 
 pytest.importorskip("tyro")
 
@@ -139,3 +140,10 @@ def test_convert_can_leave_out_the_multi_token_prediction_layers(native, tmp_pat
     assert result.returncode == 0, result.stderr
     params, config = checkpoint.load_hf(tmp_path / "hf")
     assert config.num_nextn_predict_layers == 0 and "mtp" not in params
+
+
+def test_a_report_that_cannot_be_written_leaves_nothing_behind(tmp_path):
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(OSError):
+        write_report(tmp_path / "taken", {})
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
