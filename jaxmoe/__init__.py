@@ -2,6 +2,7 @@
 
 from jaxmoe import checkpoint
 from jaxmoe.config import ModelConfig, RopeConfig
+from jaxmoe.engine import Engine, EngineOptions, SamplingParams
 from jaxmoe.generate import generate
 from jaxmoe.model import forward
 from jaxmoe.params import active_param_count, init_params, param_count
@@ -10,8 +11,11 @@ from jaxmoe.presets import presets
 __version__ = "0.1.0"
 
 __all__ = [
+    "Engine",
+    "EngineOptions",
     "ModelConfig",
     "RopeConfig",
+    "SamplingParams",
     "active_param_count",
     "checkpoint",
     "forward",

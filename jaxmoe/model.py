@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxmoe.cache import Cache
 from jaxmoe.config import LayerKind, ModelConfig
@@ -81,8 +81,9 @@ def _feed_forward(
     x: jax.Array,
     tables: ExpertTables | None,
     options: MoeOptions,
+    valid: jax.Array | None = None,
 ) -> tuple[jax.Array, LayerStats]:
-    """Dense MLP or routed plus shared experts, on x [B, T, D]."""
+    """Dense MLP or routed plus shared experts, on x [B, T, D]; tokens that are not ``valid`` [B, T] use no expert."""
     batch, tokens, size = x.shape
     nothing = jnp.zeros((), jnp.float32)
     if "mlp" in p:
@@ -91,6 +92,9 @@ def _feed_forward(
     flat = x.reshape(batch * tokens, size)
     with jax.named_scope("route"):
         routing = route(p["moe"]["router"], config, flat)
+        if valid is not None:
+            ids = jnp.where(valid.reshape(-1, 1), routing.expert_ids, -1)
+            routing = routing._replace(expert_ids=ids)
     with jax.named_scope("experts"):
         y = apply_experts(
             flat,
@@ -115,7 +119,7 @@ def _experts_of(p: dict, options: MoeOptions) -> Experts:
     slots = down.shape[0]
     if not isinstance(down, Stacked):
         return Experts(gate_up, down, slots)
-    if options.path != "local":  # the exchange shards one layer's slots
+    if options.path not in ("local", "exchange"):  # the others need one layer's slots as an array
         return Experts(dense(gate_up), dense(down), slots)
     stacks = (w.stack.reshape(-1, *w.shape[1:]) for w in (gate_up, down))
     return Experts(*stacks, slots, down.layer * slots)
@@ -365,6 +369,7 @@ class _StepState(NamedTuple):
     sight: step_attention.Sight
     tables: ExpertTables | None
     moe: MoeOptions
+    valid: jax.Array | None
 
 
 def _step_layer(p, config, x, state, layer, index_layer, selection):
@@ -379,7 +384,7 @@ def _step_layer(p, config, x, state, layer, index_layer, selection):
     x = x + h
     h = rms_norm(x, p["mlp_norm"], config.rms_norm_eps)
     with jax.named_scope("mlp"):
-        h, stats = _feed_forward(p, config, h, state.tables, state.moe)
+        h, stats = _feed_forward(p, config, h, state.tables, state.moe, state.valid)
     return x + h, entries, stats, selection
 
 
@@ -431,6 +436,7 @@ def run_step(
     cache: Cache,
     *,
     spans: Int[Array, "B T 2"] | None = None,
+    valid: Bool[Array, "B T"] | None = None,
     tables: ExpertTables | None = None,
     moe: MoeOptions = MoeOptions(),
 ) -> StepOutput:
@@ -447,12 +453,13 @@ def run_step(
       spans: for tokens of several steps' worth of sequences in one flat row (B tokens of T = 1, say): the first and end
         of the step's tokens, counted over all of [B, T], that each one sees; its own is the last of them. Default:
         T tokens of each of B sequences.
+      valid: false for padding, which then uses no expert; default all true.
       tables: expert placement.
       moe: how experts are computed.
     """
     sight = step_attention.Sight(cache.lengths, cache.pages, spans)
     positions = sight.positions(*tokens.shape)
-    state = _StepState(cache.entries, rotation(config, positions), sight, tables, moe)
+    state = _StepState(cache.entries, rotation(config, positions), sight, tables, moe, valid)
     x = params["embed"]["weight"][tokens]
     own, dtype = sight.own_rows(*tokens.shape), next(iter(cache.entries.values())).dtype
     by_row = config.is_mla and step_attention.selects_rows(

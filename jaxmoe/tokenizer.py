@@ -1,12 +1,26 @@
 """Tokenizers: bytes, or a checkpoint's own ``tokenizer.json``."""
 
+import codecs
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from jaxmoe.presets import BYTE_VOCAB_SIZE
 
 BOS, EOS, PAD = 256, 257, 258
+
+
+class TextStream(NamedTuple):
+    """Text of tokens that come one by one: the pieces, then ``end``'s, join to ``decode`` of all.
+
+    Attributes:
+      step: takes a token, returns the text that is now certain; unfinished characters wait.
+      end: returns what still waits.
+    """
+
+    step: Callable[[int], str]
+    end: Callable[[], str]
 
 
 class ByteTokenizer:
@@ -24,6 +38,14 @@ class ByteTokenizer:
         """Text of ``ids``: special tokens are skipped, invalid UTF-8 becomes U+FFFD."""
         return bytes(i for i in ids if 0 <= i < 256).decode(errors="replace")
 
+    def stream(self) -> "TextStream":
+        """A decoder for tokens that come one by one."""
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        return TextStream(
+            lambda token: decoder.decode(bytes([token]) if 0 <= token < 256 else b""),
+            lambda: decoder.decode(b"", True),
+        )
+
     def __repr__(self) -> str:
         return f"ByteTokenizer(vocab_size={self.vocab_size})"
 
@@ -34,7 +56,7 @@ class FileTokenizer:
     def __init__(self, path: str | os.PathLike[str]):
         import tokenizers
 
-        self._path = pathlib.Path(path)
+        self.path = pathlib.Path(path)
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the package raises bare Exception
@@ -56,8 +78,25 @@ class FileTokenizer:
         """Text of ``ids``, special tokens skipped."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)
 
+    def stream(self) -> "TextStream":
+        """A decoder for tokens that come one by one."""
+        import tokenizers
+
+        decoder = tokenizers.decoders.DecodeStream(skip_special_tokens=True)
+        ids: list[int] = []
+        shown = 0
+
+        def step(token: int) -> str:
+            nonlocal shown
+            ids.append(token)
+            piece = decoder.step(self._tokenizer, token) or ""
+            shown += len(piece)
+            return piece
+
+        return TextStream(step, lambda: self.decode(ids)[shown:])
+
     def __repr__(self) -> str:
-        return f"FileTokenizer({self._path.name}, vocab_size={self.vocab_size})"
+        return f"FileTokenizer({self.path.name}, vocab_size={self.vocab_size})"
 
 
 def load_tokenizer(

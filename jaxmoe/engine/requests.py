@@ -169,6 +169,11 @@ class Request:
       computed: how many of prompt + output have rows in the cache.
       pages: the pages that hold those rows, in order.
       rank: whose pages; None while waiting.
+      slot: its row of the rank's page tables; None while waiting.
+      cached_tokens: how many tokens of the prompt were found in the cache.
+      preemptions: how often its pages were taken away.
+      order: of arrival.
+      progress: the engine's own notes.
     """
 
     prompt: Sequence[int]
@@ -184,7 +189,7 @@ class Request:
     cached_tokens: int = 0
     preemptions: int = 0
     order: int = dataclasses.field(default_factory=lambda: next(_ids))
-    private: Any = None
+    progress: Any = None
 
     def __post_init__(self):
         if not self.request_id:

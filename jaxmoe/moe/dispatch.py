@@ -21,7 +21,7 @@ from jaxmoe.moe.experts import Experts, every_expert, grouped_experts
 from jaxmoe.moe.tables import ExpertTables, slots_of
 from pallas_kernels import combine, dispatch
 
-PATHS = ("dense", "local", "all_to_all")
+PATHS = ("dense", "local", "all_to_all", "exchange")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +29,7 @@ class MoeOptions:
     """How experts are computed; static under jit.
 
     Attributes:
-      path: "dense", "local" or "all_to_all".
+      path: "dense", "local", "all_to_all", or "exchange": the latter's body, for callers inside a ``shard_map`` over ``axis``.
       mesh: for all_to_all, the mesh whose ``axis`` the slots are sharded over.
       axis: mesh axis of the exchange.
       token_axes: mesh axes over which tokens are sharded; must include ``axis``.
@@ -162,7 +162,7 @@ def apply_experts(
       x: [T, D].
       expert_ids: [T, A] int32, distinct per token; -1 for none.
       weights: [T, A] float32.
-      experts: weights by slot.
+      experts: weights by slot; this rank's for "exchange".
       activation: of the gated MLP.
       tables: expert -> slots; None means expert e is in slot e.
       options: the path.
@@ -178,6 +178,8 @@ def apply_experts(
         return _dense(x, slots, weights, experts, activation)
     if options.path == "local":
         return _local(x, slots, weights, experts, activation)
+    if options.path == "exchange":
+        return _exchange(x, slots, weights, experts, options.axis, activation)
     ranks = options.mesh.shape[options.axis]
     if experts.slots % ranks:
         raise ValueError(

@@ -1,0 +1,59 @@
+"""Counters of the engine."""
+
+import dataclasses
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineStats:
+    """A moment of the engine.
+
+    Attributes:
+      waiting, running: requests without and with pages.
+      preemptions: how often a request's pages were taken away.
+      steps: steps so far.
+      prompt_tokens, cached_tokens: of started requests; the latter were not computed again.
+      generated_tokens: sampled tokens, stop tokens included.
+      finished: ended requests by reason.
+      pages, pages_held, pages_idle: of all ranks; idle ones are kept for prompts that begin alike.
+      step_s: smoothed seconds from one step's plan to its commit.
+      schedule_s: smoothed seconds of that which the host spent outside compiled functions.
+      expert_load: [layers with experts, E] int64, tokens that each expert has computed.
+      ranks: how many ranks share the experts.
+      epoch: of the membership.
+      rank_experts: the experts in each rank's slots.
+      draining: whether new requests are refused.
+    """
+
+    waiting: int
+    running: int
+    preemptions: int
+    steps: int
+    prompt_tokens: int
+    cached_tokens: int
+    generated_tokens: int
+    finished: dict[str, int]
+    pages: int
+    pages_held: int
+    pages_idle: int
+    step_s: float
+    schedule_s: float
+    expert_load: np.ndarray
+    ranks: int
+    epoch: int
+    rank_experts: list[list[int]]
+    draining: bool
+
+
+class Smoothed:
+    """An exponentially weighted mean; the first value counts whole."""
+
+    def __init__(self, weight: float = 0.05):
+        self._weight, self.value = weight, 0.0
+        self._any = False
+
+    def add(self, value: float) -> None:
+        """Takes a new value into account."""
+        self.value += (value - self.value) * (self._weight if self._any else 1.0)
+        self._any = True

@@ -1,0 +1,122 @@
+"""A submitted request as its caller sees it, and the engine's notes on it."""
+
+import dataclasses
+import queue
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from jaxmoe.engine.requests import Chunk, Request, Result, TokenLogprobs
+from jaxmoe.engine.text import StoppableText
+
+
+class Stream:
+    """Chunks of a request, as they come: iterate over it, or wait for ``result()``.
+
+    Attributes:
+      request_id: the engine's name for the request.
+      prompt_tokens: tokens of the prompt.
+    """
+
+    def __init__(self, request: Request, cancel: Callable[[str], bool]):
+        self.request_id, self.prompt_tokens = request.request_id, len(request.prompt)
+        self._cancel = cancel
+        self._chunks: queue.SimpleQueue[Chunk] = queue.SimpleQueue()
+        self._result: queue.SimpleQueue[Result] = queue.SimpleQueue()
+        self._known: Result | None = None
+        self._ended = False
+
+    def __iter__(self) -> Iterator[Chunk]:
+        while not self._ended:
+            chunk = self._chunks.get()
+            self._ended = chunk.finish_reason is not None
+            yield chunk
+
+    def cancel(self) -> bool:
+        """Ends the request at the next step; False if it has ended already."""
+        return self._cancel(self.request_id)
+
+    def result(self, timeout_s: float | None = None) -> Result:
+        """Waits for the end.
+
+        Raises:
+          TimeoutError: if it has not come after ``timeout_s``; the request goes on.
+        """
+        if self._known is None:
+            try:
+                self._known = self._result.get(timeout=timeout_s)
+            except queue.Empty:
+                raise TimeoutError(
+                    f"request {self.request_id} has not finished after {timeout_s} s."
+                ) from None
+        return self._known
+
+    def __repr__(self) -> str:
+        return f"Stream({self.request_id}, {self.prompt_tokens} prompt tokens)"
+
+
+@dataclasses.dataclass
+class Progress:
+    """What the engine notes about a request.
+
+    Attributes:
+      stream: its caller's end.
+      text: turns tokens into text.
+      key: PRNG key data [2] uint32 of its draws.
+      stop_ids: tokens that end it.
+      on_chunk: called with every chunk instead of queueing it in the stream.
+      grammar: state of its grammar, if it has one.
+      submitted, first_token: ``time.monotonic()``.
+      shown: generated tokens that belong to the result.
+      pieces: text so far.
+      logprobs: one per token, if asked for.
+      cancelled: to be ended at the next step.
+    """
+
+    stream: Stream
+    text: StoppableText
+    key: np.ndarray
+    stop_ids: frozenset[int]
+    on_chunk: Callable[[Chunk], None] | None
+    grammar: Any = None
+    submitted: float = dataclasses.field(default_factory=time.monotonic)
+    first_token: float | None = None
+    shown: list[int] = dataclasses.field(default_factory=list)
+    pieces: list[str] = dataclasses.field(default_factory=list)
+    logprobs: list[TokenLogprobs] = dataclasses.field(default_factory=list)
+    cancelled: bool = False
+
+    def emit(self, chunk: Chunk) -> None:
+        """Hands a chunk to the caller."""
+        self.shown += chunk.token_ids
+        self.pieces.append(chunk.text)
+        self.logprobs += chunk.logprobs
+        if self.on_chunk is not None:
+            self.on_chunk(chunk)
+        else:
+            self.stream._chunks.put(chunk)
+
+    def finish(self, request: Request, reason: str) -> Result:
+        """Notes the end, once the last chunk is out; returns the result."""
+        now = time.monotonic()
+        first = self.first_token if self.first_token is not None else now
+        result = Result(
+            request.request_id,
+            len(request.prompt),
+            request.cached_tokens,
+            tuple(self.shown),
+            "".join(self.pieces),
+            tuple(self.logprobs),
+            reason,
+            first - self.submitted,
+            now - self.submitted,
+        )
+        self.stream._result.put(result)
+        return result
+
+
+def key_data(seed: int) -> np.ndarray:
+    """Key data of ``jax.random.key(seed)``, for seeds of up to 64 bits."""
+    return np.asarray([seed >> 32 & 0xFFFFFFFF, seed & 0xFFFFFFFF], np.uint32)
