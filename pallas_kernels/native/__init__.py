@@ -142,7 +142,7 @@ def require(*operands: jax.Array) -> None:
         raise NotImplementedError(reason)
 
 
-def call(symbol: str, result: Any, *operands: jax.Array, **attributes: Any) -> Any:
+def call(symbol: str, result: Any, *operands: Any, **attributes: Any) -> Any:
     """Calls a kernel; ``require`` comes first.
 
     Args:
