@@ -11,10 +11,18 @@ from jaxmoe.cli.convert import convert
 from jaxmoe.cli.demo import demo
 from jaxmoe.cli.generate import generate
 from jaxmoe.cli.info import info
+from jaxmoe.cli.serve import serve
 from jaxmoe.cli.train import train
 from jaxmoe.errors import JaxMoeError
 
-COMMANDS = {"demo": demo, "train": train, "generate": generate, "convert": convert, "info": info}
+COMMANDS = {
+    "demo": demo,
+    "train": train,
+    "generate": generate,
+    "serve": serve,
+    "convert": convert,
+    "info": info,
+}
 
 # What a user can cause and mend; anything else is our bug and keeps its traceback.
 _USER_ERRORS = (ValueError, TypeError, JaxMoeError, OSError)

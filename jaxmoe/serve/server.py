@@ -1,0 +1,175 @@
+"""The process around the application: a socket, warm-up, signals, and an end that loses nothing."""
+
+import asyncio
+import dataclasses
+import ipaddress
+import logging
+import os
+import socket
+import threading
+from collections.abc import Callable, Sequence
+from types import FrameType
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.routing import BaseRoute
+
+from jaxmoe.engine import Engine
+from jaxmoe.serve.api import ApiOptions, Lifecycle, build_app
+
+logger = logging.getLogger(__name__)
+
+_FLUSH_S = 5  # for clients to take what is left, once the engine is done
+_LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach ``host``."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket.
+
+    Raises:
+      ValueError: says what is wrong with host or port.
+    """
+    if not 0 <= port < 2**16:
+        raise ValueError(f"port must be in 0..65535; got {port}. 0 takes a free one.")
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address[:2], family=family, backlog=2048)
+    except OSError as error:
+        raise ValueError(
+            f"host and port must be an address of this machine that is free; got {host}:{port} "
+            f"({error.strerror}). Choose another --port or --host."
+        ) from None
+
+
+class Server(uvicorn.Server):
+    """uvicorn that warms the engine up, and on the first signal drains it before it goes.
+
+    Args:
+      app: from ``build_app``.
+      engine: closed at the end.
+      lifecycle: the application's.
+      drain_s: how long running requests may take to end.
+      warm_up: whether to compile everything before requests are taken.
+    """
+
+    def __init__(
+        self, app: Starlette, engine: Engine, lifecycle: Lifecycle, drain_s: float, warm_up: bool
+    ):
+        config = uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            lifespan="off",
+            ws="none",
+            timeout_graceful_shutdown=_FLUSH_S,
+        )
+        super().__init__(config)
+        self._engine, self._lifecycle, self._drain_s = engine, lifecycle, drain_s
+        self._warm_up = warm_up
+        self._draining: asyncio.Task[None] | None = None
+        self.warming: threading.Thread | None = None
+        self.failure: Exception | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listens at once, so that probes see the start; takes requests once warm."""
+        await super().startup(sockets)
+        self.warming = threading.Thread(target=self._warm, name="jaxmoe-warmup", daemon=True)
+        self.warming.start()
+
+    def _warm(self) -> None:
+        try:
+            if self._warm_up:
+                report = self._engine.warmup()
+                logger.info("warm-up %s", " ".join(f"{k}={v}" for k, v in report.items()))
+            self._lifecycle.become_ready()
+        except Exception as error:
+            self.failure, self.should_exit = error, True
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """First signal: drain, then go. Second, or before the engine is warm: go.
+
+        uvicorn would raise the signal again at the end, so that the process dies of it; this one ends with 0.
+        """
+        before = self._lifecycle.begin_draining()
+        if before != "ready":
+            self.force_exit = before == "draining"
+            self.should_exit = True
+
+    async def on_tick(self, counter: int) -> bool:
+        """Starts draining once a signal has asked for it: a signal's handler itself may do little."""
+        if self._lifecycle.phase == "draining" and self._draining is None:
+            self._draining = asyncio.create_task(self._drain())
+        return await super().on_tick(counter)
+
+    async def _drain(self) -> None:
+        logger.info("draining limit_s=%g", self._drain_s)
+        if not await asyncio.to_thread(self._engine.drain, self._drain_s):
+            logger.warning("draining did not end in %g s; the rest is cancelled", self._drain_s)
+            await asyncio.to_thread(self._engine.close)
+        self.should_exit = True
+
+
+@dataclasses.dataclass(frozen=True)
+class ServerOptions:
+    """Where to listen, and how to start and end."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on; the default is reachable from this machine only."""
+    port: int = 8000
+    """Port; 0 takes a free one."""
+    drain_s: float = 60.0
+    """On SIGTERM, how long running requests may take to end."""
+    warm_up: bool = True
+    """Whether to compile everything before requests are taken."""
+
+    def __post_init__(self):
+        if not self.drain_s >= 0:
+            raise ValueError(f"drain_s must be >= 0; got {self.drain_s}.")
+
+
+def run(
+    engine: Engine,
+    api: ApiOptions | None = None,
+    options: ServerOptions = ServerOptions(),
+    *,
+    extra_routes: Sequence[BaseRoute] = (),
+    on_listening: Callable[[str], None] = lambda url: None,
+) -> None:
+    """Serves until SIGTERM or SIGINT, then drains and closes the engine.
+
+    Args:
+      engine: to serve.
+      api: what clients see.
+      options: where to listen, and how to start and end.
+      extra_routes: for the application.
+      on_listening: called with the address once the socket listens.
+    """
+    api = api or ApiOptions()
+    sock = listen(options.host, options.port)
+    if is_loopback(options.host):
+        if api.allowed_hosts is None:
+            api = dataclasses.replace(api, allowed_hosts=(*_LOOPBACK_NAMES, options.host))
+    elif api.api_key is None:
+        logger.warning("host=%s everyone who reaches it may use it: no API key", options.host)
+    lifecycle = Lifecycle("starting")
+    app = build_app(engine, api, lifecycle=lifecycle, extra_routes=extra_routes)
+    server = Server(app, engine, lifecycle, options.drain_s, options.warm_up)
+    host = f"[{options.host}]" if ":" in options.host else options.host
+    on_listening(f"http://{host}:{sock.getsockname()[1]}")
+    server.run(sockets=[sock])
+    if server.failure is not None:
+        raise server.failure
+    if server.warming is not None and server.warming.is_alive():
+        # A compilation cannot be interrupted, and the end of the interpreter would trip over it.
+        logging.shutdown()
+        os._exit(0)
+    engine.close()
