@@ -8,11 +8,12 @@
 namespace jaxmoe {
 namespace {
 
-constexpr int64_t kColumns = 256;  // of one work item with few rows: a row of sums stays in the L1 cache
-constexpr int64_t kRows = 8;       // rows that share one reading of the weights; more are worth packing
-
 // Twice so many registers hold sums: 24 of 32, or 12 of 16.
 constexpr int64_t kTileRows = kVectorSize == 16 ? 12 : 6;
+constexpr int64_t kColumns = 256;  // of one work item with few rows: a row of sums stays in the L1 cache
+constexpr int64_t kRows = kTileRows;  // up to so many rows use the weights where they lie; more are worth packing
+constexpr int64_t kAhead = 16;     // rows of weights that are fetched before they are needed; past the end it is harmless
+
 constexpr int64_t kPanel = 2 * kVectorSize;   // columns of a register tile
 constexpr int64_t kInnerBlock = 512;     // a packed panel stays in the L2 cache
 constexpr int64_t kRowBlock = 20 * kTileRows;  // rows of a work item: packing is then a few percent of it
@@ -22,34 +23,6 @@ struct View {
   const float* data;
   int64_t row, column;
 };
-
-// sums[r, n] += x[r, k] * w[k, n] for rows r, all k, columns n.
-void RowsTimesTile(const float* x, int64_t rows, int64_t inner, const float* w, int64_t stride,
-                   int64_t columns, float* y) {
-  float sums[kRows][kColumns];
-  for (int64_t r = 0; r < rows; ++r) std::memset(sums[r], 0, columns * sizeof(float));
-  int64_t k = 0;
-  for (; k + 4 <= inner; k += 4) {
-    const float* w0 = w + k * stride;
-    const float *w1 = w0 + stride, *w2 = w1 + stride, *w3 = w2 + stride;
-    for (int64_t r = 0; r < rows; ++r) {
-      const float* xr = x + r * inner + k;
-      const float x0 = xr[0], x1 = xr[1], x2 = xr[2], x3 = xr[3];
-      float* sum = sums[r];
-#pragma omp simd
-      for (int64_t n = 0; n < columns; ++n)
-        sum[n] = sum[n] + x0 * w0[n] + x1 * w1[n] + x2 * w2[n] + x3 * w3[n];
-    }
-  }
-  for (; k < inner; ++k)
-    for (int64_t r = 0; r < rows; ++r) {
-      const float xk = x[r * inner + k];
-#pragma omp simd
-      for (int64_t n = 0; n < columns; ++n) sums[r][n] += xk * w[k * stride + n];
-    }
-  for (int64_t r = 0; r < rows; ++r)
-    std::memcpy(y + r * stride, sums[r], columns * sizeof(float));
-}
 
 // Columns [0, columns) of w's rows [0, inner) as a dense [inner, kPanel], zeros after the last column.
 void Pack(View w, int64_t inner, int64_t columns, float* panel) {
@@ -65,42 +38,64 @@ void Pack(View w, int64_t inner, int64_t columns, float* panel) {
   }
 }
 
-// y[R, columns] (+)= x[R, inner] * panel. The sums stay in registers only if nothing takes their address.
-template <int64_t R>
-void Tile(View x, int64_t inner, const float* panel, bool add, int64_t columns, float* y, int64_t stride) {
-  Vector sums[R][2] = {};
-  float row[kPanel];
+// y[R, columns] (+)= x[R, inner] * w[inner, V vectors]. The sums stay in registers only if nothing takes their address.
+template <int64_t R, int64_t V, bool kFetch>
+void Tile(View x, int64_t inner, const float* w, int64_t w_stride, bool add, int64_t columns, float* y, int64_t stride) {
+  Vector sums[R][V] = {};
+  float row[V * kVectorSize];
   if (add)
 #pragma GCC unroll 12
     for (int64_t r = 0; r < R; ++r) {
       std::memcpy(row, y + r * stride, columns * sizeof(float));
-      sums[r][0] = Load(row);
-      sums[r][1] = Load(row + kVectorSize);
+#pragma GCC unroll 4
+      for (int64_t v = 0; v < V; ++v) sums[r][v] = Load(row + v * kVectorSize);
     }
   for (int64_t k = 0; k < inner; ++k) {
-    const Vector w0 = Load(panel + k * kPanel), w1 = Load(panel + k * kPanel + kVectorSize);
+    Vector line[V];
+#pragma GCC unroll 4
+    for (int64_t v = 0; v < V; ++v) {
+      line[v] = Load(w + k * w_stride + v * kVectorSize);
+      if (kFetch) __builtin_prefetch(w + (k + kAhead) * w_stride + v * kVectorSize);
+    }
 #pragma GCC unroll 12
     for (int64_t r = 0; r < R; ++r) {
       const float value = x.data[r * x.row + k * x.column];
-      sums[r][0] += value * w0;
-      sums[r][1] += value * w1;
+#pragma GCC unroll 4
+      for (int64_t v = 0; v < V; ++v) sums[r][v] += value * line[v];
     }
   }
 #pragma GCC unroll 12
   for (int64_t r = 0; r < R; ++r) {
-    Store(row, sums[r][0]);
-    Store(row + kVectorSize, sums[r][1]);
+#pragma GCC unroll 4
+    for (int64_t v = 0; v < V; ++v) Store(row + v * kVectorSize, sums[r][v]);
     std::memcpy(y + r * stride, row, columns * sizeof(float));
   }
 }
 
-template <int64_t R = kTileRows>
-void TileOf(int64_t rows, View x, int64_t inner, const float* panel, bool add, int64_t columns, float* y,
+template <int64_t R, int64_t V, bool kFetch>
+void TileOf(int64_t rows, View x, int64_t inner, const float* w, int64_t w_stride, bool add, int64_t columns, float* y,
             int64_t stride) {
   if constexpr (R > 0) {
-    if (rows == R) return Tile<R>(x, inner, panel, add, columns, y, stride);
-    TileOf<R - 1>(rows, x, inner, panel, add, columns, y, stride);
+    if (rows == R) return Tile<R, V, kFetch>(x, inner, w, w_stride, add, columns, y, stride);
+    TileOf<R - 1, V, kFetch>(rows, x, inner, w, w_stride, add, columns, y, stride);
   }
+}
+
+// y[rows, columns] = x[rows, inner] * w[inner, columns], the weights where they lie. Only whole vectors can be loaded there:
+// the columns left over are copied first.
+template <int64_t V>
+void RowsTimesStrip(View x, int64_t rows, int64_t inner, const float* w, int64_t w_stride, int64_t columns, float* y,
+                    int64_t stride) {
+  constexpr int64_t kWidth = V * kVectorSize;
+  int64_t n = 0;
+  for (; n + kWidth <= columns; n += kWidth)
+    TileOf<kTileRows * 2 / V, V, true>(rows, x, inner, w + n, w_stride, false, kWidth, y + n, stride);
+  if (V > 1 && n + kWidth / 2 <= columns)
+    return RowsTimesStrip<V / 2 + (V == 1)>(x, rows, inner, w + n, w_stride, columns - n, y + n, stride);
+  if (n == columns) return;
+  std::vector<float> rest(inner * kPanel);
+  Pack({w + n, w_stride, 1}, inner, columns - n, rest.data());
+  TileOf<kTileRows, 2, false>(rows, x, inner, rest.data(), kPanel, false, columns - n, y + n, stride);
 }
 
 // y[rows, columns <= kPanel] = x[rows, inner] * w[inner, columns].
@@ -112,8 +107,8 @@ void RowsTimesPanel(View x, int64_t rows, int64_t inner, View w, int64_t columns
     Pack({w.data + k * w.row, w.row, w.column}, depth, columns, panel.data());
     for (int64_t t = 0; t < tiles; ++t) {  // of about equal height
       const int64_t r = t * rows / tiles, height = (t + 1) * rows / tiles - r;
-      TileOf(height, {x.data + r * x.row + k * x.column, x.row, x.column}, depth, panel.data(), k > 0, columns,
-             y + r * stride, stride);
+      TileOf<kTileRows, 2, false>(height, {x.data + r * x.row + k * x.column, x.row, x.column}, depth, panel.data(), kPanel,
+                           k > 0, columns, y + r * stride, stride);
     }
   }
 }
@@ -159,9 +154,14 @@ ffi::Error GroupedMatmulImpl(ffi::ThreadPool pool, F32 x, F32 w, S32 sizes, S32 
     const float* matrix = weights + block.group * inner * columns;
     float* result = out + block.first * columns + start;
     if (few) {
-      for (int64_t r = 0; r < block.rows; r += kRows)
-        RowsTimesTile(rows + r * inner, std::min(kRows, block.rows - r), inner, matrix + start, columns,
-                      number, result + r * columns);
+      for (int64_t r = 0; r < block.rows; r += kRows) {
+        const int64_t height = std::min(kRows, block.rows - r);
+        const View some = {rows + r * inner, inner, 1};
+        if (height <= kTileRows / 2)
+          RowsTimesStrip<4>(some, height, inner, matrix + start, columns, number, result + r * columns, columns);
+        else
+          RowsTimesStrip<2>(some, height, inner, matrix + start, columns, number, result + r * columns, columns);
+      }
     } else {
       const View view = transpose ? View{matrix + start * inner, 1, inner} : View{matrix + start, columns, 1};
       RowsTimesPanel({rows, inner, 1}, block.rows, inner, view, number, result, columns);
