@@ -253,8 +253,15 @@ class Engine:
             raise ValueError(
                 f"sampling must be one or one per prompt ({len(prompts)}); got {len(each)}."
             )
-        streams = [self.submit(p, s, **kwargs) for p, s in zip(prompts, each, strict=True)]
-        return [stream.result() for stream in streams]
+        streams: list[Stream] = []
+        try:
+            for prompt, params in zip(prompts, each, strict=True):
+                streams.append(self.submit(prompt, params, **kwargs))
+            return [stream.result() for stream in streams]
+        except BaseException:  # nobody will ask for the others
+            for stream in streams:
+                stream.cancel()
+            raise
 
     def cancel(self, request_id: str) -> bool:
         """Ends a request at the next step; False if it is not there any more."""
@@ -566,8 +573,11 @@ class Engine:
         self._wake.notify_all()
 
     def _tell(self, event: dict[str, Any]) -> None:
-        for callback in self._subscribers:
-            callback(event)
+        for callback in list(self._subscribers):
+            try:
+                callback(event)
+            except Exception:  # requests must not end because somebody watches them badly
+                logger.exception("subscriber failed event=%s", event["type"])
 
     def __repr__(self) -> str:
         stats = self.stats()

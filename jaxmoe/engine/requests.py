@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 _ids = itertools.count()
@@ -12,6 +12,24 @@ _ids = itertools.count()
 def _check(name: str, value: float, low: float, high: float, hint: str) -> None:
     if not (isinstance(value, int | float) and low <= value <= high):
         raise ValueError(f"{name} must be in [{low:g}, {high:g}]; got {value!r}. {hint}")
+
+
+def _maybe(kind: type) -> Callable[[Any], bool]:
+    return lambda value: value is None or isinstance(value, kind) and not isinstance(value, bool)
+
+
+def _are(kind: type) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, tuple | list) and all(isinstance(x, kind) for x in value)
+
+
+def _pairs(value: Any) -> bool:
+    return isinstance(value, tuple | list) and all(
+        isinstance(pair, tuple | list)
+        and len(pair) == 2
+        and isinstance(pair[0], int)
+        and isinstance(pair[1], int | float)
+        for pair in value
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +84,7 @@ class SamplingParams:
         _check("repetition_penalty", self.repetition_penalty, 1e-3, 1e3, "Use 1 for none.")
         _check("presence_penalty", self.presence_penalty, -100, 100, "Use 0 for none.")
         _check("frequency_penalty", self.frequency_penalty, -100, 100, "Use 0 for none.")
+        self._check_kinds()
         for token, bias in self.logit_bias:
             if token < 0 or not math.isfinite(bias):
                 raise ValueError(
@@ -79,6 +98,20 @@ class SamplingParams:
             raise ValueError(
                 f"width={self.width} needs SEFP weights, which this version cannot serve; leave width out."
             )
+
+    def _check_kinds(self) -> None:
+        """What would only fail on the engine's thread, and there end everyone's requests."""
+        kinds = {
+            "stop": (_are(str), "a tuple of texts, e.g. ('END',)"),
+            "stop_token_ids": (_are(int), "a tuple of token ids, e.g. (257,)"),
+            "logit_bias": (_pairs, "a tuple of (token id, number) pairs, e.g. ((65, -5.0),)"),
+            "logprobs": (_maybe(int), "an integer in 0..20 or None"),
+            "seed": (_maybe(int), "an integer or None"),
+            "json_schema": (_maybe(str), "JSON text or None; use json.dumps"),
+        }
+        for name, (good, rule) in kinds.items():
+            if not good(getattr(self, name)):
+                raise TypeError(f"{name} must be {rule}; got {getattr(self, name)!r}.")
 
     @property
     def greedy(self) -> bool:

@@ -116,8 +116,12 @@ def _penalise(logits: jax.Array, s: Settings, seen: jax.Array, counts: jax.Array
     repetition = s.repetition[:, None]
     repeated = jnp.where(logits > 0, logits / repetition, logits * repetition)
     logits = jnp.where(seen, repeated, logits)
-    present = (counts > 0).astype(jnp.float32)
-    return logits - s.presence[:, None] * present - s.frequency[:, None] * counts
+    times = counts.astype(jnp.float32)
+    return (
+        logits
+        - s.presence[:, None] * (times > 0).astype(jnp.float32)
+        - s.frequency[:, None] * times
+    )
 
 
 def _cut(scaled: jax.Array, s: Settings) -> jax.Array:
@@ -130,7 +134,9 @@ def _cut(scaled: jax.Array, s: Settings) -> jax.Array:
     least = jnp.where(s.min_p > 0, jnp.log(jnp.maximum(s.min_p, 1e-30)), -jnp.inf)
     floor = jnp.maximum(floor, best_first[:, :1] + least[:, None])
     scaled = jnp.where(scaled >= floor, scaled, -jnp.inf)
-    return jnp.where(nucleus_mask(scaled, s.top_p), scaled, -jnp.inf)
+    # Rounded sums reach 1 before the last token: without a cut of its own a row keeps all.
+    nucleus = nucleus_mask(scaled, s.top_p) | (s.top_p >= 1)[:, None]
+    return jnp.where(nucleus, scaled, -jnp.inf)
 
 
 @functools.partial(jax.jit, static_argnames="kind")

@@ -71,7 +71,8 @@ def pack(works: list[Work], size: int, rows: int, tables: np.ndarray) -> Batch:
             wanted[number] = end - 1
             number += 1
         first = end
-    return Batch(tokens, slots, lengths, spans, positions, tables, wanted)
+    # A copy: JAX may read a NumPy argument where it lies, and the next step's pages are noted before this one has run.
+    return Batch(tokens, slots, lengths, spans, positions, tables.copy(), wanted)
 
 
 def _loads(stats: list[list[LayerStats]]) -> jax.Array:
@@ -128,8 +129,9 @@ class Program(NamedTuple):
     place_cache: Callable[[Entries], Entries]
 
 
+@functools.lru_cache(maxsize=8)
 def make_program(config: ModelConfig, mesh: Mesh | None, axis: str = "expert") -> Program:
-    """Compiled on first use for each size of batch.
+    """Compiled on first use for each size of batch; engines of one model share what they compile.
 
     Args:
       config: the model.

@@ -1,7 +1,9 @@
 """A submitted request as its caller sees it, and the engine's notes on it."""
 
 import dataclasses
+import logging
 import queue
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,6 +12,8 @@ import numpy as np
 
 from jaxmoe.engine.requests import Chunk, Request, Result, TokenLogprobs
 from jaxmoe.engine.text import StoppableText
+
+logger = logging.getLogger(__name__)
 
 
 class Stream:
@@ -24,8 +28,8 @@ class Stream:
         self.request_id, self.prompt_tokens = request.request_id, len(request.prompt)
         self._cancel = cancel
         self._chunks: queue.SimpleQueue[Chunk] = queue.SimpleQueue()
-        self._result: queue.SimpleQueue[Result] = queue.SimpleQueue()
-        self._known: Result | None = None
+        self._result: Result | None = None
+        self._finished = threading.Event()
         self._ended = False
 
     def __iter__(self) -> Iterator[Chunk]:
@@ -44,14 +48,9 @@ class Stream:
         Raises:
           TimeoutError: if it has not come after ``timeout_s``; the request goes on.
         """
-        if self._known is None:
-            try:
-                self._known = self._result.get(timeout=timeout_s)
-            except queue.Empty:
-                raise TimeoutError(
-                    f"request {self.request_id} has not finished after {timeout_s} s."
-                ) from None
-        return self._known
+        if not self._finished.wait(timeout_s):
+            raise TimeoutError(f"request {self.request_id} has not finished after {timeout_s} s.")
+        return self._result
 
     def __repr__(self) -> str:
         return f"Stream({self.request_id}, {self.prompt_tokens} prompt tokens)"
@@ -93,10 +92,14 @@ class Progress:
         self.shown += chunk.token_ids
         self.pieces.append(chunk.text)
         self.logprobs += chunk.logprobs
-        if self.on_chunk is not None:
-            self.on_chunk(chunk)
-        else:
+        if self.on_chunk is None:
             self.stream._chunks.put(chunk)
+            return
+        try:
+            self.on_chunk(chunk)
+        except Exception:  # one caller's mistake must not end the others' requests
+            logger.exception("on_chunk failed, request is cancelled request=%s", self.stream)
+            self.cancelled = True
 
     def finish(self, request: Request, reason: str) -> Result:
         """Notes the end, once the last chunk is out; returns the result."""
@@ -113,10 +116,11 @@ class Progress:
             first - self.submitted,
             now - self.submitted,
         )
-        self.stream._result.put(result)
+        self.stream._result = result
+        self.stream._finished.set()
         return result
 
 
 def key_data(seed: int) -> np.ndarray:
-    """Key data of ``jax.random.key(seed)``, for seeds of up to 64 bits."""
+    """Key data of ``jax.random.key(seed)``, but for what JAX does not keep: the upper half of seeds of 64 bits."""
     return np.asarray([seed >> 32 & 0xFFFFFFFF, seed & 0xFFFFFFFF], np.uint32)
