@@ -1,0 +1,86 @@
+"""A real server on a free loopback port, over a small engine; and an engine whose output is scripted."""
+
+import contextlib
+import threading
+import time
+
+import jax
+import numpy as np
+
+import jaxmoe
+from jaxmoe.engine import Engine, EngineOptions
+from jaxmoe.serve.api import ApiOptions, Lifecycle, build_app
+from jaxmoe.serve.server import Server, listen
+
+# Two layers, one with experts: everything a request passes through, quickly compiled.
+CONFIG = jaxmoe.presets["tiny"].replace(num_hidden_layers=2, num_nextn_predict_layers=0)
+MODEL = "tiny"
+LIMIT_S = 120.0  # against hanging only
+
+
+def make_engine(**options):
+    """An engine with random weights. Close it."""
+    params = jaxmoe.init_params(CONFIG, jax.random.key(0))
+    sizes = {"max_running": 4, "max_step_tokens": 64, "max_length": 4096} | options
+    return Engine(params, CONFIG, options=EngineOptions(**sizes))
+
+
+@contextlib.contextmanager
+def serving(engine, **options):
+    """The address of a server over ``engine``, which stays open."""
+    sock = listen("127.0.0.1", 0)
+    lifecycle = Lifecycle()
+    app = build_app(engine, ApiOptions(MODEL, **options), lifecycle=lifecycle)
+    server = Server(app, engine, lifecycle, drain_s=10, warm_up=False)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
+    thread.start()
+    wait_until(lambda: server.started)
+    try:
+        yield f"http://127.0.0.1:{sock.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(LIMIT_S)
+        app.state.service.metrics.close()
+        assert not thread.is_alive()
+
+
+def wait_until(condition, limit_s=LIMIT_S):
+    """Waits for ``condition()``; fails after a long time."""
+    end = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < end, "it never happened"
+        time.sleep(0.01)
+
+
+def is_idle(engine):
+    """Whether nothing is left of any request."""
+    stats = engine.stats()
+    return stats.running == 0 and stats.waiting == 0 and stats.pages_held == 0
+
+
+class Script:
+    """A grammar that allows one text only. The model, its sampler and all around them stay real."""
+
+    complete = False
+
+    def __init__(self, text):
+        self._left = [*text.encode(), CONFIG.eos_token_id]
+
+    def forbid(self, bias):
+        allowed = self._left[0]
+        bias[:] = -np.inf
+        bias[allowed] = 0
+
+    def take(self, token):
+        assert token == self._left.pop(0)
+
+
+def metrics_of(text):
+    """Samples of a scrape: {(name, sorted labels): value}."""
+    from prometheus_client.parser import text_string_to_metric_families
+
+    return {
+        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
