@@ -15,7 +15,7 @@ from jaxmoe.layers.step_attention import selects_rows
 from jaxmoe.model import step
 from pallas_kernels import native
 
-TOLERANCE = 1e-5  # the issue's; measured: 5e-6 where logits have standard deviation 0.7
+TOLERANCE = 1e-5  # the issue's; measured over 6 seeds: up to 7.1e-6 where logits have standard deviation 0.7 (docs/log.md)
 BATCH, LENGTH, CAPACITY = 3, 96, 112
 
 _TINY = jaxmoe.presets["tiny"].replace(num_nextn_predict_layers=0)
@@ -86,6 +86,7 @@ def backend(request):
         elif not native.available():
             pytest.skip("no C++ compiler")
         jax.clear_caches()
+        _model.cache_clear()  # the whole pass, too, runs on this backend
         yield request.param
         jax.clear_caches()
 
@@ -135,7 +136,7 @@ def test_cached_decode_equals_the_whole_pass_at_every_position(name, chunk):
         cache = _commit(cache, entries, _counts(chunk, chunk, chunk))
         parts.append(np.asarray(logits))
     np.testing.assert_allclose(np.concatenate(parts, axis=1), expected, rtol=0, atol=TOLERANCE)
-    assert expected.std() > 0.4, "the logits are too flat to compare"
+    assert expected.std() > 0.6, "the logits are too flat to compare"
 
 
 # Rows kept of each step of 16: sequences advance unevenly, stand still, and drop rows that they had computed.
