@@ -17,9 +17,12 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def live_server(app, port=None, stop_within_s=10):
-    """Serves ``app``; gives its address. Fails if the server does not stop in time."""
+    """Serves ``app``; gives its address. At the end, streams that are open are cut off."""
     port = port or free_port()
-    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="warning", lifespan="off"))
+    config = uvicorn.Config(
+        app, port=port, log_level="critical", lifespan="off", timeout_graceful_shutdown=2
+    )
+    server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:

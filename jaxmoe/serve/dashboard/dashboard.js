@@ -1,6 +1,7 @@
 "use strict";
 
-const SPAN_S = 300; // of the timelines
+const SPANS_S = [60, 120, 300]; // of the timelines: the first that all points fit into
+const LONGEST_S = 300;
 const SILENCE_MS = 10000; // without an event the connection counts as lost
 const SVG = "http://www.w3.org/2000/svg";
 
@@ -24,6 +25,11 @@ function duration(seconds) {
   if (seconds < 120) return `${whole.format(seconds)} s`;
   const minutes = Math.floor(seconds / 60);
   return minutes < 120 ? `${minutes} min` : `${Math.floor(minutes / 60)} h ${minutes % 60} min`;
+}
+
+/** A past time span in whole seconds or minutes, as in "the last ...". */
+function ago(seconds) {
+  return seconds < 120 ? `${Math.max(1, Math.round(seconds))} s` : duration(seconds);
 }
 
 function percent(share) {
@@ -81,9 +87,11 @@ class Chart {
     const { clientWidth: width, clientHeight: height } = this.box;
     if (!width) return;
     const end = this.points.length ? this.points[this.points.length - 1][0] : 0;
-    const seen = this.points.filter((p) => p[0] >= end - SPAN_S);
+    const seen = this.points.filter((p) => p[0] >= end - LONGEST_S);
+    const age = seen.length ? end - seen[0][0] : 0;
+    const span = SPANS_S.find((s) => s >= age);
     const most = Math.max(0, ...seen.flatMap((p) => this.series.map(([, i]) => p[i] ?? 0)));
-    const frame = { left: 44, right: width - 8, top: 24, bottom: height - 22, end, high: niceTop(most) };
+    const frame = { left: 44, right: width - 8, top: 24, bottom: height - 22, end, age, span, high: niceTop(most) };
     this.box.replaceChildren();
     const svg = make(this.box, "svg", { viewBox: `0 0 ${width} ${height}`, role: "img" });
     this.axes(svg, frame);
@@ -95,7 +103,7 @@ class Chart {
   }
 
   x(time, frame) {
-    return frame.right - ((frame.end - time) / SPAN_S) * (frame.right - frame.left);
+    return frame.right - ((frame.end - time) / frame.span) * (frame.right - frame.left);
   }
 
   y(value, frame) {
@@ -113,7 +121,7 @@ class Chart {
     }
     make(svg, "text", { x: 0, y: 9 }, this.unit);
     const y = frame.bottom + 16;
-    make(svg, "text", { x: frame.left, y }, `${SPAN_S / 60} min ago`);
+    make(svg, "text", { x: frame.left, y }, `${frame.span / 60} min ago`);
     make(svg, "text", { x: frame.right, y, "text-anchor": "end" }, "now");
   }
 
@@ -136,9 +144,9 @@ class Chart {
   describe(svg, seen, frame, most) {
     const latest = seen[seen.length - 1];
     const now = this.series.map(([name, i]) => `${name} ${latest ? rate(latest[i]) : "unknown"}`).join(", ");
-    svg.setAttribute("aria-label", `Last ${SPAN_S / 60} minutes in ${this.unit}. Now: ${now}. Highest: ${rate(most)}.`);
+    svg.setAttribute("aria-label", `Last ${ago(frame.age)} in ${this.unit}. Now: ${now}. Highest: ${rate(most)}.`);
     if (most > 0) return;
-    const text = latest ? `Nothing in the last ${SPAN_S / 60} minutes` : "No figures yet";
+    const text = latest ? `Nothing in the last ${ago(frame.age)}` : "No figures yet";
     make(svg, "text", { x: (frame.left + frame.right) / 2, y: frame.bottom - 12, "text-anchor": "middle" }, text);
   }
 
@@ -163,7 +171,7 @@ const charts = [
 let points = [];
 
 function setPoints(next) {
-  points = next.slice(-2 * SPAN_S);
+  points = next.slice(-2 * LONGEST_S);
   for (const chart of charts) {
     chart.points = points;
     chart.draw();
@@ -215,7 +223,8 @@ function showLoad(load) {
   const slots = slotsOf(ranks);
   const which = sums.recent > 0 ? "recent" : "total";
   const mean = slots ? sums[which] / slots : 0;
-  show("load-window", !sums.total ? "" : which === "recent" ? `last ${duration(load.window_s)}` : "since the start");
+  const window = ago(watched(load.window_s));
+  show("load-window", !sums.total ? "" : which === "recent" ? `last ${window}` : "since the start");
   byId("scale").hidden = mean === 0;
   const rows = byId("heat").children;
   ranks.forEach((rank, r) => {
@@ -224,7 +233,7 @@ function showLoad(load) {
     rows[r].querySelector("small").textContent = share;
     rank[which].forEach((value, i) => showCell(rows[r].querySelectorAll("button")[i], rank.experts[i], value, mean));
   });
-  show("load-note", loadNote(ranks, which, mean, slots, load.window_s));
+  show("load-note", loadNote(ranks, which, mean, slots, window));
   showDetail(ranks, which, mean);
 }
 
@@ -237,14 +246,14 @@ function showCell(button, expert, value, mean) {
   button.setAttribute("aria-label", `Expert ${expert}: ${load}`);
 }
 
-function loadNote(ranks, which, mean, slots, seconds) {
+function loadNote(ranks, which, mean, slots, window) {
   if (!slots) return "This model has no routed experts.";
   if (!mean) return "No token has reached an expert yet.";
   const most = Math.max(...ranks.flatMap((r) => r[which]));
   const perRank = ranks.map((r) => sum(r[which]));
   const busiest = Math.max(...perRank) / (sum(perRank) / perRank.length);
   const ranksText = ranks.length > 1 ? `, busiest rank ${busiest.toFixed(2)}×` : "";
-  const idle = which === "total" ? ` Idle for the last ${duration(seconds)}.` : "";
+  const idle = which === "total" ? ` Idle for the last ${window}.` : "";
   return `Number above: expert; below: load over the mean, all layers. Busiest expert ${(most / mean).toFixed(2)}×${ranksText}.${idle}`;
 }
 
@@ -264,6 +273,11 @@ function showDetail(ranks, which, mean) {
 let latest = null;
 let hello = null;
 
+/** How much of a window the server has seen so far. */
+function watched(seconds) {
+  return Math.min(seconds, latest.time - hello.started);
+}
+
 function showLatency(latency) {
   for (const name of ["ttft", "tpot"]) {
     const cells = byId(name).querySelectorAll("td");
@@ -273,7 +287,7 @@ function showLatency(latency) {
       cells[i].dataset.value = value ?? "";
     });
   }
-  const span = duration(latency.window_s).replace("min", "minutes");
+  const span = ago(watched(latency.window_s));
   show("latency-window", `last ${span}`);
   const n = latency.ttft_count;
   show("latency-note", n ? `From ${count(n)} first tokens and ${count(latency.tpot_count)} finished requests.` : `No token came out in the last ${span}.`);
@@ -314,7 +328,7 @@ function showSnapshot(snapshot) {
   show("total-prompt", count(totals.prompt), totals.prompt);
   show("step", duration(snapshot.step_s));
   show("schedule", percent(snapshot.schedule_share));
-  show("uptime", `${clock(hello.started)}, ${duration(snapshot.time - hello.started)} ago`);
+  show("uptime", `${clock(hello.started)}, ${ago(snapshot.time - hello.started)} ago`);
   showLatency(snapshot.latency);
   showPages(snapshot.pages);
   showFinished(snapshot.finished);
