@@ -238,8 +238,8 @@ def generate(
     """
     tokens = check_tokens(tokens, config)
     batch, length = tokens.shape
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be >= 1; got {max_new_tokens}.")
+    if not isinstance(max_new_tokens, int | np.integer) or max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be an integer >= 1; got {max_new_tokens!r}.")
     if width is not None:
         raise ValueError(
             f"width={width} needs SEFP weights, which this version cannot serve; leave width=None."

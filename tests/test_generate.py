@@ -253,35 +253,34 @@ def test_generation_ends_early_when_every_sequence_has_stopped():
 
 def test_executables_are_bounded_by_buckets_not_by_lengths_or_settings():
     config = LLAMA.replace(num_hidden_layers=1, hidden_size=24, intermediate_size=20)
-    before = _module._prefill._cache_size(), _module._decode._cache_size()
+    functions = (_module._fill, _module._first, _module._decode)
+    before = [function._cache_size() for function in functions]
 
-    def compiled() -> tuple[int, int]:
-        return (
-            _module._prefill._cache_size() - before[0],
-            _module._decode._cache_size() - before[1],
-        )
+    def compiled() -> tuple[int, ...]:
+        return tuple(f._cache_size() - n for f, n in zip(functions, before, strict=True))
 
     shapes = [(length, new) for length in range(1, 25, 3) for new in (1, 2, 5, 8, 9, 14, 20)]
     for length, new in shapes:
         _generate(config, _prompts(config, 1, length), new)
     bucket = _module.bucket
-    pairs = {(bucket(n), bucket(max(n + new, bucket(n)))) for n, new in shapes}
+    pairs = {(bucket(n), bucket(n + new)) for n, new in shapes}
     capacities = {capacity for _, capacity in pairs}
     assert len(pairs) < len(shapes) / 2
     assert compiled()[0] <= len(pairs)
-    assert compiled()[1] <= len(capacities)
+    assert compiled()[1] == 1
+    assert compiled()[2] <= len(capacities)
 
-    sizes = compiled()
+    fill, first, decode = compiled()
     prompts = _prompts(config, 1, 5)
     for temperature, seed in ((0.5, 0), (0.9, 1), (1.4, 2)):
         _generate(config, prompts, 7, temperature=temperature, key=jax.random.key(seed))
-    assert compiled() == (sizes[0] + 1, sizes[1] + 1)
+    assert compiled() == (fill, first + 1, decode + 1)
     for top_p in (0.3, 0.6, 0.9):
         _generate(config, prompts, 7, temperature=1.0, top_p=top_p, key=jax.random.key(0))
-    assert compiled() == (sizes[0] + 2, sizes[1] + 2)
+    assert compiled() == (fill, first + 2, decode + 2)
     for eos in (3, 4):
         _generate(config, prompts, 7, eos_token_id=eos)
-    assert compiled() == (sizes[0] + 3, sizes[1] + 3)
+    assert compiled() == (fill, first + 3, decode + 3)
 
 
 def test_buckets_hold_their_number_with_little_padding_and_are_few():
@@ -305,7 +304,7 @@ def test_buckets_hold_their_number_with_little_padding_and_are_few():
         ({"tokens": np.zeros((1, 4))}, TypeError, "tokens must be integer"),
         ({"tokens": np.full((1, 4), 80)}, ValueError, r"vocab_size=80\); got 80..80"),
         ({"tokens": np.full((1, 4), -1)}, ValueError, r"vocab_size=80\); got -1..-1"),
-        ({"max_new_tokens": 0}, ValueError, "max_new_tokens must be >= 1; got 0"),
+        ({"max_new_tokens": 0}, ValueError, "max_new_tokens must be an integer >= 1; got 0"),
         ({"width": 8}, ValueError, "width=8 needs SEFP weights"),
         ({"lengths": np.array([3, 5])}, ValueError, r"lengths must be 2 numbers in 1..4"),
         ({"lengths": np.array([0, 1])}, ValueError, r"lengths must be 2 numbers in 1..4"),

@@ -20,7 +20,7 @@ from jaxmoe.engine import grammar, sampling
 from jaxmoe.engine.pages import PagePool
 from jaxmoe.engine.requests import Chunk, Request, Result, SamplingParams, TokenLogprobs
 from jaxmoe.engine.scheduler import Limits, Scheduler, Work
-from jaxmoe.engine.stats import EngineStats, Smoothed
+from jaxmoe.engine.stats import EngineStats, Events, Smoothed
 from jaxmoe.engine.step import Batch, StepResult, make_program, pack
 from jaxmoe.engine.stream import Progress, Stream, key_data
 from jaxmoe.engine.text import StoppableText
@@ -139,10 +139,11 @@ class Engine:
         self._eos = frozenset(() if eos is None else np.atleast_1d(np.asarray(eos)).tolist())
         self._requests: dict[str, Request] = {}
         self._lock = threading.RLock()
+        self._stepping = threading.RLock()  # who holds it may replace the cache; taken before _lock
         self._wake = threading.Condition(self._lock)
         self._thread: threading.Thread | None = None
         self._draining = self._closed = False
-        self._subscribers: list[Callable[[dict[str, Any]], None]] = []
+        self._events = Events()
         self._steps = self._prompt_tokens = self._cached_tokens = self._generated = 0
         self._finished: Counter[str] = Counter()
         self._step_s, self._schedule_s = Smoothed(), Smoothed()
@@ -314,15 +315,7 @@ class Engine:
         Events: {"type": "first_token", "request_id", "seconds"} and {"type": "finished", "request_id", "reason", "ttft_s",
         "tpot_s" (None for fewer than two tokens), "prompt_tokens", "output_tokens"}.
         """
-        with self._lock:
-            self._subscribers.append(callback)
-
-        def unsubscribe() -> None:
-            with self._lock:
-                if callback in self._subscribers:
-                    self._subscribers.remove(callback)
-
-        return unsubscribe
+        return self._events.subscribe(callback)
 
     def stats(self) -> EngineStats:
         """Counters of this moment."""
@@ -358,23 +351,14 @@ class Engine:
           {"executables": how many, "seconds": in all, "sizes": the steps' tokens}.
         """
         began, count = time.perf_counter(), 0
-        with self._lock:
+        with self._stepping, self._lock:
             for size in self._sizes:
                 batches = [self._pack(rank, [], size) for rank in range(self.ranks)]
                 result = self._compute(batches)
                 self._entries = self._program.commit(
                     self._entries, result.entries, self._joined(batches)
                 )
-                rows = result.logits.shape[0]
-                settings = sampling.settings_of([], rows, np.zeros((0, 2), np.uint32))
-                kinds = (
-                    sampling.Kind(),
-                    sampling.Kind(draws=True),
-                    sampling.Kind(draws=True, cuts=True),
-                )
-                for kind in kinds:
-                    sampling.choose(result.logits, settings, None, None, None, kind=kind)
-                count += 2 + len(kinds)
+                count += 2 + sampling.warm_up(result.logits)
             jax.block_until_ready(self._entries)
         return {
             "executables": count,
@@ -391,7 +375,8 @@ class Engine:
                 if self._closed and not self._requests:
                     return
             try:
-                self._step()
+                with self._stepping:
+                    self._step()
             except Exception as error:  # whatever it is, no caller may wait for ever
                 logger.exception("engine step failed")
                 self._fail(f"{type(error).__name__}: {error}")
@@ -415,10 +400,9 @@ class Engine:
         computing = time.perf_counter()
         result = self._compute(batches)
         rows = result.logits.shape[0] // self.ranks
-        sampled = self._sample(result, works, rows)
-        load = (
-            np.asarray(result.load, np.int64).reshape(self.ranks, -1, result.load.shape[-1]).sum(0)
-        )
+        asking = [[work.request for work in rank if work.samples] for rank in works]
+        sampled = sampling.next_tokens(result.logits, asking)
+        load = sum(np.split(np.asarray(result.load, np.int64), self.ranks))
         entries = self._program.commit(self._entries, result.entries, self._joined(batches))
         computed = time.perf_counter()
         with self._wake:
@@ -459,42 +443,6 @@ class Engine:
     def _compute(self, batches: list[Batch]) -> StepResult:
         return self._program.compute(self._params, self._entries, self._joined(batches), None)
 
-    def _sample(
-        self, result: StepResult, works: list[list[Work]], rows: int
-    ) -> sampling.Sampled | None:
-        """The next token of every row of logits, on the host."""
-        requests = [[w.request for w in rank if w.samples] for rank in works]
-        flat = [request for rank in requests for request in rank]
-        if not flat:
-            jax.block_until_ready(result)
-            return None
-        kind = sampling.kind_of(flat)
-        if kind == sampling.Kind():
-            return jax.device_get(sampling.choose(result.logits, None, None, None, None, kind=kind))
-        # Rows without a request are filled with a greedy one.
-        idle = Request((0,))
-        idle.progress = Progress(None, None, key_data(0), frozenset(), None)
-        padded = [r for rank in requests for r in [*rank, *[idle] * (rows - len(rank))]]
-        keys = np.stack([request.progress.key for request in padded])
-        settings = sampling.settings_of(padded, len(padded), keys)
-        vocab = result.logits.shape[1]
-        seen, counts = (
-            sampling.histories(padded, len(padded), vocab) if kind.penalties else (None, None)
-        )
-        bias = self._bias(padded, vocab) if kind.bias else None
-        chosen = sampling.choose(result.logits, settings, seen, counts, bias, kind=kind)
-        return jax.device_get(chosen)
-
-    @staticmethod
-    def _bias(requests: list[Request], vocab: int) -> np.ndarray:
-        bias = np.zeros((len(requests), vocab), np.float32)
-        for row, request in enumerate(requests):
-            for token, value in request.sampling.logit_bias:
-                bias[row, token] += value
-            if request.progress.grammar is not None:
-                request.progress.grammar.forbid(bias[row])
-        return bias
-
     def _take(self, works: list[Work], sampled: sampling.Sampled | None, first: int) -> None:
         """Notes a rank's computed tokens and hands out its sampled ones."""
         row = first
@@ -523,7 +471,7 @@ class Engine:
             self._prompt_tokens += len(request.prompt)
             self._cached_tokens += request.cached_tokens
             seconds = progress.first_token - progress.submitted
-            self._tell(
+            self._events.tell(
                 {"type": "first_token", "request_id": request.request_id, "seconds": seconds}
             )
         request.output.append(token)
@@ -559,7 +507,7 @@ class Engine:
         tpot = None
         if outputs > 1:
             tpot = (result.total_s - result.time_to_first_token_s) / (outputs - 1)
-        self._tell(
+        self._events.tell(
             {
                 "type": "finished",
                 "request_id": request.request_id,
@@ -571,13 +519,6 @@ class Engine:
             }
         )
         self._wake.notify_all()
-
-    def _tell(self, event: dict[str, Any]) -> None:
-        for callback in list(self._subscribers):
-            try:
-                callback(event)
-            except Exception:  # requests must not end because somebody watches them badly
-                logger.exception("subscriber failed event=%s", event["type"])
 
     def __repr__(self) -> str:
         stats = self.stats()

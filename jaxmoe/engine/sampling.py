@@ -11,6 +11,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxmoe.engine.requests import Request
+from jaxmoe.engine.stream import key_data
 from jaxmoe.generate import nucleus_mask
 
 TOP_LOGPROBS = 20  # the most that a request may ask for
@@ -142,7 +143,7 @@ def _cut(scaled: jax.Array, s: Settings) -> jax.Array:
 @functools.partial(jax.jit, static_argnames="kind")
 def choose(
     logits: Float[Array, "R V"],
-    settings: Settings,
+    settings: Settings | None,
     seen: Bool[Array, "R V"] | None,
     counts: Int[Array, "R V"] | None,
     bias: Float[Array, "R V"] | None,
@@ -153,7 +154,7 @@ def choose(
 
     Args:
       logits: float32.
-      settings: of the rows.
+      settings: of the rows; only read for kinds other than ``Kind()``.
       seen: tokens in prompt or output; only read for ``kind.penalties``.
       counts: occurrences in the output; likewise.
       bias: added to the logits, -inf for tokens that a grammar forbids; only read for ``kind.bias``.
@@ -191,3 +192,47 @@ def histories(requests: Sequence[Request], rows: int, vocab: int) -> tuple[np.nd
         seen[row] = counts[row] > 0
         seen[row, list(request.prompt)] = True
     return seen, counts
+
+
+def _biases(requests: Sequence[Request], vocab: int) -> np.ndarray:
+    """[R, V] float32: logit biases, and -inf for what a grammar forbids."""
+    bias = np.zeros((len(requests), vocab), np.float32)
+    for row, request in enumerate(requests):
+        for token, value in request.sampling.logit_bias:
+            bias[row, token] += value
+        if request.progress is not None and request.progress.grammar is not None:
+            request.progress.grammar.forbid(bias[row])
+    return bias
+
+
+def next_tokens(logits: Float[Array, "R V"], asking: list[list[Request]]) -> Sampled | None:
+    """The next token of every row of logits, on the host; None (after waiting for the step) if nobody asks.
+
+    Args:
+      logits: of all ranks' rows, equally many each; a rank's requests have its first rows.
+      asking: requests by rank.
+    """
+    flat = [request for rank in asking for request in rank]
+    if not flat:
+        jax.block_until_ready(logits)
+        return None
+    kind = kind_of(flat)
+    if kind == Kind():
+        return jax.device_get(choose(logits, None, None, None, None, kind=kind))
+    total, vocab = logits.shape
+    idle = Request((0,))  # fills rows that nobody asks for, greedily
+    padded = [r for rank in asking for r in [*rank, *[idle] * (total // len(asking) - len(rank))]]
+    keys = [key_data(0) if request is idle else request.progress.key for request in padded]
+    settings = settings_of(padded, total, np.stack(keys))
+    seen, counts = histories(padded, total, vocab) if kind.penalties else (None, None)
+    bias = _biases(padded, vocab) if kind.bias else None
+    return jax.device_get(choose(logits, settings, seen, counts, bias, kind=kind))
+
+
+def warm_up(logits: Float[Array, "R V"]) -> int:
+    """Compiles greedy and plainly drawn sampling for so many rows; returns how many executables these are."""
+    settings = settings_of([], logits.shape[0], np.zeros((0, 2), np.uint32))
+    choose(logits, None, None, None, None, kind=Kind())
+    choose(logits, settings, None, None, None, kind=Kind(draws=True))
+    choose(logits, settings, None, None, None, kind=Kind(draws=True, cuts=True))
+    return 3

@@ -1,8 +1,13 @@
-"""Counters of the engine."""
+"""Counters and events of the engine."""
 
 import dataclasses
+import logging
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,3 +62,27 @@ class Smoothed:
         """Takes a new value into account."""
         self.value += (value - self.value) * (self._weight if self._any else 1.0)
         self._any = True
+
+
+class Events:
+    """Who wants to hear of what happens to requests."""
+
+    def __init__(self):
+        self._subscribers: tuple[Callable[[dict[str, Any]], None], ...] = ()
+
+    def subscribe(self, callback: Callable[[dict[str, Any]], None]) -> Callable[[], None]:
+        """Adds a callback; returns a function that takes it out again."""
+        self._subscribers = (*self._subscribers, callback)
+
+        def unsubscribe() -> None:
+            self._subscribers = tuple(c for c in self._subscribers if c is not callback)
+
+        return unsubscribe
+
+    def tell(self, event: dict[str, Any]) -> None:
+        """Calls everyone."""
+        for callback in self._subscribers:
+            try:
+                callback(event)
+            except Exception:  # requests must not end because somebody watches them badly
+                logger.exception("subscriber failed event=%s", event["type"])

@@ -1,6 +1,6 @@
 // Grouped matmul. Few rows per group (decoding) are limited by reading the weights, which is done once and in place;
-// many rows by arithmetic, done in register tiles on packed weights. Both add products in the order of the inner index
-// with fused multiply-adds: a row's result is the same, bit for bit, whichever path and company it has.
+// many rows by arithmetic, done in register tiles on packed weights. Both add the same products in the same order with
+// fused multiply-adds: a row's result is the same, bit for bit, whichever path and company it has.
 #include <vector>
 
 #include "common.h"
@@ -15,7 +15,8 @@ constexpr int64_t kRows = kTileRows;  // up to so many rows use the weights wher
 constexpr int64_t kAhead = 16;     // rows of weights that are fetched before they are needed; past the end it is harmless
 
 constexpr int64_t kPanel = 2 * kVectorSize;   // columns of a register tile
-constexpr int64_t kInnerBlock = 512;     // a packed panel stays in the L2 cache
+constexpr int64_t kSum = 32;             // products that are added one after another
+constexpr int64_t kInnerBlock = 512;     // a packed panel stays in the L2 cache; a multiple of kSum
 constexpr int64_t kRowBlock = 20 * kTileRows;  // rows of a work item: packing is then a few percent of it
 
 // A matrix in someone else's memory, element (i, j) at data[i * row + j * column].
@@ -39,37 +40,39 @@ void Pack(View w, int64_t inner, int64_t columns, float* panel) {
 }
 
 // y[R, columns] (+)= x[R, inner] * w[inner, V vectors]. The sums stay in registers only if nothing takes their address.
+// Products are added kSum at a time: one long chain of additions would round several times as much.
 template <int64_t R, int64_t V, bool kFetch>
 void Tile(View x, int64_t inner, const float* w, int64_t w_stride, bool add, int64_t columns, float* y, int64_t stride) {
-  Vector sums[R][V] = {};
-  float row[V * kVectorSize];
+  float total[R][V * kVectorSize] = {};
   if (add)
+    for (int64_t r = 0; r < R; ++r) std::memcpy(total[r], y + r * stride, columns * sizeof(float));
+  for (int64_t start = 0; start < inner; start += kSum) {
+    Vector sums[R][V] = {};
+    const int64_t end = std::min(start + kSum, inner);
+    for (int64_t k = start; k < end; ++k) {
+      Vector line[V];
+#pragma GCC unroll 4
+      for (int64_t v = 0; v < V; ++v) {
+        line[v] = Load(w + k * w_stride + v * kVectorSize);
+        if (kFetch) __builtin_prefetch(w + (k + kAhead) * w_stride + v * kVectorSize);
+      }
+#pragma GCC unroll 12
+      for (int64_t r = 0; r < R; ++r) {
+        const float value = x.data[r * x.row + k * x.column];
+#pragma GCC unroll 4
+        for (int64_t v = 0; v < V; ++v) sums[r][v] += value * line[v];
+      }
+    }
 #pragma GCC unroll 12
     for (int64_t r = 0; r < R; ++r) {
-      std::memcpy(row, y + r * stride, columns * sizeof(float));
 #pragma GCC unroll 4
-      for (int64_t v = 0; v < V; ++v) sums[r][v] = Load(row + v * kVectorSize);
-    }
-  for (int64_t k = 0; k < inner; ++k) {
-    Vector line[V];
-#pragma GCC unroll 4
-    for (int64_t v = 0; v < V; ++v) {
-      line[v] = Load(w + k * w_stride + v * kVectorSize);
-      if (kFetch) __builtin_prefetch(w + (k + kAhead) * w_stride + v * kVectorSize);
-    }
-#pragma GCC unroll 12
-    for (int64_t r = 0; r < R; ++r) {
-      const float value = x.data[r * x.row + k * x.column];
-#pragma GCC unroll 4
-      for (int64_t v = 0; v < V; ++v) sums[r][v] += value * line[v];
+      for (int64_t v = 0; v < V; ++v) {
+        float* part = total[r] + v * kVectorSize;
+        Store(part, Load(part) + sums[r][v]);
+      }
     }
   }
-#pragma GCC unroll 12
-  for (int64_t r = 0; r < R; ++r) {
-#pragma GCC unroll 4
-    for (int64_t v = 0; v < V; ++v) Store(row + v * kVectorSize, sums[r][v]);
-    std::memcpy(y + r * stride, row, columns * sizeof(float));
-  }
+  for (int64_t r = 0; r < R; ++r) std::memcpy(y + r * stride, total[r], columns * sizeof(float));
 }
 
 template <int64_t R, int64_t V, bool kFetch>

@@ -8,40 +8,90 @@
 namespace jaxmoe {
 namespace {
 
-constexpr int64_t kTogether = 4;  // rows taken together: independent sums hide each other's latency
+constexpr int64_t kTogether = 4;  // heads, rows or vectors of a register tile: 16 of 32 registers hold sums
 
-// p[j] = scale * q . row[j] for N rows.
-template <int64_t N>
-inline void Dots(const float* q, const float* const* row, int64_t size, float scale, float* p) {
-  float s0 = 0, s1 = 0, s2 = 0, s3 = 0;
-  const float *r0 = row[0], *r1 = row[N > 1 ? 1 : 0], *r2 = row[N > 2 ? 2 : 0], *r3 = row[N > 3 ? 3 : 0];
-#pragma omp simd reduction(+ : s0, s1, s2, s3)
-  for (int64_t c = 0; c < size; ++c) {
-    s0 += q[c] * r0[c];
-    if (N > 1) s1 += q[c] * r1[c];
-    if (N > 2) s2 += q[c] * r2[c];
-    if (N > 3) s3 += q[c] * r3[c];
+// The heads from `first` on, as a tile: past the last one it is repeated, and its results are not kept.
+inline int64_t HeadOf(int64_t first, int64_t j, int64_t heads) { return std::min(first + j, heads - 1); }
+
+// p[h * n + i] = scale * q[h] . row[i] for the tile's heads and rows. A dot's arithmetic is the same wherever it falls.
+void Dots(const float* q, int64_t first, int64_t heads, const float* const* row, int64_t i, int64_t n, int64_t size,
+          float scale, float* p) {
+  Vector sums[kTogether][kTogether] = {};
+  const float *query[kTogether], *key[kTogether];
+  for (int64_t j = 0; j < kTogether; ++j) {
+    query[j] = q + HeadOf(first, j, heads) * size;
+    key[j] = row[std::min(i + j, n - 1)];
   }
-  const float sums[4] = {s0, s1, s2, s3};
-  for (int64_t j = 0; j < N; ++j) p[j] = scale * sums[j];
+  int64_t c = 0;
+  for (; c + kVectorSize <= size; c += kVectorSize) {
+    Vector keys[kTogether];
+#pragma GCC unroll 4
+    for (int64_t r = 0; r < kTogether; ++r) keys[r] = Load(key[r] + c);
+#pragma GCC unroll 4
+    for (int64_t h = 0; h < kTogether; ++h) {
+      const Vector value = Load(query[h] + c);
+#pragma GCC unroll 4
+      for (int64_t r = 0; r < kTogether; ++r) sums[h][r] += value * keys[r];
+    }
+  }
+  Vector partial[kTogether];
+#pragma GCC unroll 4
+  for (int64_t h = 0; h < kTogether; ++h)
+    partial[h] = AddNeighbours(AddNeighbours(sums[h][0], sums[h][1]), AddNeighbours(sums[h][2], sums[h][3]));
+  float dots[kTogether * kTogether];
+  if constexpr (kVectorSize == 16) {
+    Store(dots, AddNeighbours(AddNeighbours(partial[0], partial[1]), AddNeighbours(partial[2], partial[3])));
+  } else {
+    Store(dots, AddNeighbours(partial[0], partial[1]));
+    Store(dots + kVectorSize, AddNeighbours(partial[2], partial[3]));
+  }
+  for (int64_t h = 0; h < kTogether && first + h < heads; ++h)
+    for (int64_t r = 0; r < kTogether && i + r < n; ++r) {
+      float dot = dots[h * kTogether + r];
+      for (int64_t rest = c; rest < size; ++rest) dot += query[h][rest] * key[r][rest];
+      p[(first + h) * n + i + r] = scale * dot;
+    }
 }
 
-// sum[v] += p[0] * row[0][v] + ... in this order.
-inline void AddRows(const float* p, const float* const* row, int64_t number, int64_t values, float* sum) {
-  int64_t i = 0;
-  for (; i + kTogether <= number; i += kTogether) {
-    const float p0 = p[i], p1 = p[i + 1], p2 = p[i + 2], p3 = p[i + 3];
-    const float *r0 = row[i], *r1 = row[i + 1], *r2 = row[i + 2], *r3 = row[i + 3];
-#pragma omp simd
-    for (int64_t v = 0; v < values; ++v)
-      sum[v] = sum[v] + p0 * r0[v] + p1 * r1[v] + p2 * r2[v] + p3 * r3[v];
+// out[h, v] = sum over rows i, in order, of p[h * n + i] * row[i][v], for the tile's heads and V vectors of values.
+template <int64_t V>
+void AddRows(const float* p, int64_t first, int64_t heads, const float* const* row, int64_t n, int64_t v, int64_t values,
+             float* out) {
+  Vector sums[kTogether][V] = {};
+  const float* weight[kTogether];
+  for (int64_t j = 0; j < kTogether; ++j) weight[j] = p + HeadOf(first, j, heads) * n;
+  for (int64_t i = 0; i < n; ++i) {
+    Vector value[V];
+#pragma GCC unroll 4
+    for (int64_t j = 0; j < V; ++j) value[j] = Load(row[i] + v + j * kVectorSize);
+#pragma GCC unroll 4
+    for (int64_t h = 0; h < kTogether; ++h) {
+      const float share = weight[h][i];
+#pragma GCC unroll 4
+      for (int64_t j = 0; j < V; ++j) sums[h][j] += share * value[j];
+    }
   }
-  for (; i < number; ++i) {
-    const float pi = p[i];
-    const float* r = row[i];
-#pragma omp simd
-    for (int64_t v = 0; v < values; ++v) sum[v] += pi * r[v];
+#pragma GCC unroll 4
+  for (int64_t h = 0; h < kTogether; ++h) {
+    if (first + h >= heads) break;
+#pragma GCC unroll 4
+    for (int64_t j = 0; j < V; ++j) Store(out + (first + h) * values + v + j * kVectorSize, sums[h][j]);
   }
+}
+
+// The same for all values of the tile's heads.
+void AddAllRows(const float* p, int64_t first, int64_t heads, const float* const* row, int64_t n, int64_t values,
+                float* out) {
+  int64_t v = 0;
+  for (; v + 4 * kVectorSize <= values; v += 4 * kVectorSize)
+    AddRows<4>(p, first, heads, row, n, v, values, out);
+  for (; v + kVectorSize <= values; v += kVectorSize) AddRows<1>(p, first, heads, row, n, v, values, out);
+  for (int64_t h = first; h < std::min(first + kTogether, heads); ++h)
+    for (int64_t rest = v; rest < values; ++rest) {
+      float sum = 0;
+      for (int64_t i = 0; i < n; ++i) sum += p[h * n + i] * row[i][rest];
+      out[h * values + rest] = sum;
+    }
 }
 
 ffi::Error SparseMlaImpl(ffi::ThreadPool pool, F32 q, F32 cached, S32 layer, F32 own, S32 chosen,
@@ -65,15 +115,10 @@ ffi::Error SparseMlaImpl(ffi::ThreadPool pool, F32 q, F32 cached, S32 layer, F32
     const int64_t n = rows.size();
     std::vector<float> p(heads * n);
     const float* queries = q.typed_data() + item * heads * size;
-    int64_t first = 0;
-    for (; first + kTogether <= n; first += kTogether)
-      for (int64_t h = 0; h < heads; ++h)
-        Dots<kTogether>(queries + h * size, &rows[first], size, scale, &p[h * n + first]);
-    for (; first < n; ++first)
-      for (int64_t h = 0; h < heads; ++h)
-        Dots<1>(queries + h * size, &rows[first], size, scale, &p[h * n + first]);
+    for (int64_t i = 0; i < n; i += kTogether)
+      for (int64_t first = 0; first < heads; first += kTogether)
+        Dots(queries, first, heads, rows.data(), i, n, size, scale, p.data());
     float* result = out->typed_data() + item * heads * values;
-    std::memset(result, 0, heads * values * sizeof(float));
     for (int64_t h = 0; h < heads; ++h) {
       float* weight = p.data() + h * n;
       float peak = std::numeric_limits<float>::lowest(), total = 0;  // finite, so that -inf scores weigh 0
@@ -86,10 +131,8 @@ ffi::Error SparseMlaImpl(ffi::ThreadPool pool, F32 q, F32 cached, S32 layer, F32
       for (int64_t i = 0; i < n; ++i) weight[i] *= inverse;
       lse->typed_data()[item * heads + h] = total > 0 ? peak + std::log(total) : -std::numeric_limits<float>::infinity();
     }
-    constexpr int64_t kBlock = 32;  // rows that stay in the L1 cache while every head adds them
-    for (int64_t start = 0; start < n; start += kBlock)
-      for (int64_t h = 0; h < heads; ++h)
-        AddRows(&p[h * n + start], &rows[start], std::min(kBlock, n - start), values, result + h * values);
+    for (int64_t first = 0; first < heads; first += kTogether)
+      AddAllRows(p.data(), first, heads, rows.data(), n, values, result);
   });
   return ffi::Error::Success();
 }

@@ -203,7 +203,8 @@ def test_identity_tables_equal_no_tables(rng):
 
 def test_an_unknown_path_is_refused_with_the_known_ones():
     with pytest.raises(
-        ValueError, match=r"path must be one of \('dense', 'local', 'all_to_all'\); got 'x'"
+        ValueError,
+        match=r"path must be one of \('dense', 'local', 'all_to_all', 'exchange'\); got 'x'",
     ):
         MoeOptions(path="x")
 
