@@ -88,7 +88,7 @@ def serve(
       warm_up: Compile everything before requests are taken.
     """
     try:
-        from jaxmoe.serve import server
+        from jaxmoe.serve import dashboard, server
         from jaxmoe.serve.api import ApiOptions
     except ImportError as error:
         raise ValueError(
@@ -115,6 +115,8 @@ def serve(
     console = rich.console.Console(soft_wrap=True, highlight=False)
 
     def announce(url: str) -> None:
-        console.print(f"serving {rich.markup.escape(name)} at {url}/v1; ready once /readyz says so")
+        console.print(
+            f"serving {rich.markup.escape(name)} at {url}/v1, ready once {url}/readyz says so; dashboard at {url}"
+        )
 
-    server.run(engine, api, where, on_listening=announce)
+    server.run(engine, api, where, extra_routes=dashboard.routes(engine), on_listening=announce)

@@ -12,6 +12,7 @@ from typing import Any
 from jaxmoe.engine import SamplingParams
 from jaxmoe.serve import chat
 from jaxmoe.serve._body import ApiError, bad, boolean, integer, items, mapping, number, unsupported
+from jaxmoe.serve._schema import response_schema
 from jaxmoe.tokenizer import ByteTokenizer, FileTokenizer
 
 MAX_CHOICES = 128  # of one HTTP request: prompts times n
@@ -177,27 +178,9 @@ def _logit_bias(body: Mapping[str, Any], info: ModelInfo) -> tuple[tuple[int, fl
     return tuple(pairs)
 
 
-def _schema(body: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The schema that the response must satisfy."""
-    form = mapping(body, "response_format")
-    if form is None or form.get("type") == "text":
-        return None
-    if form.get("type") == "json_object":
-        return {"type": "object"}
-    if form.get("type") != "json_schema":
-        rule = "must be text, json_object or json_schema"
-        raise bad("response_format.type", rule, form.get("type"), "Correct it")
-    inner = form.get("json_schema")
-    schema = inner.get("schema") if isinstance(inner, Mapping) else None
-    if not isinstance(schema, Mapping):
-        rule = "must be an object"
-        raise bad("response_format.json_schema.schema", rule, schema, "Give a JSON schema")
-    return schema
-
-
 def _sampling(body: Mapping[str, Any], info: ModelInfo, logprobs: int | None) -> SamplingParams:
     """All but the number of tokens, which depends on the prompt."""
-    schema = _schema(body)
+    schema = response_schema(body)
     stop_ids = items(body, "stop_token_ids", 64)
     values: dict[str, Any] = {
         "temperature": number(body, "temperature", 0, 100, 1.0),
@@ -419,7 +402,7 @@ def parse_chat(body: Mapping[str, Any], info: ModelInfo) -> Job:
     # What ends a turn for a tokenizer that has no token for it.
     sampling = dataclasses.replace(sampling, stop=(*sampling.stop, _END))
     messages, tools, thinking = _messages(body), _tools(body), _thinking(body)
-    schema = _schema(body)
+    schema = response_schema(body)
     if schema is not None and (tools or thinking):
         other = "tools" if tools else "chat_template_kwargs.thinking"
         rule = "forces all of the output into JSON and so excludes calls and reasoning"

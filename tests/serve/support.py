@@ -1,6 +1,7 @@
 """A real server on a free loopback port, over a small engine; and an engine whose output is scripted."""
 
 import contextlib
+import socket
 import threading
 import time
 
@@ -26,9 +27,11 @@ def make_engine(**options):
 
 
 @contextlib.contextmanager
-def serving(engine, **options):
+def serving(engine, *, send_buffer=None, **options):
     """The address of a server over ``engine``, which stays open."""
     sock = listen("127.0.0.1", 0)
+    if send_buffer is not None:  # Accepted connections inherit it.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
     lifecycle = Lifecycle()
     app = build_app(engine, ApiOptions(MODEL, **options), lifecycle=lifecycle)
     server = Server(app, engine, lifecycle, drain_s=10, warm_up=False)

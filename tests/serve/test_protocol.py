@@ -329,3 +329,47 @@ def test_a_body_may_be_as_deep_as_the_limit_and_have_escapes():
     depth = MAX_DEPTH - 1
     body = b'{"a": ' + b"[" * depth + b"]" * depth + b', "b": "\\ud83d\\ude00"}'
     assert parse_object(body)["b"] == "😀"
+
+
+# -- schemas that native code must not see -----------------------------------------------------------
+
+
+def chain(references, depth):
+    """References one after another, each inside so many arrays."""
+
+    def wrapped(schema):
+        for _ in range(depth):
+            schema = {"type": "array", "items": schema}
+        return schema
+
+    parts = {f"a{i}": wrapped({"$ref": f"#/$defs/a{i + 1}"}) for i in range(references)}
+    return {"$defs": parts | {f"a{references}": {"type": "integer"}}, "$ref": "#/$defs/a0"}
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"const": -(2**63)},
+        {"enum": [1, {"a": [2**53 + 1]}]},
+        {"maximum": 1e300},
+        chain(100, 10),
+        chain(1000, 1),
+        {"enum": ["x" * 100_000]},
+    ],
+)
+def test_a_schema_beyond_the_limits_never_reaches_the_grammar_library(schema):
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    param = "response_format.json_schema.schema"
+    check_error(chat_job, {"response_format": form}, param, 400)
+
+
+@pytest.mark.parametrize("schema", [chain(20, 20), chain(0, 55), chain(200, 1)])
+def test_schemas_within_the_limits_compile(schema):
+    pytest.importorskip("llguidance")
+    from jaxmoe import presets
+    from jaxmoe.engine import grammar
+
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    body = {"model": "m", "prompt": "hi", "response_format": form}
+    found = parse_completion(body, INFO).choices[0].sampling.json_schema
+    assert grammar.start(found, INFO.tokenizer, presets["tiny"], frozenset([257])) is not None
