@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import rich.console
 import tyro
 
+from jaxmoe.cli.bench import bench
 from jaxmoe.cli.convert import convert
 from jaxmoe.cli.demo import demo
 from jaxmoe.cli.generate import generate
@@ -22,6 +23,7 @@ COMMANDS = {
     "serve": serve,
     "convert": convert,
     "info": info,
+    "bench": bench,
 }
 
 # What a user can cause and mend; anything else is our bug and keeps its traceback.
@@ -39,7 +41,11 @@ def _message(error: Exception) -> str:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Runs the command line; exits 0, 1 for a user's mistake, 2 for a wrong option, 130 when interrupted."""
+    args = list(sys.argv[1:] if args is None else args)
     try:
+        if args[:1] == ["bench"] and args[1:2] not in ([], ["-h"], ["--help"]):
+            bench(args[1], tuple(args[2:]))  # its options are its own
+            return
         tyro.extras.subcommand_cli_from_dict(
             COMMANDS,
             prog="jaxmoe",
