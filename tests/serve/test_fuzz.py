@@ -14,6 +14,8 @@ from serve.support import MODEL, is_idle, make_engine, serving, wait_until  # no
 
 from jaxmoe.serve.api import ApiOptions, build_app  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 OVER_SOCKETS, AT_ONCE = 200, 32
 PATHS = ("/v1/chat/completions", "/v1/completions")
 JSON = {"content-type": "application/json"}

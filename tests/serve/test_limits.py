@@ -28,6 +28,8 @@ import jaxmoe  # noqa: E402
 from jaxmoe.serve.api import ApiOptions, Lifecycle  # noqa: E402
 from jaxmoe.serve.server import is_loopback, listen  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 BODY = {"model": MODEL, "prompt": "Hello", "max_tokens": 2, "temperature": 0}
 LONG = BODY | {"max_tokens": 3900, "ignore_eos": True, "stream": True}
 
@@ -205,13 +207,20 @@ def test_addresses_that_cannot_be_listened_on_are_one_line():
 
 
 @contextlib.contextmanager
-def process(*args):
-    """A real ``jaxmoe serve``; yields it and its address."""
+def process(*args, warm_up=False):
+    """A real ``jaxmoe serve``; yields it and its address, once it is ready or has begun to warm up."""
     command = [sys.executable, "-u", "-c", "from jaxmoe.cli import main; main()", "serve", "tiny"]
     clean = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     root = os.path.dirname(os.path.dirname(jaxmoe.__file__))
     child = subprocess.Popen(
-        [*command, "--random-weights", "--port", "0", "--no-warm-up", *args],
+        [
+            *command,
+            "--random-weights",
+            "--port",
+            "0",
+            f"--{'' if warm_up else 'no-'}warm-up",
+            *args,
+        ],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
@@ -220,7 +229,8 @@ def process(*args):
     try:
         line = child.stdout.readline()
         url = re.search(r"http://[^/]*", line).group()
-        wait_until(lambda: httpx2.get(f"{url}/readyz").status_code == 200)
+        status = 503 if warm_up else 200
+        wait_until(lambda: httpx2.get(f"{url}/readyz").status_code == status)
         yield child, url
     finally:
         child.kill()
@@ -270,3 +280,11 @@ def test_a_second_signal_does_not_wait():
             time.sleep(0.2)
             child.send_signal(signal.SIGTERM)
             assert child.wait(60) == 0
+
+
+@pytest.mark.slow
+def test_a_signal_does_not_wait_for_the_warm_up():
+    with process(warm_up=True) as (child, url):
+        assert error_of(httpx2.post(f"{url}/v1/completions", json=BODY), 503)
+        child.send_signal(signal.SIGTERM)
+        assert child.wait(LIMIT_S) == 0

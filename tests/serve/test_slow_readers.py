@@ -15,6 +15,8 @@ from serve.support import LIMIT_S, MODEL, is_idle, make_engine, serving, wait_un
 from jaxmoe.engine import Chunk, TokenLogprobs  # noqa: E402
 from jaxmoe.serve._delivery import MERGE_AFTER, Outbox  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 TOKENS = 80
 BUFFER = 4096  # bytes that the system keeps for a connection, on either side
 # Events of about 2 KB each: with uvicorn's own 64 KB, a reader's buffers are full before its output ends.
