@@ -106,7 +106,8 @@ class Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Starts draining once a signal has asked for it: a signal's handler itself may do little."""
-        if self._lifecycle.phase == "draining" and self._draining is None:
+        asked = self._lifecycle.phase == "draining" and not self.should_exit
+        if asked and self._draining is None:
             self._draining = asyncio.create_task(self._drain())
         return await super().on_tick(counter)
 
