@@ -132,7 +132,10 @@ def test_a_pool_without_room_is_refused(pages, size):
         PagePool(pages, size)
 
 
-_TOKENS = st.lists(st.integers(0, 1), min_size=1, max_size=9)
+# Beginnings of one text, most of them: requests that compute the same at once are the hard case.
+_TOKENS = st.tuples(st.integers(1, 9), st.sampled_from([9, 9, 9, 4, 2])).map(
+    lambda x: [i if i < x[1] else -1 for i in range(x[0])]
+)
 
 
 class PoolMachine(RuleBasedStateMachine):
@@ -250,5 +253,5 @@ class PoolMachine(RuleBasedStateMachine):
         assert held.union(free, idle) == set(range(self.pool.pages))
 
 
-PoolMachine.TestCase.settings = settings(max_examples=80, stateful_step_count=40)
+PoolMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40)
 TestPool = PoolMachine.TestCase

@@ -144,9 +144,8 @@ def test_higher_priority_keeps_its_pages_although_it_came_last():
     assert urgent.preemptions == 0 and early.preemptions == 1
 
 
-def test_work_planned_for_a_request_that_then_gives_way_is_dropped():
+def test_a_plan_has_no_work_for_a_request_that_gave_way_in_it():
     scheduler = _scheduler(pages=5, size=2)
-    # Both decode; the first to come grows last in its page and so takes the pages of the one after it.
     requests = [_request(3, new=5), _request(2, new=5), _request(2, new=5, priority=-1)]
     _submit(scheduler, *requests)
     for _ in range(20):

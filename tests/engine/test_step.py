@@ -14,7 +14,7 @@ from parity.clear import clear_case, sharp_params
 
 import jaxmoe
 from jaxmoe.cache import init_cache
-from jaxmoe.engine.step import Batch, StepResult, make_program
+from jaxmoe.engine.step import Batch, StepResult, make_program, pack
 from pallas_kernels import native
 
 TOLERANCE = 1e-5  # as in test_decode.py
@@ -282,3 +282,11 @@ def test_expert_loads_are_in_layer_order_and_the_same_in_any_company():
     np.testing.assert_array_equal(together, parts[0] + parts[1])
     assert together.shape == (3, feeder.config.n_routed_experts)
     assert len(np.unique(together, axis=0)) == 3, "layers that load experts alike prove nothing"
+
+
+def test_a_batch_does_not_change_with_the_tables_that_it_was_made_from():
+    """A step may still be running when the pages of the next one are noted."""
+    tables = np.full((2, WIDTH), 5, np.int32)
+    batch = pack([], 4, 2, tables)
+    tables[:] = -1
+    assert (batch.tables == 5).all()
