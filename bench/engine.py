@@ -9,6 +9,9 @@ asked for count. Each engine sees a prompt once, so that no throughput comes fro
 """
 
 import asyncio
+import os
+import pathlib
+import resource
 import statistics
 import time
 from collections.abc import Sequence
@@ -20,6 +23,7 @@ from bench import _harness, _load
 from jaxmoe.engine import Engine, EngineOptions, SamplingParams
 
 _LOOK_S = 0.25  # between looks at the engine's smoothed times
+_BUSY_PERCENT = 10
 
 
 def _closed_loop(
@@ -107,6 +111,27 @@ def _repeated_prompts(
     return rows, {"ttft of a repeated prompt, without reuse over with": ratio}
 
 
+def _cpu_seconds() -> tuple[float, float]:
+    """CPU seconds of this process, and those of the whole machine (NaN where /proc does not say)."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    try:
+        fields = pathlib.Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
+    except OSError:
+        return used.ru_utime + used.ru_stime, float("nan")
+    user, nice, system, _, _, interrupts, soft = map(int, fields[:7])
+    ticks = user + nice + system + interrupts + soft
+    return used.ru_utime + used.ru_stime, ticks / os.sysconf("SC_CLK_TCK")
+
+
+def _others_row(before: tuple[float, float], seconds: float) -> dict[str, Any]:
+    """How much of the machine's cores other processes used meanwhile: with much, the figures mean little."""
+    own, whole = (after - b for after, b in zip(_cpu_seconds(), before, strict=True))
+    share = max(0.0, whole - own) / (seconds * (os.cpu_count() or 1)) * 100
+    if share > _BUSY_PERCENT:
+        print(f"Other processes used {share:.0f}% of the cores; run it again on an idle machine.")
+    return {"name": "cores used by other processes", "value": share, "unit": "%"}
+
+
 def _options() -> Any:
     options = _harness.parser(__doc__.splitlines()[0])
     _harness.add_peers(options)
@@ -174,8 +199,10 @@ def main() -> None:
         _closed_loop(engine, few, args.concurrency, [])
     for model in peers.values():
         _static_batches(model, few, args.concurrency)
+    began, used = time.perf_counter(), _cpu_seconds()
     rows, ratios = _throughput(engines, peers, args)
     more_rows, more_ratios = _repeated_prompts(engines["many"], engines["plain"], args)
+    more_rows.append(_others_row(used, time.perf_counter() - began))
     for engine in engines.values():
         engine.close()
     _harness.finish("engine", rows + more_rows, ratios | more_ratios, args.json)
