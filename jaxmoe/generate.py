@@ -103,9 +103,8 @@ def _fill(params, config, tokens, cache, last, lengths, *, moe):
     return cache, jnp.where(((at >= 0) & (at < size))[:, None], here, last)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "nucleus"))
-def _first(params, config, last, sampling, stop, *, nucleus):
-    del config
+@functools.partial(jax.jit, static_argnames="nucleus")
+def _first(params, last, sampling, stop, *, nucleus):
     token = sample(unembed_step(params, last), sampling, jnp.zeros((), jnp.int32), nucleus=nucleus)
     return token, (token[:, None] == stop[None]).any(-1)
 
@@ -122,7 +121,7 @@ def _prefill(params, config, tokens, lengths, sampling, stop, *, capacity, moe, 
         short = bucket(piece.shape[1]) - piece.shape[1]
         piece = jnp.pad(piece, ((0, 0), (0, short)))
         cache, last = _fill(params, config, piece, cache, last, lengths, moe=moe)
-    token, done = _first(params, config, last, sampling, stop, nucleus=nucleus)
+    token, done = _first(params, last, sampling, stop, nucleus=nucleus)
     return _State(cache, token, jnp.ones((), jnp.int32), done)
 
 

@@ -353,11 +353,9 @@ class Engine:
         began, count = time.perf_counter(), 0
         with self._stepping, self._lock:
             for size in self._sizes:
-                batches = [self._pack(rank, [], size) for rank in range(self.ranks)]
-                result = self._compute(batches)
-                self._entries = self._program.commit(
-                    self._entries, result.entries, self._joined(batches)
-                )
+                batch = self._pack([[]] * self.ranks, size)
+                result = self._compute(batch)
+                self._entries = self._program.commit(self._entries, result.entries, batch)
                 count += 2 + sampling.warm_up(result.logits)
             jax.block_until_ready(self._entries)
         return {
@@ -396,14 +394,14 @@ class Engine:
             if total == 0:
                 return
             size = next(s for s in self._sizes if s >= total)
-            batches = [self._pack(rank, work, size) for rank, work in enumerate(works)]
+            batch = self._pack(works, size)
         computing = time.perf_counter()
-        result = self._compute(batches)
+        result = self._compute(batch)
         rows = result.logits.shape[0] // self.ranks
         asking = [[work.request for work in rank if work.samples] for rank in works]
         sampled = sampling.next_tokens(result.logits, asking)
         load = sum(np.split(np.asarray(result.load, np.int64), self.ranks))
-        entries = self._program.commit(self._entries, result.entries, self._joined(batches))
+        entries = self._program.commit(self._entries, result.entries, batch)
         computed = time.perf_counter()
         with self._wake:
             self._entries = entries
@@ -425,23 +423,21 @@ class Engine:
             elif request.deadline is not None and now > request.deadline:
                 self._finish(request, "deadline")
 
-    def _pack(self, rank: int, works: list[Work], size: int) -> Batch:
-        tables = self._tables[rank]
-        for work in works:
-            pages = work.request.pages
-            tables[work.request.slot] = -1
-            tables[work.request.slot, : len(pages)] = pages
-        rows = min(size, self.options.max_running)
-        return pack(works, size, rows, tables)
-
-    def _joined(self, batches: list[Batch]) -> Batch:
+    def _pack(self, works: list[list[Work]], size: int) -> Batch:
         """The ranks' batches one after another. Slots, spans, pages and rows stay each rank's own."""
+        rows, batches = min(size, self.options.max_running), []
+        for tables, mine in zip(self._tables, works, strict=True):
+            for work in mine:
+                pages = work.request.pages
+                tables[work.request.slot] = -1
+                tables[work.request.slot, : len(pages)] = pages
+            batches.append(pack(mine, size, rows, tables))
         if len(batches) == 1:
             return batches[0]
-        return Batch(*(np.concatenate(arrays) for arrays in zip(*batches, strict=True)))
+        return Batch(*map(np.concatenate, zip(*batches, strict=True)))
 
-    def _compute(self, batches: list[Batch]) -> StepResult:
-        return self._program.compute(self._params, self._entries, self._joined(batches), None)
+    def _compute(self, batch: Batch) -> StepResult:
+        return self._program.compute(self._params, self._entries, batch, None)
 
     def _take(self, works: list[Work], sampled: sampling.Sampled | None, first: int) -> None:
         """Notes a rank's computed tokens and hands out its sampled ones."""
@@ -495,8 +491,6 @@ class Engine:
     def _finish(self, request: Request, reason: str, last: Chunk = Chunk()) -> None:
         """Ends a request with a last chunk and forgets it."""
         progress = request.progress
-        if progress.first_token is None and reason in ("stop", "length"):
-            progress.first_token = time.monotonic()
         text = last.text + progress.text.end()
         progress.emit(dataclasses.replace(last, text=text, finish_reason=reason))
         self._scheduler.finish(request)

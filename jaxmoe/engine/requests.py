@@ -114,13 +114,17 @@ class SamplingParams:
                 raise TypeError(f"{name} must be {rule}; got {getattr(self, name)!r}.")
 
     @property
+    def penalised(self) -> bool:
+        """Whether tokens seen before change the logits."""
+        penalties = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
+        return penalties != (1, 0, 0)
+
+    @property
     def greedy(self) -> bool:
         """Whether the most probable token is all that is needed: no draw, no change of logits, no report."""
         return (
             self.temperature == 0
-            and self.repetition_penalty == 1
-            and self.presence_penalty == 0
-            and self.frequency_penalty == 0
+            and not self.penalised
             and not self.logit_bias
             and self.logprobs is None
             and self.json_schema is None

@@ -73,10 +73,7 @@ def kind_of(requests: Sequence[Request]) -> Kind:
     return Kind(
         draws=bool(drawing),
         cuts=any(p.top_p < 1 or p.top_k > 0 or p.min_p > 0 for p in drawing),
-        penalties=any(
-            (p.repetition_penalty, p.presence_penalty, p.frequency_penalty) != (1, 0, 0)
-            for p in params
-        ),
+        penalties=any(p.penalised for p in params),
         bias=any(p.logit_bias or p.json_schema is not None for p in params),
         logprobs=any(p.logprobs is not None for p in params),
     )
@@ -185,8 +182,7 @@ def histories(requests: Sequence[Request], rows: int, vocab: int) -> tuple[np.nd
     """(seen [R, V] bool, counts [R, V] int32) of requests with penalties; the other rows stay empty."""
     seen, counts = np.zeros((rows, vocab), bool), np.zeros((rows, vocab), np.int32)
     for row, request in enumerate(requests):
-        p = request.sampling
-        if (p.repetition_penalty, p.presence_penalty, p.frequency_penalty) == (1, 0, 0):
+        if not request.sampling.penalised:
             continue
         np.add.at(counts[row], request.output, 1)
         seen[row] = counts[row] > 0
