@@ -45,11 +45,18 @@ def entry_layers(config: ModelConfig) -> dict[str, int]:
     }
 
 
-def init_cache(config: ModelConfig, batch: int, capacity: int, dtype: Any = jnp.float32) -> Cache:
-    """An empty cache for ``batch`` sequences of up to ``capacity`` tokens."""
+def init_cache(
+    config: ModelConfig,
+    batch: int,
+    capacity: int,
+    dtype: Any = jnp.float32,
+    *,
+    mtp: bool = False,
+) -> Cache:
+    """An empty cache for ``batch`` sequences of up to ``capacity`` tokens: the model's, or an MTP module's one layer."""
     layers = entry_layers(config)
     entries = {
-        name: jnp.zeros((layers[name], batch, capacity, size), dtype)
+        name: jnp.zeros((1 if mtp else layers[name], batch, capacity, size), dtype)
         for name, size in entry_sizes(config).items()
     }
     return Cache(entries, jnp.zeros(batch, jnp.int32))

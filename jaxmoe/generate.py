@@ -16,9 +16,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxmoe.cache import Cache, commit, init_cache
 from jaxmoe.config import ModelConfig
-from jaxmoe.model import check_tokens, run_step, step, unembed_step
+from jaxmoe.model import check_tokens
 from jaxmoe.moe import MoeOptions
 from jaxmoe.params import Params
+from jaxmoe.steps import run_step, step, unembed_step
 
 DECODE_CHUNK = (
     64  # tokens per call of the decode loop, and with a callback the most between two calls of it

@@ -1,4 +1,4 @@
-"""The model: layers scanned in segments, as a whole-sequence pass and as a cached step."""
+"""The model over whole sequences: layers scanned in segments. ``jaxmoe.steps`` has the cached step."""
 
 import functools
 from collections.abc import Callable
@@ -8,13 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from jaxmoe.cache import Cache
 from jaxmoe.config import LayerKind, ModelConfig
-from jaxmoe.layers import core_attention, step_attention
-from jaxmoe.layers.attention import Entries, gqa_sequence, gqa_step, mla_sequence, mla_step
-from jaxmoe.layers.linear import Stacked, dense, linear, matmul, whole
+from jaxmoe.layers import core_attention
+from jaxmoe.layers.attention import Entries, gqa_sequence, mla_sequence
+from jaxmoe.layers.linear import Stacked, dense, linear, matmul
 from jaxmoe.layers.mlp import mlp
 from jaxmoe.layers.norm import rms_norm
 from jaxmoe.layers.rope import Rotation, rotation
@@ -75,7 +74,7 @@ class PassOptions(NamedTuple):
 # -- one layer -------------------------------------------------------------------------------------
 
 
-def _feed_forward(
+def feed_forward(
     p: dict,
     config: ModelConfig,
     x: jax.Array,
@@ -154,14 +153,14 @@ def sequence_layer(
     x = x + h
     h = rms_norm(x, p["mlp_norm"], config.rms_norm_eps)
     with jax.named_scope("mlp"):
-        h, stats = _feed_forward(p, config, h, tables, options.moe)
+        h, stats = feed_forward(p, config, h, tables, options.moe)
     return x + h, entries, stats._replace(index_loss=core.index_loss), core.selection
 
 
 # -- whole sequences -------------------------------------------------------------------------------
 
 
-def _interleave(members: list[Entries]) -> Entries:
+def interleave(members: list[Entries]) -> Entries:
     """Entries of a segment's members, each [R, ...], in layer order [R * members, ...]."""
     names = {name for member in members for name in member}
     joined = {}
@@ -172,7 +171,8 @@ def _interleave(members: list[Entries]) -> Entries:
     return joined
 
 
-def _concatenate(parts: list[Entries]) -> Entries:
+def concatenate(parts: list[Entries]) -> Entries:
+    """Entries of consecutive segments, one after another."""
     return {
         name: jnp.concatenate([p[name] for p in parts if name in p])
         for name in sorted(set().union(*parts))
@@ -229,10 +229,10 @@ def run(
             return (x, selection), (entries, stats)
 
         (x, selection), (entries, stats) = lax.scan(body, (x, selection), stacked)
-        all_entries.append(_interleave(entries))
+        all_entries.append(interleave(entries))
         all_stats.append(stats)
     hidden = rms_norm(x, params["norm"], config.rms_norm_eps)
-    return Output(hidden, _concatenate(all_entries), all_stats)
+    return Output(hidden, concatenate(all_entries), all_stats)
 
 
 def unembed(params: Params, hidden: Float[Array, "*S D"]) -> Float[Array, "*S V"]:
@@ -356,160 +356,3 @@ def forward(
             f"positions must have tokens' shape {tokens.shape}; got {positions.shape}."
         )
     return _forward(params, config, tokens, positions, tables, options)
-
-
-# -- one step over a cache -------------------------------------------------------------------------
-
-
-class _StepState(NamedTuple):
-    """Loop-invariant inputs of a step's layers."""
-
-    entries: Entries
-    rotation: Rotation
-    sight: step_attention.Sight
-    tables: ExpertTables | None
-    moe: MoeOptions
-    valid: jax.Array | None
-
-
-def _step_layer(p, config, x, state, layer, index_layer, selection):
-    """One decoder layer of a step; returns x, entries, stats, selection."""
-    h = rms_norm(x, p["attention_norm"], config.rms_norm_eps)
-    operands = (p, config, h, state.rotation, state.entries, state.sight, layer)
-    with jax.named_scope("attention"):
-        if config.is_mla:
-            h, entries, selection = mla_step(*operands, index_layer, selection)
-        else:
-            h, entries = gqa_step(*operands, selection)
-    x = x + h
-    h = rms_norm(x, p["mlp_norm"], config.rms_norm_eps)
-    with jax.named_scope("mlp"):
-        h, stats = _feed_forward(p, config, h, state.tables, state.moe, state.valid)
-    return x + h, entries, stats, selection
-
-
-def _layer_of(member: dict, repeat: jax.Array) -> dict:
-    """One layer of a segment's stacked parameters, by reference."""
-    return jax.tree.map(lambda leaf: Stacked(leaf, repeat), member)
-
-
-def _run_step_segment(segment, members, config, x, state, first_layer, first_index, selection):
-    """Scans one segment; returns x, entries, stats, selection."""
-    full = [kind.indexer == "full" for kind in segment.kinds]
-    width = len(segment.kinds)
-
-    def body(carry, repeat):
-        x, selection = carry
-        entries, stats = [], []
-        for j, member in enumerate(members):
-            layer = first_layer + repeat * width + j
-            index_layer = first_index + repeat * sum(full) + sum(full[:j])
-            p = _layer_of(member, repeat)
-            x, e, s, selection = _step_layer(p, config, x, state, layer, index_layer, selection)
-            entries.append(e)
-            stats.append(s)
-        return (x, selection), (entries, stats)
-
-    repeats = jnp.arange(segment.repeats, dtype=jnp.int32)
-    (x, selection), (entries, stats) = lax.scan(body, (x, selection), repeats)
-    return x, _interleave(entries), stats, selection
-
-
-class StepOutput(NamedTuple):
-    """Result of a step.
-
-    Attributes:
-      hidden: [B, T, D], after the final norm.
-      entries: rows for ``cache.write`` or ``cache.commit``, by name [L, B, T, size].
-      stats: as in ``Output``.
-    """
-
-    hidden: jax.Array
-    entries: Entries
-    stats: list[list[LayerStats]]
-
-
-def run_step(
-    params: Params,
-    config: ModelConfig,
-    tokens: Int[Array, "B T"],
-    cache: Cache,
-    *,
-    spans: Int[Array, "B T 2"] | None = None,
-    valid: Bool[Array, "B T"] | None = None,
-    tables: ExpertTables | None = None,
-    moe: MoeOptions = MoeOptions(),
-) -> StepOutput:
-    """New tokens over the cache; everything that ``step`` and the engine need. Pure: never writes the cache.
-
-    On CPU with the C++ kernels and float32, a latent-attention model's result for a token is the same, bit for bit,
-    whichever other tokens share the step and however the tokens before it were cut into steps.
-
-    Args:
-      params: parameters.
-      config: the model.
-      tokens: the new tokens, each after what its sequence has in the cache and, with ``spans``, in this step.
-      cache: what came before.
-      spans: for tokens of several steps' worth of sequences in one flat row (B tokens of T = 1, say): the first and end
-        of the step's tokens, counted over all of [B, T], that each one sees; its own is the last of them. Default:
-        T tokens of each of B sequences.
-      valid: false for padding, which then uses no expert; default all true.
-      tables: expert placement.
-      moe: how experts are computed.
-    """
-    sight = step_attention.Sight(cache.lengths, cache.pages, spans)
-    positions = sight.positions(*tokens.shape)
-    state = _StepState(cache.entries, rotation(config, positions), sight, tables, moe, valid)
-    x = params["embed"]["weight"][tokens]
-    own, dtype = sight.own_rows(*tokens.shape), next(iter(cache.entries.values())).dtype
-    by_row = config.is_mla and step_attention.selects_rows(
-        config.index_topk, cache.capacity, own, dtype
-    )
-    selection = step_attention.nothing(
-        sight, config.index_topk, cache.capacity, tokens.shape[1], by_row=by_row
-    )
-    parts, all_stats, first_layer, first_index = [], [], 0, 0
-    for segment, members in zip(config.segments, params["segments"], strict=True):
-        x, entries, stats, selection = _run_step_segment(
-            segment, members, config, x, state, first_layer, first_index, selection
-        )
-        parts.append(entries)
-        all_stats.append(stats)
-        first_layer += segment.repeats * len(segment.kinds)
-        first_index += segment.repeats * sum(kind.indexer == "full" for kind in segment.kinds)
-    hidden = rms_norm(x, {"weight": whole(params["norm"]["weight"])}, config.rms_norm_eps)
-    return StepOutput(hidden, _concatenate(parts), all_stats)
-
-
-def step(
-    params: Params,
-    config: ModelConfig,
-    tokens: Int[Array, "B T"],
-    cache: Cache,
-    *,
-    tables: ExpertTables | None = None,
-    moe: MoeOptions = MoeOptions(),
-) -> tuple[Float[Array, "B T V"], Entries]:
-    """T new tokens per sequence over the cache. Pure: reads the cache, never writes it.
-
-    Args:
-      params: parameters.
-      config: the model.
-      tokens: the new tokens, at positions ``cache.lengths + 0..T-1``.
-      cache: what came before.
-      tables: expert placement.
-      moe: how experts are computed.
-
-    Returns:
-      (float32 logits, rows for ``cache.commit``).
-    """
-    output = run_step(params, config, tokens, cache, tables=tables, moe=moe)
-    return unembed_step(params, output.hidden), output.entries
-
-
-def unembed_step(params: Params, hidden: Float[Array, "*S D"]) -> Float[Array, "*S V"]:
-    """``unembed`` as steps do it: a row's logits do not depend on how many rows there are."""
-    if "lm_head" not in params:
-        return unembed(params, hidden)
-    weight = params["lm_head"]["weight"].astype(jnp.float32)
-    return linear(hidden.astype(jnp.float32), {"weight": whole(weight)})

@@ -82,7 +82,7 @@ class Engine:
 
     One background thread runs the steps; every method may be called from any thread. A request's tokens do not depend on
     what else runs: draws depend on its own seed, and on CPU the arithmetic of a token is the same bit for bit whoever
-    shares its step (``model.run_step``), so that greedy output equals ``jaxmoe.generate``'s.
+    shares its step (``steps.run_step``), so that greedy output equals ``jaxmoe.generate``'s.
 
     Args:
       params: parameters.

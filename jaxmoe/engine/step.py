@@ -14,10 +14,11 @@ from jaxmoe.cache import Cache, write
 from jaxmoe.config import ModelConfig
 from jaxmoe.engine.scheduler import Work
 from jaxmoe.layers.attention import Entries
-from jaxmoe.model import LayerStats, run_step, unembed_step
+from jaxmoe.model import LayerStats
 from jaxmoe.moe import ExpertTables, MoeOptions
 from jaxmoe.params import Params
 from jaxmoe.sharding import Rules, shardings
+from jaxmoe.steps import run_step, unembed_step
 
 
 class Batch(NamedTuple):
