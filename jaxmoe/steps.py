@@ -76,16 +76,19 @@ def _run_step_segment(segment, members, config, x, state, first_layer, first_ind
     return x, interleave(entries), stats, selection
 
 
-def _begin(config, shape, cache, spans, valid, tables, moe):
+def _begin(config, shape, cache, spans, valid, tables, moe, tiles):
     """What all layers of a step of tokens [B, T] = ``shape`` share, and the selection before the first of them."""
     sight = step_attention.Sight(cache.lengths, cache.pages, spans)
     turned = rotation(config, sight.positions(*shape))
     own, dtype = sight.own_rows(*shape), next(iter(cache.entries.values())).dtype
+    queries = shape[1]
+    if tiles is not None and tiles.shape[1] > 1 and not step_attention.in_place(dtype):
+        sight, queries = sight.tiled(tiles), tiles.shape[1]
     by_row = config.is_mla and step_attention.selects_rows(
-        config.index_topk, cache.capacity, own, dtype
+        config.index_topk, cache.capacity, own, dtype, queries
     )
     selection = step_attention.nothing(
-        sight, config.index_topk, cache.capacity, shape[1], by_row=by_row
+        sight, config.index_topk, cache.capacity, queries, by_row=by_row
     )
     return _StepState(cache.entries, turned, sight, tables, moe, valid), selection
 
@@ -111,6 +114,7 @@ def run_step(
     cache: Cache,
     *,
     spans: Int[Array, "B T 2"] | None = None,
+    tiles: Int[Array, "M Q"] | None = None,
     valid: Bool[Array, "B T"] | None = None,
     tables: ExpertTables | None = None,
     moe: MoeOptions = MoeOptions(),
@@ -128,11 +132,13 @@ def run_step(
       spans: for tokens of several steps' worth of sequences in one flat row (B tokens of T = 1, say): the first and end
         of the step's tokens, counted over all of [B, T], that each one sees; its own is the last of them. Default:
         T tokens of each of B sequences.
+      tiles: with flat tokens (T = 1), every valid one once, in rows of tokens of one sequence; -1 for none. Attention that
+        has to copy what a token sees copies it once for each row. Default: once for each token.
       valid: false for padding, which then uses no expert; default all true.
       tables: expert placement.
       moe: how experts are computed.
     """
-    state, selection = _begin(config, tokens.shape, cache, spans, valid, tables, moe)
+    state, selection = _begin(config, tokens.shape, cache, spans, valid, tables, moe, tiles)
     x = params["embed"]["weight"][tokens]
     parts, all_stats, first_layer, first_index = [], [], 0, 0
     for segment, members in zip(config.segments, params["segments"], strict=True):
@@ -156,6 +162,7 @@ def run_mtp_step(
     cache: Cache,
     *,
     spans: Int[Array, "B T 2"] | None = None,
+    tiles: Int[Array, "M Q"] | None = None,
     valid: Bool[Array, "B T"] | None = None,
     tables: ExpertTables | None = None,
     moe: MoeOptions = MoeOptions(),
@@ -169,8 +176,9 @@ def run_mtp_step(
       hidden: the tokens' hidden states, after the final norm: ``run_step``'s, or the module's own to look further.
       next_tokens: the token after each.
       cache: the module's rows of the tokens before.
-      spans: as in ``run_step``.
-      valid: as in ``run_step``.
+      spans: as in ``run_step``, like the next two.
+      tiles: which tokens are of one sequence.
+      valid: false for padding.
       tables: expert placement.
       moe: how experts are computed.
 
@@ -179,7 +187,7 @@ def run_mtp_step(
       entries: rows of one layer.
     """
     p = jax.tree.map(whole, p)
-    state, selection = _begin(config, next_tokens.shape, cache, spans, valid, tables, moe)
+    state, selection = _begin(config, next_tokens.shape, cache, spans, valid, tables, moe, tiles)
     embedded = rms_norm(
         params["embed"]["weight"][next_tokens], p["embed_norm"], config.rms_norm_eps
     )

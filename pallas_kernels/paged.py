@@ -5,9 +5,14 @@ table sequence b has page b to itself. The step's own rows are [Bo, O, size]: pe
 where the tokens of all sequences lie behind each other. They are numbered from the capacity on.
 """
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
+
+BLOCK_ROWS = 2048  # cached rows of a sequence that XLA's backends copy at a time
 
 
 def check(op: str, q_shape: tuple[int, ...], cached, own, pages) -> None:
@@ -57,8 +62,57 @@ def own_mask(spans: jax.Array | None, batch: int, tokens: int, own: int) -> jax.
 
 def layer_rows(cached: jax.Array, layer: jax.Array | int, pages: jax.Array | None) -> jax.Array:
     """[B, capacity, size]: every row that each sequence can have, of one layer. A copy."""
-    rows = jax.lax.dynamic_index_in_dim(cached, layer, 0, keepdims=False)
     if pages is None:
-        return rows
-    rows = rows.at[jnp.maximum(pages, 0)].get(mode="clip")
+        return jax.lax.dynamic_index_in_dim(cached, layer, 0, keepdims=False)
+    rows = cached.at[layer, jnp.maximum(pages, 0)].get(mode="clip")
     return rows.reshape(pages.shape[0], -1, cached.shape[3])
+
+
+def fold_rows(
+    body: Callable[[Any, jax.Array | int, list[jax.Array]], Any],
+    start: Any,
+    caches: Sequence[jax.Array],
+    layer: jax.Array | int,
+    lengths: jax.Array,
+    pages: jax.Array | None,
+) -> Any:
+    """Folds over a layer's cached rows, a block of rows of every sequence at a time, as far as the longest one reaches.
+
+    So time follows the lengths and memory the block, neither the capacity.
+
+    Args:
+      body: (carry, first row, [B, block, size] of each cache) -> carry. Rows past a sequence's length hold anything.
+      start: the first carry.
+      caches: each [L, P, S, size].
+      layer: which layer; may be traced.
+      lengths: [B] int32.
+      pages: [B, W] or None.
+    """
+    size, blocks = blocks_of(caches[0], pages)
+    if blocks == 1:
+        return body(start, 0, [layer_rows(cached, layer, pages) for cached in caches])
+    if pages is not None:
+        width = size // caches[0].shape[2]
+        pages = jnp.pad(pages, ((0, 0), (0, blocks * width - pages.shape[1])), constant_values=-1)
+
+    def rows_of(cached: jax.Array, i: jax.Array) -> jax.Array:
+        if pages is not None:
+            block = jax.lax.dynamic_slice_in_dim(pages, i * width, width, axis=1)
+            return layer_rows(cached, layer, block)
+        sequence = jnp.arange(cached.shape[1], dtype=jnp.int32)[:, None]
+        row = i * size + jnp.arange(size, dtype=jnp.int32)[None]
+        return cached.at[layer, sequence, row].get(mode="clip")
+
+    def step(i: jax.Array, carry: Any) -> Any:
+        return body(carry, i * size, [rows_of(cached, i) for cached in caches])
+
+    used = jnp.minimum((lengths.max() + size - 1) // size, blocks)
+    return jax.lax.fori_loop(0, used, step, start)
+
+
+def blocks_of(cached: jax.Array, pages: jax.Array | None) -> tuple[int, int]:
+    """(rows of a block, how many blocks) in ``fold_rows``; the last one may reach beyond the capacity."""
+    capacity = capacity_of(cached, pages)
+    page = cached.shape[2] if pages is not None else 1
+    size = min(capacity, max(1, BLOCK_ROWS // page) * page)
+    return size, -(-capacity // size)

@@ -4,6 +4,7 @@ The step never writes the cache: one softmax covers the cached rows and the step
 operands (architecture, idea 2).
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -13,10 +14,11 @@ from jaxmoe.layers.indexer import IndexInputs
 from pallas_kernels import native, paged
 from pallas_kernels.index_topk import index_topk_step, select_mask, step_scores
 from pallas_kernels.sparse_mla import sparse_mla_step
-from pallas_kernels.sparse_mla.reference import Part, attend
+from pallas_kernels.sparse_mla.reference import Part, Softmax, accumulate, finish
 
 # While the cache holds at most this many times topk rows, masking all of them is faster than gathering topk of them
-# (measured on CPU). Several queries share a masked matmul, but each gathers rows of its own.
+# (measured on CPU). Several queries share a masked matmul, but each gathers rows of its own: where copies are what
+# counts, on accelerators, as many times more rows pay as there are queries.
 GATHER_FACTOR_DECODE = 2
 GATHER_FACTOR_CHUNK = 4
 
@@ -29,11 +31,40 @@ class Sight(NamedTuple):
       pages: [B, W] int32, the sequences' pages; None: page b for sequence b.
       spans: [B, T, 2] int32, first and end of the own rows that each query sees, where the own rows of all queries lie
         behind each other; None: query t sees 0..t of its sequence.
+      tiles: [M, Q] int32, -1 for none. Then queries are taken from the step's N tokens Q of one sequence at a time, which
+        share its rows, and B and T above are M and Q.
+      places: [N] int32, the tokens' places among the M * Q queries.
     """
 
     lengths: jax.Array
     pages: jax.Array | None = None
     spans: jax.Array | None = None
+    tiles: jax.Array | None = None
+    places: jax.Array | None = None
+
+    def tiled(self, tiles: jax.Array) -> "Sight":
+        """The same for queries in tiles."""
+        token, places = jnp.maximum(tiles, 0), jnp.zeros(self.lengths.shape[0], jnp.int32)
+        order = jnp.arange(tiles.size, dtype=jnp.int32)
+        target = jnp.where(tiles >= 0, tiles, places.shape[0]).reshape(-1)
+        used = tiles >= 0
+        return Sight(
+            jnp.where(used[:, 0], self.lengths[token[:, 0]], 0),
+            self.pages[token[:, 0]],
+            jnp.where(used[..., None], self.spans[token, 0], 0),
+            tiles,
+            places.at[target].set(order, mode="drop"),
+        )
+
+    def queries(self, x: jax.Array) -> jax.Array:
+        """What belongs to the step's tokens [B, T, ...], in tiles if there are any."""
+        return x if self.tiles is None else x[:, 0].at[self.tiles].get(mode="clip")
+
+    def tokens(self, x: jax.Array) -> jax.Array:
+        """The inverse of ``queries``; what padding gets is arbitrary."""
+        if self.tiles is None:
+            return x
+        return x.reshape(-1, *x.shape[2:]).at[self.places].get(mode="clip")[:, None]
 
     def own(self, rows: jax.Array) -> jax.Array:
         """The step's rows [B, T, size] as the kernels take them: [1, B * T, size] with spans."""
@@ -41,6 +72,8 @@ class Sight(NamedTuple):
 
     def own_rows(self, batch: int, tokens: int) -> int:
         """How many own rows there are for a query to see."""
+        if self.places is not None:
+            return self.places.shape[0]
         return tokens if self.spans is None else batch * tokens
 
     def positions(self, batch: int, tokens: int) -> jax.Array:
@@ -63,17 +96,28 @@ class Selection(NamedTuple):
     own: jax.Array | None = None
 
 
-def selects_rows(topk: int | None, capacity: int, own: int, dtype: Any = jnp.float32) -> bool:
+def in_place(dtype: Any) -> bool:
+    """Whether the C++ kernels read a cache of this type where it lies."""
+    return dtype == jnp.float32 and native.available()
+
+
+def selects_rows(
+    topk: int | None, capacity: int, own: int, dtype: Any = jnp.float32, queries: int = 1
+) -> bool:
     """Whether a step over a cache of ``capacity`` rows and ``own`` rows of its own selects by row rather than by mask.
+
+    Each sequence, or tile of one, has ``queries`` queries.
 
     The C++ kernels read chosen rows where they lie, which is never more work than masking all; and a row list of the
     same rows gives the same bits, whatever the capacity.
     """
-    if dtype == jnp.float32 and native.available():
+    if in_place(dtype):
         return True
     if topk is None or capacity + own <= topk:
         return False
     factor = GATHER_FACTOR_DECODE if own == 1 else GATHER_FACTOR_CHUNK
+    if jax.default_backend() != "cpu":
+        factor = max(GATHER_FACTOR_DECODE, queries)
     return capacity + own > factor * topk
 
 
@@ -129,7 +173,8 @@ def select(
     capacity = paged.capacity_of(cached, sight.pages)
     if capacity + own.shape[1] <= topk:
         return before
-    operands = (index.q, cached, layer, own, index.weights, sight.lengths)
+    q, weights = sight.queries(index.q), sight.queries(index.weights)
+    operands = (q, cached, layer, own, weights, sight.lengths)
     if before.rows is not None:
         rows = index_topk_step(*operands, topk, pages=sight.pages, spans=sight.spans)
         return Selection(rows)
@@ -143,6 +188,34 @@ def _silence(rows: jax.Array, valid: jax.Array) -> jax.Array:
     Fused into the copy that slicing a layer out of the cache makes anyway.
     """
     return jnp.where(valid.any(-2)[..., None], rows, jnp.zeros((), rows.dtype))
+
+
+def _attend_masked(
+    q: jax.Array,
+    caches: tuple[jax.Array, ...],
+    layer: jax.Array | int,
+    own: Part,
+    sight: Sight,
+    visible: jax.Array,
+    part_of: Callable[[list[jax.Array], jax.Array], Part],
+    scale: float,
+) -> jax.Array:
+    """Attention over the cached rows that are ``visible`` [B, T, capacity] and over own ones, in one softmax.
+
+    ``part_of`` makes a part of some rows of each cache and of which of them are visible.
+    """
+    size, blocks = paged.blocks_of(caches[0], sight.pages)
+    short = blocks * size - visible.shape[-1]
+    visible = jnp.pad(visible, ((0, 0), (0, 0), (0, short)))
+
+    def body(softmax: Softmax, first: jax.Array | int, rows: list[jax.Array]) -> Softmax:
+        seen = jax.lax.dynamic_slice_in_dim(visible, first, size, axis=2)
+        part = part_of([_silence(x, seen) for x in rows], seen)
+        return accumulate(softmax, q, part, scale)
+
+    start = accumulate(None, q, own, scale)
+    softmax = paged.fold_rows(body, start, caches, layer, sight.lengths, sight.pages)
+    return finish(softmax, q.dtype)[0]
 
 
 def latent_attention(
@@ -171,14 +244,23 @@ def latent_attention(
     Returns:
       [B, T, H, V].
     """
-    own = sight.own(new)
+    own, q = sight.own(new), sight.queries(q)
     if selection.rows is not None:
         operands = (q, cached, layer, own, selection.rows)
-        return sparse_mla_step(*operands, scale=scale, value_dim=value_dim, pages=sight.pages)[0]
-    rows = _silence(paged.layer_rows(cached, layer, sight.pages), selection.cached)
+        out, _ = sparse_mla_step(*operands, scale=scale, value_dim=value_dim, pages=sight.pages)
+        return sight.tokens(out)
     own = jnp.broadcast_to(own, (q.shape[0], *own.shape[1:]))
-    parts = [Part(rows, rows, selection.cached), Part(own, own, selection.own)]
-    return attend(q, parts, scale)[0][..., :value_dim]
+    out = _attend_masked(
+        q,
+        (cached,),
+        layer,
+        Part(own, own, selection.own),
+        sight,
+        selection.cached,
+        lambda rows, seen: Part(rows[0], rows[0], seen),
+        scale,
+    )
+    return sight.tokens(out[..., :value_dim])
 
 
 def grouped_query_attention(
@@ -205,6 +287,7 @@ def grouped_query_attention(
     Returns:
       [B, T, H, K].
     """
+    q = sight.queries(q)
     batch, tokens, heads, dim = q.shape
     groups = new[0].shape[2] // dim
     q = q.reshape(batch, tokens, groups, heads // groups, dim).transpose(0, 2, 1, 3, 4)
@@ -213,12 +296,10 @@ def grouped_query_attention(
         x = jnp.broadcast_to(x, (batch, *x.shape[1:]))
         return x.reshape(batch, -1, groups, dim).swapaxes(1, 2)
 
-    def past(x: jax.Array) -> jax.Array:
-        return by_group(_silence(paged.layer_rows(x, layer, sight.pages), visible.cached))
+    def part_of(rows: list[jax.Array], seen: jax.Array) -> Part:
+        return Part(by_group(rows[0]), by_group(rows[1]), seen[:, None])
 
-    parts = [
-        Part(past(cached[0]), past(cached[1]), visible.cached[:, None]),
-        Part(by_group(sight.own(new[0])), by_group(sight.own(new[1])), visible.own[:, None]),
-    ]
-    out, _ = attend(q, parts, scale)
-    return out.transpose(0, 2, 1, 3, 4).reshape(batch, tokens, heads, dim)
+    own = part_of([sight.own(new[0]), sight.own(new[1])], visible.own)
+    out = _attend_masked(q, cached, layer, own, sight, visible.cached, part_of, scale)
+    out = out.transpose(0, 2, 1, 3, 4).reshape(batch, tokens, heads, dim)
+    return sight.tokens(out)

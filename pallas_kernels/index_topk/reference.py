@@ -4,12 +4,16 @@ Both selections break ties towards the lower position, and never select a score 
 ReLU makes the score exactly 0 for every key that all heads reject (spec 3.5).
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import paged
 from pallas_kernels.numerics import precision_of
+
+PRODUCTS = 2**26  # float32 products of queries and keys that exist at once on an accelerator
 
 
 def index_scores(q: jax.Array, k: jax.Array, weights: jax.Array) -> jax.Array:
@@ -23,26 +27,34 @@ def index_scores(q: jax.Array, k: jax.Array, weights: jax.Array) -> jax.Array:
     Returns:
       [B, T, S] float32.
     """
-    batch, tokens, heads, dim = q.shape
-    precision = precision_of(q.dtype)
-    weights = weights.astype(jnp.float32)
-    if tokens > 1:
-        # One head at a time: [B, T, I, S] would be many times larger than the result and leave the cache.
-        def head(
-            total: jax.Array, q_and_weight: tuple[jax.Array, jax.Array]
-        ) -> tuple[jax.Array, None]:
-            q_head, weight = q_and_weight
-            dots = jnp.einsum(
-                "btk,bsk->bts", q_head, k, precision=precision, preferred_element_type=jnp.float32
-            )
-            return total + jax.nn.relu(dots) * weight[..., None], None
+    batch, tokens, heads, _ = q.shape
+    together = heads if tokens == 1 else _heads_together(batch * tokens * k.shape[1], heads)
 
-        zeros = jnp.zeros((batch, tokens, k.shape[1]), jnp.float32)
-        return lax.scan(head, zeros, (jnp.moveaxis(q, 2, 0), jnp.moveaxis(weights, 2, 0)))[0]
-    dots = jnp.einsum(
-        "bik,bsk->bis", q[:, 0], k, precision=precision, preferred_element_type=jnp.float32
-    )
-    return (jax.nn.relu(dots) * weights[:, 0, :, None]).sum(1)[:, None]
+    def split(x: jax.Array) -> jax.Array:
+        return jnp.moveaxis(x.reshape(batch, tokens, -1, together, *x.shape[3:]), 2, 0)
+
+    def some(
+        total: jax.Array, q_and_weights: tuple[jax.Array, jax.Array]
+    ) -> tuple[jax.Array, None]:
+        q_heads, weight = q_and_weights
+        dots = jnp.einsum(
+            "btik,bsk->btis",
+            q_heads,
+            k,
+            precision=precision_of(q.dtype),
+            preferred_element_type=jnp.float32,
+        )
+        return total + (jax.nn.relu(dots) * weight[..., None]).sum(2), None
+
+    zeros = jnp.zeros((batch, tokens, k.shape[1]), jnp.float32)
+    return lax.scan(some, zeros, (split(q), split(weights.astype(jnp.float32))))[0]
+
+
+def _heads_together(scores: int, heads: int) -> int:
+    """How many heads' products exist at once: [B, T, I, S] would be many times larger than the result."""
+    if jax.default_backend() == "cpu":
+        return 1  # more leave the cache
+    return math.gcd(heads, 1 << max(0, (PRODUCTS // max(scores, 1)).bit_length() - 1))
 
 
 def _positive_zero(scores: jax.Array) -> jax.Array:
@@ -151,8 +163,15 @@ def step_scores(
 ) -> jax.Array:
     """Scores [B, T, capacity + O] of a step's cached and own keys, -inf where not visible; see ``api.index_topk_step``."""
     batch, tokens, heads, _ = q.shape
-    keys = paged.layer_rows(cached, layer, pages)
-    seen = jnp.arange(keys.shape[1], dtype=jnp.int32)[None] < lengths[:, None]
+    size, blocks = paged.blocks_of(cached, pages)
+
+    def score(scores: jax.Array, first: jax.Array | int, rows: list[jax.Array]) -> jax.Array:
+        seen = first + jnp.arange(size, dtype=jnp.int32)[None] < lengths[:, None]
+        block = jnp.where(seen[:, None], index_scores(q, rows[0], weights), -jnp.inf)
+        return lax.dynamic_update_slice_in_dim(scores, block, first, 2)
+
+    unseen = jnp.full((batch, tokens, blocks * size), -jnp.inf, jnp.float32)
+    past = paged.fold_rows(score, unseen, (cached,), layer, lengths, pages)
     if own.shape[0] == batch:
         own_scores = index_scores(q, own, weights)
     else:  # all queries score all own keys, as one sequence
@@ -163,7 +182,7 @@ def step_scores(
     # Cached rows precede the step's own, so that the tie rule is the one over a whole sequence.
     return jnp.concatenate(
         [
-            jnp.where(seen[:, None], index_scores(q, keys, weights), -jnp.inf),
+            past[..., : paged.capacity_of(cached, pages)],
             jnp.where(own_seen, own_scores, -jnp.inf),
         ],
         axis=-1,

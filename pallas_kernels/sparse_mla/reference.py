@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,41 @@ class Part(NamedTuple):
     valid: jax.Array
 
 
+class Softmax(NamedTuple):
+    """A softmax over the parts so far: out [..., T, H, V] before division by total, peak and total [..., T, H, 1]; float32."""
+
+    out: jax.Array
+    peak: jax.Array
+    total: jax.Array
+
+
+def accumulate(before: Softmax | None, q: jax.Array, part: Part, scale: float) -> Softmax:
+    """The softmax of ``before`` and one more part; rows of it that are not valid must still be finite."""
+    precision = precision_of(q.dtype)
+    dot = functools.partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
+    rows = "...ts" if part.k.ndim == q.ndim else "...s"
+    logits = dot(f"...thk,{rows}k->...ths", q, part.k) * jnp.float32(scale)
+    logits = jnp.where(part.valid[..., None, :], logits, -jnp.inf)
+    # A row without keys has peak -inf; the finite floor keeps its exponentials at exp(-inf) = 0, not NaN.
+    floor = jnp.finfo(jnp.float32).min
+    peak = jnp.maximum(logits.max(-1, keepdims=True), floor if before is None else before.peak)
+    weights = jnp.exp(logits - peak)
+    out = dot(f"...ths,{rows}v->...thv", weights.astype(q.dtype), part.v)
+    total = weights.sum(-1, keepdims=True)
+    if before is not None:
+        share = jnp.exp(before.peak - peak)
+        out, total = before.out * share + out, before.total * share + total
+    return Softmax(out, peak, total)
+
+
+def finish(softmax: Softmax, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """``attend``'s result."""
+    total = softmax.total
+    safe_total = jnp.where(total > 0, total, 1.0)
+    lse = jnp.where(total > 0, jnp.log(safe_total) + softmax.peak, -jnp.inf)
+    return (softmax.out / safe_total).astype(dtype), lse[..., 0]
+
+
 def attend(q: jax.Array, parts: Sequence[Part], scale: float) -> tuple[jax.Array, jax.Array]:
     """Softmax attention of H heads that share their keys and values, over all parts jointly.
 
@@ -37,29 +72,10 @@ def attend(q: jax.Array, parts: Sequence[Part], scale: float) -> tuple[jax.Array
       out [..., T, H, V] in q's dtype and lse [..., T, H] float32 (natural log). A query with no valid
       key gives zeros and -inf.
     """
-    precision = precision_of(q.dtype)
-    dot = functools.partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
-    rows = ["...ts" if part.k.ndim == q.ndim else "...s" for part in parts]
-    logits = [
-        jnp.where(
-            part.valid[..., None, :],
-            dot(f"...thk,{r}k->...ths", q, part.k) * jnp.float32(scale),
-            -jnp.inf,
-        )
-        for part, r in zip(parts, rows, strict=True)
-    ]
-    # A row without keys has peak -inf; the finite floor keeps its exponentials at exp(-inf) = 0, not NaN.
-    peak = functools.reduce(jnp.maximum, [x.max(-1, keepdims=True) for x in logits])
-    peak = jnp.maximum(peak, jnp.finfo(jnp.float32).min)
-    weights = [jnp.exp(x - peak) for x in logits]
-    total = sum(w.sum(-1) for w in weights)
-    out = sum(
-        dot(f"...ths,{r}v->...thv", w.astype(q.dtype), part.v)
-        for w, part, r in zip(weights, parts, rows, strict=True)
-    )
-    safe_total = jnp.where(total > 0, total, 1.0)
-    lse = jnp.where(total > 0, jnp.log(safe_total) + peak[..., 0], -jnp.inf)
-    return (out / safe_total[..., None]).astype(q.dtype), lse
+    softmax = None
+    for part in parts:
+        softmax = accumulate(softmax, q, part, scale)
+    return finish(softmax, q.dtype)
 
 
 def sparse_mla(
@@ -94,8 +110,11 @@ def sparse_mla_step(
     address = (layer * number + jnp.maximum(page, 0)) * page_size + past % page_size
     flat = cached.reshape(layers * number * page_size, size)
     kv = flat.at[address].get(mode="promise_in_bounds")
-    own = jnp.broadcast_to(own, (q.shape[0], *own.shape[1:]))
-    new = jax.vmap(lambda x, i: x.at[i].get(mode="clip"))(own, jnp.maximum(rows - capacity, 0))
+    place = jnp.maximum(rows - capacity, 0)
+    if own.shape[0] == 1:
+        new = own[0].at[place].get(mode="clip")
+    else:
+        new = jax.vmap(lambda x, i: x.at[i].get(mode="clip"))(own, place)
     kv = jnp.where((rows >= capacity)[..., None], new, kv)
     valid = rows >= 0
     kv = jnp.where(valid[..., None], kv, jnp.zeros((), kv.dtype))
