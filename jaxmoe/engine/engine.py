@@ -1,80 +1,49 @@
 """The engine: many requests at a time through one model, from a notebook or behind a server."""
 
 import dataclasses
+import functools
 import itertools
 import logging
 import secrets
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from concurrent.futures import Future
+from typing import Any, TypeVar
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxmoe.cache import init_cache
 from jaxmoe.config import ModelConfig
-from jaxmoe.engine import grammar, sampling
+from jaxmoe.engine import grammar
+from jaxmoe.engine.options import DEFAULT_TOKENS_PER_REQUEST, EngineOptions
 from jaxmoe.engine.pages import PagePool
 from jaxmoe.engine.requests import Chunk, Request, Result, SamplingParams, TokenLogprobs
-from jaxmoe.engine.scheduler import Limits, Scheduler, Work
+from jaxmoe.engine.runner import Outcome, Runner, Sizes
+from jaxmoe.engine.scheduler import Limits, Scheduler
 from jaxmoe.engine.stats import EngineStats, Events, Smoothed
-from jaxmoe.engine.step import Batch, StepResult, make_program, pack
 from jaxmoe.engine.stream import Progress, Stream, key_data
 from jaxmoe.engine.text import StoppableText
 from jaxmoe.errors import JaxMoeError
 from jaxmoe.params import Params
-from jaxmoe.sharding import shardings
 from jaxmoe.tokenizer import ByteTokenizer, FileTokenizer
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_TOKENS_PER_REQUEST = 1024  # of the default cache: for max_running requests of this length
+_T = TypeVar("_T")
 
 
 class EngineClosed(JaxMoeError):
     """The engine takes no new requests: it is draining or closed."""
 
 
-@dataclasses.dataclass(frozen=True)
-class EngineOptions:
-    """Sizes and limits of an engine."""
-
-    max_running: int = 32
-    """Requests with cache pages, per rank."""
-    max_step_tokens: int = 256
-    """Tokens of one step, per rank; longer prompts are cut into steps."""
-    max_waiting: int = 1024
-    """Requests that may wait; one more is refused."""
-    page_size: int = 32
-    """Tokens per cache page."""
-    pages: int | None = None
-    """Cache pages per rank; default: for max_running requests of 1024 tokens, and for one of max_length."""
-    max_length: int | None = None
-    """Tokens that a request may have, prompt included; default: the model's, at most 8192."""
-    prefix_reuse: bool = True
-    """Whether prompts that begin like earlier ones reuse their cache rows."""
-
-    def __post_init__(self):
-        for name in (
-            "max_running",
-            "max_step_tokens",
-            "max_waiting",
-            "page_size",
-            "pages",
-            "max_length",
-        ):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be >= 1; got {value}.")
-
-
-def _sizes(largest: int) -> list[int]:
-    """1, 2, 4, ... and ``largest``: how many tokens a compiled step may have."""
-    powers = itertools.takewhile(lambda n: n < largest, (1 << i for i in itertools.count()))
-    return [*powers, largest]
+def _settle(work: Callable[[], Any], future: Future) -> None:
+    """Does the work and hands its result, or what it raises, to those who wait for it."""
+    try:
+        future.set_result(work())
+    except Exception as error:
+        future.set_exception(error)
 
 
 class Engine:
@@ -117,37 +86,47 @@ class Engine:
                 f"max_length ({self.max_length}) must be <= the model's max_position_embeddings "
                 f"({config.max_position_embeddings}); shorten it."
             )
-        self.ranks = 1 if mesh is None else mesh.shape["expert"]
-        self._program = make_program(config, mesh)
-        self._params = params if mesh is None else jax.device_put(params, shardings(config, mesh))
-        self._width = -(-self.max_length // options.page_size)
+        if options.speculative_tokens and "mtp" not in params:
+            raise ValueError(
+                f"speculative_tokens={options.speculative_tokens} needs a multi-token-prediction module, which these "
+                "parameters don't have; use 0."
+            )
+        table = -(-self.max_length // options.page_size)
         pages = options.pages or max(
-            self._width, options.max_running * DEFAULT_TOKENS_PER_REQUEST // options.page_size
+            table, options.max_running * DEFAULT_TOKENS_PER_REQUEST // options.page_size
         )
+        sizes = Sizes(
+            options.max_running,
+            options.max_step_tokens,
+            pages,
+            options.page_size,
+            table,
+            options.speculative_tokens,
+        )
+        self._runner = Runner(params, config, sizes, mesh)
         pools = [
             PagePool(pages, options.page_size, reuse=options.prefix_reuse)
-            for _ in range(self.ranks)
+            for _ in range(self._runner.ranks)
         ]
-        limits = Limits(options.max_running, options.max_step_tokens, options.max_waiting)
+        limits = Limits(
+            options.max_running,
+            options.max_step_tokens,
+            options.max_waiting,
+            options.speculative_tokens,
+        )
         self._scheduler = Scheduler(pools, limits)
-        dtype = params["embed"]["weight"].dtype
-        cache = init_cache(config, pages * self.ranks, options.page_size, dtype)
-        self._entries = self._program.place_cache(cache.entries)
-        self._tables = np.full((self.ranks, options.max_running, self._width), -1, np.int32)
-        self._sizes = _sizes(options.max_step_tokens)
         eos = config.eos_token_id
         self._eos = frozenset(() if eos is None else np.atleast_1d(np.asarray(eos)).tolist())
         self._requests: dict[str, Request] = {}
         self._lock = threading.RLock()
-        self._stepping = threading.RLock()  # who holds it may replace the cache; taken before _lock
         self._wake = threading.Condition(self._lock)
+        self._tasks: deque[tuple[Callable[[], Any], Future]] = deque()
         self._thread: threading.Thread | None = None
         self._draining = self._closed = False
         self._events = Events()
         self._steps = self._prompt_tokens = self._cached_tokens = self._generated = 0
         self._finished: Counter[str] = Counter()
         self._step_s, self._schedule_s = Smoothed(), Smoothed()
-        self._load: np.ndarray | None = None
 
     # -- requests ----------------------------------------------------------------------------------
 
@@ -321,8 +300,8 @@ class Engine:
         """Counters of this moment."""
         with self._lock:
             pools = self._scheduler.pools
-            load = self._load if self._load is not None else np.zeros((0, 0), np.int64)
-            experts = np.arange(self.config.n_routed_experts or 0).reshape(self.ranks, -1)
+            ranks = self._runner.ranks
+            experts = np.arange(self.config.n_routed_experts or 0).reshape(ranks, -1)
             return EngineStats(
                 waiting=self._scheduler.waiting_count,
                 running=self._scheduler.running_count,
@@ -337,44 +316,51 @@ class Engine:
                 pages_idle=sum(pool.idle for pool in pools),
                 step_s=self._step_s.value,
                 schedule_s=self._schedule_s.value,
-                expert_load=load.copy(),
-                ranks=self.ranks,
+                expert_load=self._runner.load,
+                drafted_tokens=self._runner.drafted,
+                accepted_tokens=self._runner.accepted,
+                ranks=ranks,
                 epoch=0,
                 rank_experts=experts.tolist(),
                 draining=self._draining,
             )
 
     def warmup(self) -> dict[str, Any]:
-        """Compiles every size of step, and greedy and drawn sampling for each.
+        """Compiles every size of step and every kind of sampling, between the steps of what runs meanwhile.
 
         Returns:
           {"executables": how many, "seconds": in all, "sizes": the steps' tokens}.
         """
-        began, count = time.perf_counter(), 0
-        with self._stepping, self._lock:
-            for size in self._sizes:
-                batch = self._pack([[]] * self.ranks, size)
-                result = self._compute(batch)
-                self._entries = self._program.commit(self._entries, result.entries, batch)
-                count += 2 + sampling.warm_up(result.logits)
-            jax.block_until_ready(self._entries)
-        return {
-            "executables": count,
-            "seconds": time.perf_counter() - began,
-            "sizes": list(self._sizes),
-        }
+        began, done = time.perf_counter(), set()
+        for size in self._runner.buckets:
+            done |= self._between_steps(functools.partial(self._runner.warm_up, size))
+        seconds = time.perf_counter() - began
+        return {"executables": len(done), "seconds": seconds, "sizes": list(self._runner.buckets)}
 
     # -- the thread --------------------------------------------------------------------------------
+
+    def _between_steps(self, work: Callable[[], _T]) -> _T:
+        """Has the engine's thread do something that no step may overlap with, and waits for it."""
+        if threading.current_thread() is self._thread:
+            return work()
+        future: Future[_T] = Future()
+        with self._wake:
+            self.start()
+            self._tasks.append((work, future))
+            self._wake.notify_all()
+        return future.result()
 
     def _run(self) -> None:
         while True:
             with self._wake:
-                self._wake.wait_for(lambda: self._requests or self._closed)
-                if self._closed and not self._requests:
+                self._wake.wait_for(lambda: self._requests or self._tasks or self._closed)
+                if self._closed and not self._requests and not self._tasks:
                     return
+                task = self._tasks.popleft() if self._tasks else None
+            if task is not None:
+                _settle(*task)
             try:
-                with self._stepping:
-                    self._step()
+                self._step()
             except Exception as error:  # whatever it is, no caller may wait for ever
                 logger.exception("engine step failed")
                 self._fail(f"{type(error).__name__}: {error}")
@@ -383,6 +369,9 @@ class Engine:
         with self._wake:
             for request in list(self._requests.values()):
                 self._finish(request, "error", Chunk(finish_reason="error", error=message))
+            if self._runner.restore():
+                for pool in self._scheduler.pools:
+                    pool.forget()  # the rows are gone
 
     def _step(self) -> None:
         """Plans, computes, samples and commits one step."""
@@ -390,24 +379,15 @@ class Engine:
         with self._wake:
             self._sweep()
             works = self._scheduler.plan()
-            total = max((sum(w.stop - w.start for w in rank) for rank in works), default=0)
-            if total == 0:
-                return
-            size = next(s for s in self._sizes if s >= total)
-            batch = self._pack(works, size)
+        batch = self._runner.pack(works)
+        if batch is None:
+            return
         computing = time.perf_counter()
-        result = self._compute(batch)
-        rows = result.logits.shape[0] // self.ranks
-        asking = [[work.request for work in rank if work.samples] for rank in works]
-        sampled = sampling.next_tokens(result.logits, asking)
-        load = sum(np.split(np.asarray(result.load, np.int64), self.ranks))
-        entries = self._program.commit(self._entries, result.entries, batch)
+        outcomes = self._runner.run(works, batch)
         computed = time.perf_counter()
         with self._wake:
-            self._entries = entries
-            self._load = load if self._load is None else self._load + load
-            for rank, work in enumerate(works):
-                self._take(work, sampled, rank * rows)
+            for outcome in itertools.chain(*outcomes):
+                self._take(outcome)
             self._steps += 1
             self._wake.notify_all()
         ended = time.perf_counter()
@@ -423,41 +403,16 @@ class Engine:
             elif request.deadline is not None and now > request.deadline:
                 self._finish(request, "deadline")
 
-    def _pack(self, works: list[list[Work]], size: int) -> Batch:
-        """The ranks' batches one after another. Slots, spans, pages and rows stay each rank's own."""
-        rows, batches = min(size, self.options.max_running), []
-        for tables, mine in zip(self._tables, works, strict=True):
-            for work in mine:
-                pages = work.request.pages
-                tables[work.request.slot] = -1
-                tables[work.request.slot, : len(pages)] = pages
-            batches.append(pack(mine, size, rows, tables))
-        if len(batches) == 1:
-            return batches[0]
-        return Batch(*map(np.concatenate, zip(*batches, strict=True)))
-
-    def _compute(self, batch: Batch) -> StepResult:
-        return self._program.compute(self._params, self._entries, batch, None)
-
-    def _take(self, works: list[Work], sampled: sampling.Sampled | None, first: int) -> None:
-        """Notes a rank's computed tokens and hands out its sampled ones."""
-        row = first
-        for work in works:
-            self._scheduler.advance(work)
-            request = work.request
-            if not work.samples:
-                continue
-            token = int(sampled.token[row])
-            logprobs = ()
-            if request.sampling.logprobs is not None:
-                best = range(request.sampling.logprobs)
-                top = [
-                    (int(sampled.top_tokens[row, i]), float(sampled.top_logprobs[row, i]))
-                    for i in best
-                ]
-                logprobs = (TokenLogprobs(token, float(sampled.logprob[row]), tuple(top)),)
-            row += 1
-            self._append(request, token, logprobs)
+    def _take(self, outcome: Outcome) -> None:
+        """Notes what a step has computed of a request and hands out its new tokens."""
+        request = outcome.work.request
+        self._scheduler.advance(outcome.work, outcome.accepted)
+        for i, token in enumerate(outcome.tokens):
+            self._append(request, token, outcome.logprobs[i : i + 1])
+            if request.request_id not in self._requests:
+                return
+        # The next step gives one token more than there are right drafts.
+        request.drafts = outcome.drafts[: request.sampling.max_new_tokens - len(request.output) - 1]
 
     def _append(self, request: Request, token: int, logprobs: tuple[TokenLogprobs, ...]) -> None:
         """Adds a sampled token to a request and ends it if that is its last."""
@@ -517,6 +472,6 @@ class Engine:
     def __repr__(self) -> str:
         stats = self.stats()
         return (
-            f"Engine({self.ranks} rank{'s' * (self.ranks > 1)}, {stats.running} running, {stats.waiting} waiting, "
+            f"Engine({stats.ranks} rank{'s' * (stats.ranks > 1)}, {stats.running} running, {stats.waiting} waiting, "
             f"{stats.pages_held} of {stats.pages} pages held)"
         )

@@ -2,6 +2,7 @@
 
 import functools
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -64,9 +65,17 @@ class Grammar:
         """Whether nothing more may come."""
         return self._matcher.is_stopped()
 
-    def forbid(self, bias: np.ndarray) -> None:
-        """Sets ``bias`` [V] to -inf for every token that may not come next, in place."""
+    def forbid(self, bias: np.ndarray, after: Sequence[int] = ()) -> None:
+        """Sets ``bias`` [V] to -inf for every token that may not come next, in place.
+
+        Args:
+          bias: changed.
+          after: guessed tokens that are taken for granted. Behind one that may not come the result means nothing.
+        """
+        guessed = self._matcher.try_consume_tokens(list(after)) if after else 0
         self._fill(self._matcher, self._mask, 0)
+        if guessed:
+            self._matcher.rollback(guessed)
         allowed = np.unpackbits(self._mask.view(np.uint8), bitorder="little").astype(bool)
         size = min(len(bias), len(allowed))
         bias[:size][~allowed[:size]] = -np.inf

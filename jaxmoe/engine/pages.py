@@ -6,7 +6,7 @@ remembers it (the oldest idle pages are reused first), and *free* otherwise.
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from jaxmoe.errors import JaxMoeError
 
@@ -60,19 +60,27 @@ class PagePool:
         """Pages kept only because a later prompt may begin with what they hold."""
         return len(self._idle)
 
+    def _path(self, tokens: Sequence[int]) -> Iterator[int]:
+        """Pages that contain the longest beginning of ``tokens``, but never all of them."""
+        node, size = self._root, self.page_size
+        for start in range(0, len(tokens) - size, size):
+            node = node.children.get(tuple(tokens[start : start + size]))
+            if node is None:
+                return
+            yield node.page
+
+    def known(self, tokens: Sequence[int]) -> int:
+        """How many of ``tokens`` ``match`` would find."""
+        return sum(self.page_size for _ in self._path(tokens))
+
     def match(self, tokens: Sequence[int]) -> list[int]:
         """Holds and returns the pages that already contain the longest beginning of ``tokens``.
 
         Whole pages only, and never all of ``tokens``: the last token must still be computed, for its logits.
         """
-        pages: list[int] = []
-        node, size = self._root, self.page_size
-        for start in range(0, len(tokens) - size, size):
-            node = node.children.get(tuple(tokens[start : start + size]))
-            if node is None:
-                break
-            self._hold(node.page)
-            pages.append(node.page)
+        pages = list(self._path(tokens))
+        for page in pages:
+            self._hold(page)
         return pages
 
     def allocate(self, count: int) -> list[int] | None:

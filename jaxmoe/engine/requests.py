@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+import secrets
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -55,7 +56,8 @@ class SamplingParams:
     logit_bias: tuple[tuple[int, float], ...] = ()
     """(token, added to its logit) pairs."""
     logprobs: int | None = None
-    """With each token, its log-probability and those of so many most probable ones; None for neither."""
+    """With each token, its log-probability and those of so many most probable ones; None for neither.
+    Those of the model itself: before penalties, biases, temperature and cuts."""
     stop: tuple[str, ...] = ()
     """Texts at which to end; not part of the result."""
     stop_token_ids: tuple[int, ...] = ()
@@ -118,17 +120,6 @@ class SamplingParams:
         """Whether tokens seen before change the logits."""
         penalties = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
         return penalties != (1, 0, 0)
-
-    @property
-    def greedy(self) -> bool:
-        """Whether the most probable token is all that is needed: no draw, no change of logits, no report."""
-        return (
-            self.temperature == 0
-            and not self.penalised
-            and not self.logit_bias
-            and self.logprobs is None
-            and self.json_schema is None
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,6 +198,7 @@ class Request:
       pages: the pages that hold those rows, in order.
       rank: whose pages; None while waiting.
       slot: its row of the rank's page tables; None while waiting.
+      drafts: guesses at the tokens after these, to be verified with the next step.
       cached_tokens: how many tokens of the prompt were found in the cache.
       preemptions: how often its pages were taken away.
       order: of arrival.
@@ -223,6 +215,7 @@ class Request:
     pages: list[int] = dataclasses.field(default_factory=list)
     rank: int | None = None
     slot: int | None = None
+    drafts: tuple[int, ...] = ()
     cached_tokens: int = 0
     preemptions: int = 0
     order: int = dataclasses.field(default_factory=lambda: next(_ids))
@@ -230,12 +223,17 @@ class Request:
 
     def __post_init__(self):
         if not self.request_id:
-            self.request_id = f"req-{self.order}"
+            self.request_id = f"req-{secrets.token_hex(8)}"
 
     @property
     def length(self) -> int:
         """Tokens so far, prompt included."""
         return len(self.prompt) + len(self.output)
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens that it may come to, prompt included."""
+        return len(self.prompt) + self.sampling.max_new_tokens
 
     def tokens(self, start: int, stop: int) -> list[int]:
         """Tokens ``start`` to ``stop`` of prompt and output."""

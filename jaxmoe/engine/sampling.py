@@ -1,8 +1,9 @@
 """Choosing the next token of every request of a step: one compiled function per number of rows and kind of request."""
 
+import enum
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxmoe.engine.requests import Request
+from jaxmoe.engine.requests import Request, SamplingParams
 from jaxmoe.engine.stream import key_data
 from jaxmoe.generate import nucleus_mask
 
@@ -39,22 +40,21 @@ class Settings(NamedTuple):
     index: Int[Array, " R"]
 
 
-class Kind(NamedTuple):
-    """What a batch of rows needs; static, one executable for each.
+class Kind(enum.IntEnum):
+    """What rows need, each kind all that the ones before it do; static, one executable for each."""
 
-    Attributes:
-      draws: some row has a temperature above 0.
-      cuts: some row that draws has top_p, top_k or min_p.
-      penalties: some row has a penalty.
-      bias: some row has a bias or a grammar.
-      logprobs: some row wants log-probabilities.
-    """
+    GREEDY = 0  # the most probable token
+    DRAWS = 1  # temperature
+    CUTS = 2  # top_p, top_k or min_p
+    LOGPROBS = 3  # log-probabilities
+    CHANGES = 4  # penalties, biases, a grammar
 
-    draws: bool = False
-    cuts: bool = False
-    penalties: bool = False
-    bias: bool = False
-    logprobs: bool = False
+
+class Ask(NamedTuple):
+    """A row of logits: which token follows the request's tokens, and ``after`` those, tokens that it may yet get."""
+
+    request: Request
+    after: tuple[int, ...] = ()
 
 
 class Sampled(NamedTuple):
@@ -66,28 +66,31 @@ class Sampled(NamedTuple):
     top_logprobs: Float[Array, "R n"] | None = None
 
 
-def kind_of(requests: Sequence[Request]) -> Kind:
-    """The least that serves all ``requests``."""
-    params = [request.sampling for request in requests]
-    drawing = [p for p in params if p.temperature > 0]
-    return Kind(
-        draws=bool(drawing),
-        cuts=any(p.top_p < 1 or p.top_k > 0 or p.min_p > 0 for p in drawing),
-        penalties=any(p.penalised for p in params),
-        bias=any(p.logit_bias or p.json_schema is not None for p in params),
-        logprobs=any(p.logprobs is not None for p in params),
-    )
+def _kind(params: SamplingParams) -> Kind:
+    if params.penalised or params.logit_bias or params.json_schema is not None:
+        return Kind.CHANGES
+    if params.logprobs is not None:
+        return Kind.LOGPROBS
+    if params.temperature == 0:
+        return Kind.GREEDY
+    cut = params.top_p < 1 or params.top_k > 0 or params.min_p > 0
+    return Kind.CUTS if cut else Kind.DRAWS
 
 
-def settings_of(requests: Sequence[Request], rows: int, keys: np.ndarray) -> Settings:
-    """Arrays for ``requests``, padded to ``rows`` with greedy ones.
+def kind_of(asks: Sequence[Ask]) -> Kind:
+    """The least that serves all ``asks``."""
+    return max((_kind(ask.request.sampling) for ask in asks), default=Kind.GREEDY)
+
+
+def settings_of(asks: Sequence[Ask], rows: int, keys: np.ndarray) -> Settings:
+    """Arrays for ``asks``, padded to ``rows`` with greedy ones.
 
     Args:
-      requests: in the order of the logits' rows.
+      asks: in the order of the logits' rows.
       rows: R.
-      keys: key data [len(requests), 2] uint32 of each request's seed.
+      keys: key data [len(asks), 2] uint32 of each request's seed.
     """
-    params = [request.sampling for request in requests]
+    params = [ask.request.sampling for ask in asks]
     pad = rows - len(params)
 
     def column(name: str, fill: float, dtype: type) -> np.ndarray:
@@ -95,7 +98,7 @@ def settings_of(requests: Sequence[Request], rows: int, keys: np.ndarray) -> Set
 
     data = np.zeros((rows, *keys.shape[1:]), np.uint32)
     data[: len(params)] = keys
-    index = [len(request.output) for request in requests] + [0] * pad
+    index = [len(ask.request.output) + len(ask.after) for ask in asks] + [0] * pad
     return Settings(
         column("temperature", 0, np.float32),
         column("top_p", 1, np.float32),
@@ -151,26 +154,24 @@ def choose(
 
     Args:
       logits: float32.
-      settings: of the rows; only read for kinds other than ``Kind()``.
-      seen: tokens in prompt or output; only read for ``kind.penalties``.
-      counts: occurrences in the output; likewise.
-      bias: added to the logits, -inf for tokens that a grammar forbids; only read for ``kind.bias``.
+      settings: of the rows; not read for greedy ones.
+      seen: tokens in prompt or output; only read for ``Kind.CHANGES``, like the next two.
+      counts: occurrences in the output.
+      bias: added to the logits, -inf for tokens that a grammar forbids.
       kind: static.
     """
     raw = logits
-    if kind.penalties:
-        logits = _penalise(logits, settings, seen, counts)
-    if kind.bias:
-        logits = logits + bias
+    if kind >= Kind.CHANGES:
+        logits = _penalise(logits, settings, seen, counts) + bias
     token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    if kind.draws:
+    if kind >= Kind.DRAWS:
         scaled = logits / jnp.maximum(settings.temperature, 1e-6)[:, None]
-        if kind.cuts:
+        if kind >= Kind.CUTS:
             scaled = _cut(scaled, settings)
         keys = jax.vmap(jax.random.fold_in)(settings.key, settings.index)
         drawn = jax.vmap(jax.random.categorical)(keys, scaled).astype(jnp.int32)
         token = jnp.where(settings.temperature > 0, drawn, token)
-    if not kind.logprobs:
+    if kind < Kind.LOGPROBS:
         return Sampled(token)
     logprobs = jax.nn.log_softmax(raw, axis=-1)
     own = jnp.take_along_axis(logprobs, token[:, None], axis=-1)[:, 0]
@@ -178,57 +179,62 @@ def choose(
     return Sampled(token, own, tokens.astype(jnp.int32), values)
 
 
-def histories(requests: Sequence[Request], rows: int, vocab: int) -> tuple[np.ndarray, np.ndarray]:
+def histories(asks: Sequence[Ask], rows: int, vocab: int) -> tuple[np.ndarray, np.ndarray]:
     """(seen [R, V] bool, counts [R, V] int32) of requests with penalties; the other rows stay empty."""
     seen, counts = np.zeros((rows, vocab), bool), np.zeros((rows, vocab), np.int32)
-    for row, request in enumerate(requests):
+    for row, (request, after) in enumerate(asks):
         if not request.sampling.penalised:
             continue
-        np.add.at(counts[row], request.output, 1)
+        np.add.at(counts[row], [*request.output, *after], 1)
         seen[row] = counts[row] > 0
         seen[row, list(request.prompt)] = True
     return seen, counts
 
 
-def _biases(requests: Sequence[Request], vocab: int) -> np.ndarray:
+def _biases(asks: Sequence[Ask], rows: int, vocab: int) -> np.ndarray:
     """[R, V] float32: logit biases, and -inf for what a grammar forbids."""
-    bias = np.zeros((len(requests), vocab), np.float32)
-    for row, request in enumerate(requests):
+    bias = np.zeros((rows, vocab), np.float32)
+    for row, (request, after) in enumerate(asks):
         for token, value in request.sampling.logit_bias:
             bias[row, token] += value
         if request.progress is not None and request.progress.grammar is not None:
-            request.progress.grammar.forbid(bias[row])
+            request.progress.grammar.forbid(bias[row], after)
     return bias
 
 
-def next_tokens(logits: Float[Array, "R V"], asking: list[list[Request]]) -> Sampled | None:
+_IDLE = Ask(Request((0,)))  # fills rows that nobody asks for, greedily
+
+
+def next_tokens(logits: Float[Array, "R V"], asking: list[list[Ask]]) -> Sampled | None:
     """The next token of every row of logits, on the host; None (after waiting for the step) if nobody asks.
 
     Args:
-      logits: of all ranks' rows, equally many each; a rank's requests have its first rows.
-      asking: requests by rank.
+      logits: of all ranks' rows, equally many each.
+      asking: by rank, for its first rows.
     """
-    flat = [request for rank in asking for request in rank]
-    if not flat:
+    kind = kind_of([ask for rank in asking for ask in rank])
+    if not any(asking):
         jax.block_until_ready(logits)
         return None
-    kind = kind_of(flat)
-    if kind == Kind():
+    if kind == Kind.GREEDY:
         return jax.device_get(choose(logits, None, None, None, None, kind=kind))
     total, vocab = logits.shape
-    idle = Request((0,))  # fills rows that nobody asks for, greedily
-    padded = [r for rank in asking for r in [*rank, *[idle] * (total // len(asking) - len(rank))]]
-    keys = [key_data(0) if request is idle else request.progress.key for request in padded]
+    each = total // len(asking)
+    padded = [ask for rank in asking for ask in [*rank, *[_IDLE] * (each - len(rank))]]
+    keys = [key_data(0) if ask is _IDLE else ask.request.progress.key for ask in padded]
     settings = settings_of(padded, total, np.stack(keys))
-    seen, counts = histories(padded, total, vocab) if kind.penalties else (None, None)
-    bias = _biases(padded, vocab) if kind.bias else None
-    return jax.device_get(choose(logits, settings, seen, counts, bias, kind=kind))
+    changes: tuple[Any, ...] = (None, None, None)
+    if kind >= Kind.CHANGES:
+        changes = (*histories(padded, total, vocab), _biases(padded, total, vocab))
+    return jax.device_get(choose(logits, settings, *changes, kind=kind))
 
 
-def warm_up(logits: Float[Array, "R V"]) -> int:
-    """Compiles greedy and plainly drawn sampling for so many rows; returns how many executables these are."""
-    settings = settings_of([], logits.shape[0], np.zeros((0, 2), np.uint32))
-    choose(logits, None, None, None, None, kind=Kind())
-    choose(logits, settings, None, None, None, kind=Kind(draws=True))
-    choose(logits, settings, None, None, None, kind=Kind(draws=True, cuts=True))
-    return 3
+def warm_up(logits: Float[Array, "R V"]) -> list[Kind]:
+    """Compiles every kind of sampling for so many rows; returns the kinds."""
+    rows, vocab = logits.shape
+    settings = settings_of([], rows, np.zeros((0, 2), np.uint32))
+    changes = (*histories([], rows, vocab), _biases([], rows, vocab))
+    for kind in Kind:
+        own = settings if kind >= Kind.DRAWS else None
+        choose(logits, own, *(changes if kind >= Kind.CHANGES else (None,) * 3), kind=kind)
+    return list(Kind)

@@ -1,13 +1,13 @@
 """Which tokens the next step computes: continuous batching with chunked prefill, priorities and preemption.
 
-Pure bookkeeping, no arrays. A step carries a flat list of tokens per rank: one per decoding request first, then
-chunks of prompts as far as the budget goes. When pages run out, the request of lowest priority that came last
+Pure bookkeeping, no arrays. A step carries a flat list of tokens per rank: one per decoding request first, and its
+drafts to verify, then chunks of prompts as far as the budget goes. When pages run out, the request of lowest priority that came last
 gives its pages back and waits again; its tokens, those already produced included, are recomputed later.
 """
 
 import dataclasses
 import heapq
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from jaxmoe.engine.pages import PagePool
 from jaxmoe.engine.requests import Request
@@ -20,11 +20,17 @@ class QueueFull(JaxMoeError):
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """Tokens ``start`` to ``stop`` of a request, to compute in one step."""
+    """Tokens ``start`` to ``stop`` of a request, and ``drafts`` after its last one, to compute in one step."""
 
     request: Request
     start: int
     stop: int
+    drafts: tuple[int, ...] = ()
+
+    @property
+    def size(self) -> int:
+        """Tokens to compute."""
+        return self.stop - self.start + len(self.drafts)
 
     @property
     def samples(self) -> bool:
@@ -40,11 +46,13 @@ class Limits:
       max_running: requests with pages, per rank.
       max_step_tokens: tokens of one step, per rank.
       max_waiting: requests that may wait in all.
+      speculative_tokens: drafts that a step makes for each of its requests.
     """
 
     max_running: int = 32
     max_step_tokens: int = 256
     max_waiting: int = 1024
+    speculative_tokens: int = 0
 
 
 def _urgency(request: Request) -> tuple[int, int]:
@@ -90,7 +98,7 @@ class Scheduler:
           ValueError: if it could never run: its prompt and output do not fit into the pages of a rank.
         """
         pool = self.pools[0]
-        tokens = len(request.prompt) + request.sampling.max_new_tokens
+        tokens = request.most_tokens
         if self._pages_for(tokens, pool) > pool.pages:
             raise ValueError(
                 f"prompt plus max_new_tokens ({tokens} tokens) exceed the cache of a rank "
@@ -112,8 +120,9 @@ class Scheduler:
         for rank, running in enumerate(self.running):
             # Decoding requests first: a token each for those who wait for one, whatever prompts arrive.
             decoding = sorted((r for r in running if r.length - r.computed == 1), key=_urgency)
-            for request in decoding:
-                self._add(works[rank], request, 1, budgets, rank)
+            for done, request in enumerate(decoding, start=1):
+                spare = max(budgets[rank] - 1 - (len(decoding) - done), 0)
+                self._add(works[rank], request, 1, budgets, rank, request.drafts[:spare])
             filling = sorted((r for r in running if r.length - r.computed > 1), key=_urgency)
             for request in filling:
                 self._add(works[rank], request, request.length - request.computed, budgets, rank)
@@ -121,42 +130,61 @@ class Scheduler:
         return works
 
     def _add(
-        self, works: list[Work], request: Request, count: int, budgets: list[int], rank: int
+        self,
+        works: list[Work],
+        request: Request,
+        count: int,
+        budgets: list[int],
+        rank: int,
+        drafts: tuple[int, ...] = (),
     ) -> None:
-        """Adds up to ``count`` of a running request's tokens, if pages can be had and it is still running."""
+        """Adds up to ``count`` of a running request's tokens, if pages can be had and it is still running.
+
+        Nobody gives way to drafts: those that find no page are left out.
+        """
         if request.rank is None or budgets[rank] == 0:
             return
         stop = request.computed + min(count, budgets[rank])
         while not self._grow(request, stop):
             victim = max(self.running[rank], key=_urgency)
-            if any(work.request is victim for work in works) and victim is not request:
-                works[:] = [work for work in works if work.request is not victim]
+            if victim is not request:
+                for work in [work for work in works if work.request is victim]:
+                    works.remove(work)
+                    budgets[rank] += work.size
             self.preempt(victim)
             if victim is request:
                 return
-        works.append(Work(request, request.computed, stop))
-        budgets[rank] -= stop - request.computed
+        while drafts and not self._grow(request, stop + len(drafts)):
+            drafts = drafts[:-1]
+        works.append(Work(request, request.computed, stop, drafts))
+        budgets[rank] -= works[-1].size
+        if self.limits.speculative_tokens > 1:
+            # A draft is made from the row of the one before; without a page for that it is only a poor one.
+            ahead = stop + len(drafts) + self.limits.speculative_tokens - 1
+            self._grow(request, min(ahead, request.most_tokens))
 
     def _admit(self, works: list[list[Work]], budgets: list[int]) -> None:
-        """Starts waiting requests in order of urgency, on the rank with most room, while there is any."""
+        """Starts waiting requests in order of urgency while there is room."""
         while self._waiting:
             request = self._waiting[0][1]
-            rank = self._best_rank(budgets)
+            ranks = self._ranks_for(request, budgets)
+            rank = next((rank for rank in ranks if self._start(request, rank)), None)
             if rank is None:
-                return
-            if not self._start(request, rank):
                 return  # in order: nobody overtakes a request that waits for pages
             heapq.heappop(self._waiting)
             count = request.length - request.computed
             self._add(works[rank], request, count, budgets, rank)
 
-    def _best_rank(self, budgets: list[int]) -> int | None:
-        rooms = [
-            (pool.available, -len(self.running[rank]), -rank)
-            for rank, pool in enumerate(self.pools)
-            if budgets[rank] and self._slots[rank]
-        ]
-        return -max(rooms)[2] if rooms else None
+    def _ranks_for(self, request: Request, budgets: list[int]) -> list[int]:
+        """Ranks that could start the request now, best first: where most is cached already and least is left to compute."""
+        tokens = request.tokens(0, request.length)
+
+        def left(rank: int) -> int:
+            running = sum(other.most_tokens - other.computed for other in self.running[rank])
+            return running - self.pools[rank].known(tokens)
+
+        ranks = [rank for rank in range(len(self.pools)) if budgets[rank] and self._slots[rank]]
+        return sorted(ranks, key=lambda rank: (left(rank), -self.pools[rank].available))
 
     def _start(self, request: Request, rank: int) -> bool:
         """Gives a waiting request the pages it shares and those for its tokens; False (and nothing) if it can't have them."""
@@ -193,13 +221,19 @@ class Scheduler:
     def _pages_for(tokens: int, pool: PagePool) -> int:
         return -(-tokens // pool.page_size)
 
-    def advance(self, work: Work) -> None:
-        """Notes that a step's rows are in the cache, and lets later prompts find full pages."""
+    def advance(self, work: Work, accepted: Sequence[int] = ()) -> None:
+        """Notes that a step's rows are in the cache, and lets later prompts find full pages.
+
+        Args:
+          work: what the step computed.
+          accepted: those of its drafts that have turned out right.
+        """
         request = work.request
-        before, request.computed = request.computed, work.stop
+        before, request.computed = request.computed, work.stop + len(accepted)
+        request.drafts = ()
         pool = self.pools[request.rank]
-        if before // pool.page_size < work.stop // pool.page_size:
-            pool.publish(request.tokens(0, work.stop), request.pages)
+        if before // pool.page_size < request.computed // pool.page_size:
+            pool.publish([*request.tokens(0, work.stop), *accepted], request.pages)
 
     def preempt(self, request: Request) -> None:
         """Takes a running request's pages away; it waits again, with its tokens."""
@@ -221,7 +255,7 @@ class Scheduler:
         self.running[request.rank].remove(request)
         self._slots[request.rank].append(request.slot)
         self.pools[request.rank].release(request.pages)
-        request.pages, request.rank, request.slot = [], None, None
+        request.pages, request.rank, request.slot, request.drafts = [], None, None, ()
 
     def everyone(self) -> Iterable[Request]:
         """All requests, running first."""

@@ -20,6 +20,7 @@ class EngineStats:
       steps: steps so far.
       prompt_tokens, cached_tokens: of started requests; the latter were not computed again.
       generated_tokens: sampled tokens, stop tokens included.
+      drafted_tokens, accepted_tokens: guessed ahead and computed, and those of them that were right.
       finished: ended requests by reason.
       pages, pages_held, pages_idle: of all ranks; idle ones are kept for prompts that begin alike.
       step_s: smoothed seconds from one step's plan to its commit.
@@ -38,6 +39,8 @@ class EngineStats:
     prompt_tokens: int
     cached_tokens: int
     generated_tokens: int
+    drafted_tokens: int
+    accepted_tokens: int
     finished: dict[str, int]
     pages: int
     pages_held: int

@@ -1,7 +1,7 @@
 """The engine's compiled functions: a step over the paged cache, pure, and the commit that writes its rows."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -18,7 +18,7 @@ from jaxmoe.model import LayerStats
 from jaxmoe.moe import ExpertTables, MoeOptions
 from jaxmoe.params import Params
 from jaxmoe.sharding import Rules, shardings
-from jaxmoe.steps import run_step, unembed_step
+from jaxmoe.steps import run_mtp_step, run_step, unembed_step
 
 
 class Batch(NamedTuple):
@@ -32,6 +32,7 @@ class Batch(NamedTuple):
       positions: its position in its request; -1 for padding.
       tables: [S, W] pages of every slot, -1 after the last.
       rows: [R] which tokens' logits are wanted.
+      tiles: the tokens, a few of one request in each row; -1 for none.
     """
 
     tokens: Int[np.ndarray, " N"]
@@ -41,20 +42,45 @@ class Batch(NamedTuple):
     positions: Int[np.ndarray, " N"]
     tables: Int[np.ndarray, "S W"]
     rows: Int[np.ndarray, " R"]
+    tiles: Int[np.ndarray, "M Q"]
 
 
 class StepResult(NamedTuple):
-    """logits [R, V] float32; entries, rows to commit; load [layers with experts, E] int32 tokens per expert."""
+    """What a step computes.
+
+    Attributes:
+      logits: float32.
+      hidden: after the final norm: of every token in a step of the model, of the R rows in one of its MTP module.
+      entries: rows to commit.
+      load: int32 tokens per expert, of the layers with experts.
+    """
 
     logits: Float[Array, "R V"]
+    hidden: Float[Array, "N D"]
     entries: Entries
     load: Int[Array, "L E"]
+
+
+def tiles_of(counts: Sequence[int], size: int, slots: int, first: int = 0) -> np.ndarray:
+    """[M, Q]: ``size`` tokens, of which the first requests' are ``counts`` from ``first`` on, in rows of one request's.
+
+    Q is what a request has on average if all of ``slots`` have some: so M and Q are fixed by the sizes, M is at most twice
+    as many rows as are needed, and a step of one token each has rows of one.
+    """
+    width = max(1, size // slots)
+    tiles = np.full((min(size, size // width + slots), width), -1, np.int32)
+    row = 0
+    for count in counts:
+        rows = -(-count // width)
+        tiles[row : row + rows].reshape(-1)[:count] = np.arange(first, first + count)
+        row, first = row + rows, first + count
+    return tiles
 
 
 def pack(works: list[Work], size: int, rows: int, tables: np.ndarray) -> Batch:
     """A rank's work as arrays of N = ``size`` tokens, ``rows`` of which may be sampled from.
 
-    Row i of the logits belongs to the i-th of the works that sample.
+    The rows of logits belong to the works that sample, in order: one each for its last token and for every draft.
     """
     tokens, slots, lengths, positions = (np.zeros(size, np.int32) for _ in range(4))
     spans = np.stack([np.arange(size), np.arange(1, size + 1)], -1).astype(np.int32)
@@ -62,18 +88,20 @@ def pack(works: list[Work], size: int, rows: int, tables: np.ndarray) -> Batch:
     wanted = np.zeros(rows, np.int32)
     first = number = 0
     for work in works:
-        end = first + work.stop - work.start
-        tokens[first:end] = work.request.tokens(work.start, work.stop)
+        end = first + work.size
+        tokens[first:end] = [*work.request.tokens(work.start, work.stop), *work.drafts]
         slots[first:end] = work.request.slot
         lengths[first:end] = work.start
-        positions[first:end] = np.arange(work.start, work.stop)
+        positions[first:end] = np.arange(work.start, work.start + work.size)
         spans[first:end, 0] = first
         if work.samples:
-            wanted[number] = end - 1
-            number += 1
+            asked = len(work.drafts) + 1
+            wanted[number : number + asked] = np.arange(end - asked, end)
+            number += asked
         first = end
     # A copy: JAX may read a NumPy argument where it lies, and the next step's pages are noted before this one has run.
-    return Batch(tokens, slots, lengths, spans, positions, tables.copy(), wanted)
+    tiles = tiles_of([work.size for work in works], size, len(tables))
+    return Batch(tokens, slots, lengths, spans, positions, tables.copy(), wanted, tiles)
 
 
 def _loads(stats: list[list[LayerStats]]) -> jax.Array:
@@ -102,12 +130,41 @@ def _compute(
         batch.tokens[:, None],
         Cache(entries, batch.lengths, batch.tables[batch.slots]),
         spans=batch.spans[:, None],
+        tiles=batch.tiles,
         valid=valid[:, None],
         tables=tables,
         moe=moe,
     )
-    logits = unembed_step(params, output.hidden[:, 0][batch.rows])
-    return StepResult(logits, output.entries, _loads(output.stats))
+    hidden = output.hidden[:, 0]
+    logits = unembed_step(params, hidden[batch.rows])
+    return StepResult(logits, hidden, output.entries, _loads(output.stats))
+
+
+def _draft(
+    params: Params,
+    entries: Entries,
+    hidden: Float[Array, "N D"],
+    batch: Batch,
+    tables: ExpertTables | None,
+    config: ModelConfig,
+    moe: MoeOptions,
+) -> StepResult:
+    valid = batch.positions >= 0
+    output = run_mtp_step(
+        params["mtp"][0],
+        params,
+        config,
+        hidden[:, None],
+        batch.tokens[:, None],
+        Cache(entries, batch.lengths, batch.tables[batch.slots]),
+        spans=batch.spans[:, None],
+        tiles=batch.tiles,
+        valid=valid[:, None],
+        tables=tables,
+        moe=moe,
+    )
+    rows = output.hidden[:, 0][batch.rows]
+    return StepResult(unembed_step(params, rows), rows, output.entries, _loads(output.stats))
 
 
 def _commit(entries: Entries, new: Entries, batch: Batch) -> Entries:
@@ -117,15 +174,20 @@ def _commit(entries: Entries, new: Entries, batch: Batch) -> Entries:
 class Program(NamedTuple):
     """The compiled functions of an engine on one device or on a mesh of ranks.
 
+    With ranks, arrays of the batch and of results are those of all ranks one after another, and load is
+    [ranks * layers, E].
+
     Attributes:
       compute: (params, entries, batch, tables) -> StepResult. Reads the cache and writes nothing: whatever goes wrong in
-        it, it can be run again. With ranks, arrays of the batch and logits are those of all ranks one after another, and
-        load is [ranks * layers, E].
+        it, it can be run again.
+      draft: (params, entries, hidden, batch, tables) -> StepResult of the MTP module, likewise: ``entries`` are its own
+        cache's, the batch's tokens are those after each position, and ``hidden`` [N, D] belongs to the positions.
       commit: (entries, new, batch) -> the cache with a step's rows in their places. Free of collectives; donates entries.
       place_cache: puts cache entries where they belong.
     """
 
     compute: Callable[..., StepResult]
+    draft: Callable[..., StepResult]
     commit: Callable[..., Entries]
     place_cache: Callable[[Entries], Entries]
 
@@ -140,20 +202,30 @@ def make_program(config: ModelConfig, mesh: Mesh | None, axis: str = "expert") -
       axis: the mesh axis.
     """
     if mesh is None:
-        local = functools.partial(_compute, config=config, moe=MoeOptions("local"))
-        return Program(jax.jit(local), jax.jit(_commit, donate_argnums=0), lambda x: x)
-    exchange = functools.partial(_compute, config=config, moe=MoeOptions("exchange", axis=axis))
+        static = {"config": config, "moe": MoeOptions("local")}
+        compute, draft = (jax.jit(functools.partial(f, **static)) for f in (_compute, _draft))
+        return Program(compute, draft, jax.jit(_commit, donate_argnums=0), lambda x: x)
     weights = jax.tree.map(lambda s: s.spec, shardings(config, mesh, Rules()))
     by_rank, by_page = PartitionSpec(axis), PartitionSpec(None, axis)
-    step = jax.shard_map(
-        exchange,
-        mesh=mesh,
-        in_specs=(weights, by_page, by_rank, PartitionSpec()),
-        out_specs=StepResult(by_rank, by_page, by_rank),
-        check_vma=False,  # custom derivatives hide varying axes
-    )
+
+    def ranked(
+        step: Callable[..., StepResult], *operands: PartitionSpec
+    ) -> Callable[..., StepResult]:
+        exchange = functools.partial(step, config=config, moe=MoeOptions("exchange", axis=axis))
+        return jax.jit(
+            jax.shard_map(
+                exchange,
+                mesh=mesh,
+                in_specs=(weights, by_page, *operands, by_rank, PartitionSpec()),
+                out_specs=StepResult(by_rank, by_rank, by_page, by_rank),
+                check_vma=False,  # custom derivatives hide varying axes
+            )
+        )
+
     commit = jax.shard_map(
         _commit, mesh=mesh, in_specs=(by_page, by_page, by_rank), out_specs=by_page, check_vma=False
     )
     place = functools.partial(jax.device_put, device=NamedSharding(mesh, by_page))
-    return Program(jax.jit(step), jax.jit(commit, donate_argnums=0), place)
+    return Program(
+        ranked(_compute), ranked(_draft, by_rank), jax.jit(commit, donate_argnums=0), place
+    )

@@ -548,13 +548,13 @@ def test_a_repeated_beginning_is_reused_and_changes_no_token():
 
 def _slowed(engine: Engine, seconds: float) -> Engine:
     """Every step takes at least so long."""
-    compute = engine._program.compute
+    compute = engine._runner.program.compute
 
     def slow(*arguments):
         time.sleep(seconds)
         return compute(*arguments)
 
-    engine._program = engine._program._replace(compute=slow)
+    engine._runner.program = engine._runner.program._replace(compute=slow)
     return engine
 
 
@@ -684,7 +684,7 @@ def test_an_engine_that_was_never_started_closes():
 
 def _failing_once(engine: Engine, name: str = "compute", after: int = 3) -> None:
     """The call of ``name`` after ``after`` more raises."""
-    original, left = getattr(engine._program, name), [after]
+    original, left = getattr(engine._runner.program, name), [after]
 
     def failing(*arguments):
         left[0] -= 1
@@ -692,7 +692,7 @@ def _failing_once(engine: Engine, name: str = "compute", after: int = 3) -> None
             raise RuntimeError("the accelerator is on fire")
         return original(*arguments)
 
-    engine._program = engine._program._replace(**{name: failing})
+    engine._runner.program = engine._runner.program._replace(**{name: failing})
 
 
 @pytest.mark.parametrize("name", ["compute", "commit"])
@@ -797,9 +797,9 @@ def test_warming_up_compiles_every_size_and_changes_nothing():
         report = engine.warmup()
         assert report["sizes"] == [1, 2, 4, 5] and report["executables"] >= 2 * 4
         assert report["seconds"] > 0
-        compiled = engine._program.compute._cache_size()
+        compiled = engine._runner.program.compute._cache_size()
         results = engine.generate([prompt, *_prompts(8, seed=19)], _free(6))
-        assert engine._program.compute._cache_size() == compiled
+        assert engine._runner.program.compute._cache_size() == compiled
         assert results[0].token_ids == before.token_ids and results[0].cached_tokens > 0
         assert engine.stats().expert_load.sum() % (ACTIVE * MOE_LAYERS) == 0
         _assert_empty(engine)

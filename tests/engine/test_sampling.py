@@ -10,26 +10,31 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxmoe.engine.requests import Request, SamplingParams
-from jaxmoe.engine.sampling import Kind, choose, histories, kind_of, settings_of
+from jaxmoe.engine.sampling import Ask, Kind, choose, histories, kind_of, settings_of
 from jaxmoe.engine.stream import key_data
 
 ROWS, VOCAB = 4, 40
-EVERYTHING = Kind(*[True] * len(Kind._fields))
+EVERYTHING = max(Kind)
 
 
 def _request(params: SamplingParams, prompt: list[int], output: list[int]) -> Request:
     return Request(prompt, params, output=list(output))
 
 
+def _asks(requests: list[Request]) -> list[Ask]:
+    return [Ask(request) for request in requests]
+
+
 def _choose(logits: np.ndarray, requests: list[Request], kind: Kind):
+    asks = _asks(requests)
     keys = np.stack([key_data(request.sampling.seed or 0) for request in requests])
     bias = np.zeros((len(logits), VOCAB), np.float32)
     for row, request in enumerate(requests):
         for token, value in request.sampling.logit_bias:
             bias[row, token] += value
-    seen, counts = histories(requests, len(logits), VOCAB)
+    seen, counts = histories(asks, len(logits), VOCAB)
     sampled = choose(
-        jnp.asarray(logits), settings_of(requests, len(logits), keys), seen, counts, bias, kind=kind
+        jnp.asarray(logits), settings_of(asks, len(logits), keys), seen, counts, bias, kind=kind
     )
     return jax.device_get(sampled)
 
@@ -130,7 +135,7 @@ def test_what_other_rows_need_and_where_a_row_stands_do_not_change_its_token(row
         logits[::-1], [*[Request([0])] * (ROWS - len(requests)), *requests[::-1]], EVERYTHING
     )
     np.testing.assert_array_equal(backwards.token[::-1][: len(requests)], together)
-    alone = _choose(logits[:1], requests[:1], kind_of(requests[:1])).token
+    alone = _choose(logits[:1], requests[:1], kind_of(_asks(requests[:1]))).token
     assert alone[0] == together[0]
 
 
@@ -138,15 +143,14 @@ def test_a_row_without_cuts_keeps_every_token_although_others_have_cuts():
     """Rounded sums of probabilities reach 1 early where one token has nearly all of it."""
     logits = np.zeros((2, VOCAB), np.float32)
     logits[:, 0] = 25
-    draws = Kind(draws=True)
     free = SamplingParams(temperature=8.0, seed=5)  # 25 / 8: others are drawn too
     cold = dataclasses.replace(free, temperature=1.0)
     cut = SamplingParams(temperature=1.0, top_k=2, seed=6)
     for params in (free, cold):
         for index in range(20):
             row = _request(params, [1], [0] * index)
-            both = _choose(logits, [row, _request(cut, [1], [])], draws._replace(cuts=True))
-            assert both.token[0] == _choose(logits[:1], [row], draws).token[0]
+            both = _choose(logits, [row, _request(cut, [1], [])], Kind.CUTS)
+            assert both.token[0] == _choose(logits[:1], [row], Kind.DRAWS).token[0]
 
 
 def test_no_cut_means_that_even_tokens_beyond_a_rounded_sum_of_one_stay():
@@ -155,7 +159,7 @@ def test_no_cut_means_that_even_tokens_beyond_a_rounded_sum_of_one_stay():
     scaled = np.zeros((2, VOCAB), np.float32)
     scaled[:, 0] = 40
     params = [SamplingParams(temperature=1.0), SamplingParams(temperature=1.0, top_p=0.99)]
-    rows = settings_of([Request([0], p) for p in params], 2, np.zeros((2, 2), np.uint32))
+    rows = settings_of(_asks([Request([0], p) for p in params]), 2, np.zeros((2, 2), np.uint32))
     kept = np.isfinite(jax.jit(_cut)(scaled, rows))
     assert kept.sum(-1).tolist() == [VOCAB, 1]
 
@@ -179,23 +183,39 @@ def test_logprobs_are_those_of_the_models_own_distribution(rows, seed):
 
 def test_only_what_is_asked_for_is_computed():
     plain = SamplingParams()
-    assert plain.greedy and kind_of([Request([1], plain)]) == Kind()
+    assert kind_of([]) == kind_of([Ask(Request([1], plain))]) == Kind.GREEDY
     for changes, kind in (
-        ({"temperature": 0.5}, Kind(draws=True)),
-        ({"temperature": 0.5, "top_k": 3}, Kind(draws=True, cuts=True)),
-        ({"temperature": 0.5, "min_p": 0.1}, Kind(draws=True, cuts=True)),
-        ({"top_p": 0.5}, Kind()),  # greedy: no draw to cut
-        ({"presence_penalty": 1.0}, Kind(penalties=True)),
-        ({"frequency_penalty": 1.0}, Kind(penalties=True)),
-        ({"repetition_penalty": 1.1}, Kind(penalties=True)),
-        ({"logit_bias": ((1, 1.0),)}, Kind(bias=True)),
-        ({"json_schema": "{}"}, Kind(bias=True)),
-        ({"logprobs": 0}, Kind(logprobs=True)),
+        ({"temperature": 0.5}, Kind.DRAWS),
+        ({"temperature": 0.5, "top_k": 3}, Kind.CUTS),
+        ({"temperature": 0.5, "min_p": 0.1}, Kind.CUTS),
+        ({"top_p": 0.5}, Kind.GREEDY),  # no draw to cut
+        ({"presence_penalty": 1.0}, Kind.CHANGES),
+        ({"frequency_penalty": 1.0}, Kind.CHANGES),
+        ({"repetition_penalty": 1.1}, Kind.CHANGES),
+        ({"logit_bias": ((1, 1.0),)}, Kind.CHANGES),
+        ({"json_schema": "{}", "logprobs": 1}, Kind.CHANGES),
+        ({"logprobs": 0}, Kind.LOGPROBS),
     ):
-        params = SamplingParams(**changes)
-        assert kind_of([Request([1], plain), Request([1], params)]) == kind
-        assert params.greedy == (kind == Kind())
-    assert _choose(_logits(0), [Request([1], plain)], Kind()).logprob is None
+        both = [Request([1], plain), Request([1], SamplingParams(**changes))]
+        assert kind_of(_asks(both)) == kind
+    assert _choose(_logits(0), [Request([1], plain)], Kind.GREEDY).logprob is None
+
+
+@settings(max_examples=25)
+@given(rows=_ROWS)
+def test_tokens_asked_about_in_advance_count_like_those_that_have_come(rows):
+    requests = _requests(rows)
+    early = [
+        Ask(dataclasses.replace(r, output=r.output[:1]), tuple(r.output[1:])) for r in requests
+    ]
+    keys = np.stack([key_data(request.sampling.seed or 0) for request in requests])
+    asks = _asks(requests)
+    for got, expected in zip(
+        (*histories(early, ROWS, VOCAB), settings_of(early, ROWS, keys).index),
+        (*histories(asks, ROWS, VOCAB), settings_of(asks, ROWS, keys).index),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(got, expected)
 
 
 @given(st.integers(0, 2**32 - 1))

@@ -1,0 +1,44 @@
+"""Sizes and limits of an engine."""
+
+import dataclasses
+
+DEFAULT_TOKENS_PER_REQUEST = 1024  # of the default cache: for max_running requests of this length
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineOptions:
+    """Sizes and limits of an engine."""
+
+    max_running: int = 32
+    """Requests with cache pages, per rank."""
+    max_step_tokens: int = 256
+    """Tokens of one step, per rank; longer prompts are cut into steps."""
+    max_waiting: int = 1024
+    """Requests that may wait; one more is refused."""
+    page_size: int = 32
+    """Tokens per cache page."""
+    pages: int | None = None
+    """Cache pages per rank; default: for max_running requests of 1024 tokens, and for one of max_length."""
+    max_length: int | None = None
+    """Tokens that a request may have, prompt included; default: the model's, at most 8192."""
+    prefix_reuse: bool = True
+    """Whether prompts that begin like earlier ones reuse their cache rows."""
+    speculative_tokens: int = 0
+    """Tokens that the model's multi-token-prediction module guesses ahead; they change the speed only, no token."""
+
+    def __post_init__(self):
+        for name in (
+            "max_running",
+            "max_step_tokens",
+            "max_waiting",
+            "page_size",
+            "pages",
+            "max_length",
+        ):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be >= 1; got {value}.")
+        if self.speculative_tokens < 0:
+            raise ValueError(
+                f"speculative_tokens must be >= 0; got {self.speculative_tokens}. Use 0 for none."
+            )
