@@ -22,16 +22,16 @@ KEY_VARIABLE = "JAXMOE_API_KEY"
 
 
 def _random(
-    name: str, seed: int, dtype: Literal["float32", "bfloat16"]
+    name: str, seed: int, dtype: Literal["float32", "bfloat16"], *, mtp: bool
 ) -> tuple[Params, ModelConfig]:
-    """Random parameters of a preset, if they fit into memory."""
+    """Random parameters of a preset, if they fit into memory; with multi-token prediction or without."""
     if name not in presets:
         raise ValueError(
             f"--random-weights takes a preset ({', '.join(presets)}); got {name!r}. "
             "Leave it out to serve a checkpoint."
         )
-    config = presets[name].replace(num_nextn_predict_layers=0)
-    needed = nbytes(config, dtype_of(dtype))
+    config = presets[name] if mtp else presets[name].replace(num_nextn_predict_layers=0)
+    needed = nbytes(config, dtype_of(dtype), include_mtp=True)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > memory and jax.default_backend() == "cpu":
         raise ValueError(
@@ -42,15 +42,17 @@ def _random(
 
 
 def _load(
-    name: str, random_weights: bool, seed: int, dtype: Literal["float32", "bfloat16"]
+    name: str, random_weights: bool, seed: int, dtype: Literal["float32", "bfloat16"], *, mtp: bool
 ) -> tuple[Params, ModelConfig]:
     if random_weights:
-        return _random(name, seed, dtype)
+        return _random(name, seed, dtype, mtp=mtp)
     if name in presets and not pathlib.Path(name).exists():
         raise ValueError(
             f"a preset has no weights; got {name!r}. Train it with `jaxmoe train`, or add --random-weights for a trial."
         )
-    params, config = load(name, dtype_of(dtype), mtp=False)
+    params, config = load(name, dtype_of(dtype), mtp=None if mtp else False)
+    if mtp:
+        return params, config
     params = {name: value for name, value in params.items() if name != "mtp"}
     return params, config.replace(num_nextn_predict_layers=0)
 
@@ -100,7 +102,7 @@ def serve(
     where = server.ServerOptions(host, port, drain_s, warm_up)
     if not 1 <= ranks <= len(jax.devices()):
         raise ValueError(f"--ranks must be in 1..{len(jax.devices())} (devices); got {ranks}.")
-    params, config = _load(model, random_weights, seed, dtype)
+    params, config = _load(model, random_weights, seed, dtype, mtp=options.speculative_tokens > 0)
     tokenizer = load_tokenizer(None if random_weights else model)
     if tokenizer.vocab_size > config.vocab_size:
         raise ValueError(

@@ -44,6 +44,9 @@ def _families(stats: EngineStats) -> Iterator[Metric]:
     yield _counter("cached_tokens", "Of those, not computed again.", stats.cached_tokens)
     text = "Sampled tokens, stop tokens included."
     yield _counter("generated_tokens", text, stats.generated_tokens)
+    text = "Tokens guessed ahead and computed."
+    yield _counter("drafted_tokens", text, stats.drafted_tokens)
+    yield _counter("accepted_tokens", "Of those, right.", stats.accepted_tokens)
     text = "Ended requests by reason."
     finished = CounterMetricFamily("jaxmoe_requests_finished", text, labels=("reason",))
     for reason, count in stats.finished.items():

@@ -682,24 +682,32 @@ def test_an_engine_that_was_never_started_closes():
         engine.submit("Hello")
 
 
-def _failing_once(engine: Engine, name: str = "compute", after: int = 3) -> None:
-    """The call of ``name`` after ``after`` more raises."""
+def _failing_once(
+    engine: Engine, name: str = "compute", late: bool = False, after: int = 3
+) -> None:
+    """The call of ``name`` after ``after`` more raises: at once, or ``late``, when it has had its operands."""
     original, left = getattr(engine._runner.program, name), [after]
 
     def failing(*arguments):
         left[0] -= 1
         if left[0] == -1:
+            if late:
+                original(*arguments)
             raise RuntimeError("the accelerator is on fire")
         return original(*arguments)
 
     engine._runner.program = engine._runner.program._replace(**{name: failing})
 
 
-@pytest.mark.parametrize("name", ["compute", "commit"])
-def test_a_step_that_fails_ends_its_requests_with_the_error_and_the_engine_goes_on(name, caplog):
+@pytest.mark.parametrize(
+    ("name", "late"), [("compute", False), ("commit", False), ("commit", True)]
+)
+def test_a_step_that_fails_ends_its_requests_with_the_error_and_the_engine_goes_on(
+    name, late, caplog
+):
     prompts = _prompts(5, seed=16)
     with _engine() as engine:
-        _failing_once(engine, name)
+        _failing_once(engine, name, late)
         streams = [engine.submit(prompt, _free(20)) for prompt in prompts]
         last = [list(stream)[-1] for stream in streams]
         # One that came after the failing step is served.
