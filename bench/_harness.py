@@ -26,6 +26,22 @@ def timed(run: Callable[[], Any]) -> Callable[[], float]:
     return measure
 
 
+def device_timed(run: Callable[[], Any], calls: int = 20) -> Callable[[], float]:
+    """``run``, which must return arrays without waiting for them, as a function that returns its seconds on the device.
+
+    On accelerators several calls queue up, so that dispatch and waiting, a hundred microseconds or more, stay out of it.
+    """
+    if jax.default_backend() == "cpu":
+        return timed(lambda: jax.block_until_ready(run()))
+
+    def measure() -> float:
+        began = time.perf_counter()
+        jax.block_until_ready([run() for _ in range(calls)])
+        return (time.perf_counter() - began) / calls
+
+    return measure
+
+
 def interleave(
     measures: Mapping[str, Callable[[], float]], *, rounds: int = 10, warmup: int = 2
 ) -> dict[str, list[float]]:
@@ -76,6 +92,11 @@ def add_peers(options: argparse.ArgumentParser) -> None:
     )
 
 
+def add_dtype(options: argparse.ArgumentParser) -> None:
+    """The type that weights and caches have on both sides."""
+    options.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+
+
 def finish(bench: str, rows: list[dict], ratios: dict[str, float], path: str | None) -> None:
     """Prints the rows and ratios and writes the report."""
     width = max(len(r["name"]) for r in rows)
@@ -87,16 +108,16 @@ def finish(bench: str, rows: list[dict], ratios: dict[str, float], path: str | N
         write_report(path, make_report(bench, rows, ratios))
 
 
-def weights(preset: str, seed: int) -> tuple[Any, jaxmoe.ModelConfig]:
+def weights(preset: str, seed: int, dtype: str = "float32") -> tuple[Any, jaxmoe.ModelConfig]:
     """Parameters and config of a preset without its MTP module, which no peer runs in plain generation.
 
     Matrices are four times the initial scale: logits then differ enough between tokens for greedy outputs
-    to be comparable.
+    to be comparable (in float32; with bfloat16 near-ties part the two sides soon).
     """
     if preset not in jaxmoe.presets:
         raise SystemExit(f"--preset must be one of {', '.join(jaxmoe.presets)}; got {preset!r}.")
     config = jaxmoe.presets[preset].replace(num_nextn_predict_layers=0)
-    params = jaxmoe.init_params(config, jax.random.key(seed))
+    params = jaxmoe.init_params(config, jax.random.key(seed), dtype=dtype)
     return jax.tree.map(lambda x: x * 4 if x.ndim > 2 else x, params), config
 
 
@@ -107,7 +128,7 @@ def prompts(config: jaxmoe.ModelConfig, batch: int, length: int, seed: int) -> n
 
 
 def transformers_model(params: Any, config: jaxmoe.ModelConfig, experts: str | None = None) -> Any:
-    """The same weights as a transformers model on CPU, float32.
+    """The same weights in the same type as a transformers model, on the kind of device that JAX uses.
 
     Args:
       params: parameters.
@@ -121,15 +142,20 @@ def transformers_model(params: Any, config: jaxmoe.ModelConfig, experts: str | N
         raise SystemExit(
             "--against transformers needs the extra 'parity': pip install 'jaxmoe[parity]'."
         ) from error
+    device = "cuda" if jax.default_backend() == "gpu" else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit(
+            "--against transformers on a GPU needs a PyTorch that sees it; got one without CUDA."
+        )
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as directory:
         checkpoint.save_hf(directory, params, config)
         more = {} if experts is None else {"experts_implementation": experts}
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            directory, dtype=torch.float32, **more
+            directory, dtype=getattr(torch, params["embed"]["weight"].dtype.name), **more
         )
-    return model.eval()
+    return model.eval().to(device)
 
 
 def peers(names: list[str], params: Any, config: jaxmoe.ModelConfig) -> dict[str, Any]:

@@ -63,14 +63,14 @@ def _static_batches(model: Any, items: Sequence[_load.Item], batch: int) -> floa
     for start in range(0, len(items), batch):
         part = items[start : start + batch]
         longest = max(len(item.prompt) for item in part)
-        ids = torch.zeros(len(part), longest, dtype=torch.long)
+        ids = torch.zeros(len(part), longest, dtype=torch.long, device=model.device)
         mask = torch.zeros_like(ids)
         for i, item in enumerate(part):
             ids[i, longest - len(item.prompt) :] = torch.tensor(item.prompt)
             mask[i, longest - len(item.prompt) :] = 1
         new = max(item.output_tokens for item in part)
         with torch.no_grad():
-            model.generate(
+            out = model.generate(
                 ids,
                 attention_mask=mask,
                 do_sample=False,
@@ -78,6 +78,7 @@ def _static_batches(model: Any, items: Sequence[_load.Item], batch: int) -> floa
                 max_new_tokens=new,
                 pad_token_id=0,
             )
+        out.cpu()  # waits for the device
     return time.perf_counter() - began
 
 
@@ -135,6 +136,7 @@ def _others_row(before: tuple[float, float], seconds: float) -> dict[str, Any]:
 def _options() -> Any:
     options = _harness.parser(__doc__.splitlines()[0])
     _harness.add_peers(options)
+    _harness.add_dtype(options)
     options.set_defaults(rounds=2)
     options.add_argument("--preset", default="small")
     options.add_argument("--concurrency", type=int, default=32)
@@ -166,7 +168,7 @@ def _throughput(
             )
         for name, value in seconds.items():
             speeds.setdefault(name, []).append(_tokens(items) / value)
-    shape = {"preset": args.preset, "requests": args.requests} | {
+    shape = {"preset": args.preset, "dtype": args.dtype, "requests": args.requests} | {
         "prompt": args.prompt,
         "new": args.new,
     }
@@ -181,7 +183,7 @@ def _throughput(
 def main() -> None:
     """Runs the bench."""
     args = _options()
-    params, config = _harness.weights(args.preset, args.seed)
+    params, config = _harness.weights(args.preset, args.seed, args.dtype)
     peers = {}
     if args.against == "transformers":
         peers = _harness.peers(args.peers, params, config)

@@ -21,6 +21,7 @@ from jaxmoe.moe import Experts, ExpertTables, MoeOptions, apply_experts, route
 from jaxmoe.moe.balance import sequence_balance_loss
 from jaxmoe.moe.route import expert_load
 from jaxmoe.params import Params
+from pallas_kernels.numerics import dot
 
 ATTENTION_MODES = ("sparse", "dense")
 
@@ -241,6 +242,9 @@ def unembed(params: Params, hidden: Float[Array, "*S D"]) -> Float[Array, "*S V"
         weight = params["lm_head"]["weight"]
     else:
         weight = params["embed"]["weight"].T
+    if hidden.dtype == weight.dtype == jnp.bfloat16:  # whose products are exact in float32
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        return dot(flat, weight, (1, 0)).reshape(*hidden.shape[:-1], weight.shape[1])
     return matmul(hidden.astype(jnp.float32), weight.astype(jnp.float32))
 
 

@@ -64,6 +64,26 @@ _SMALL = _TINY.replace(
     max_position_embeddings=16384,
 )
 
+_MEDIUM = _SMALL.replace(
+    vocab_size=32768,
+    hidden_size=1024,
+    intermediate_size=3072,
+    moe_intermediate_size=512,
+    num_hidden_layers=16,
+    num_attention_heads=16,
+    q_lora_rank=512,
+    kv_lora_rank=512,
+    qk_nope_head_dim=128,
+    qk_rope_head_dim=64,
+    v_head_dim=128,
+    index_head_dim=128,
+    index_topk=2048,
+    n_routed_experts=64,
+    num_experts_per_tok=6,
+    n_group=8,
+    topk_group=4,
+)
+
 _DEEPSEEK_V3 = ModelConfig(
     vocab_size=129280,
     hidden_size=7168,
@@ -93,6 +113,8 @@ presets: dict[str, ModelConfig] = {
     "tiny": _TINY,
     # About 60 M parameters: 8 layers, 32 experts; the shape of the CPU benches.
     "small": _SMALL,
+    # About 1.7 B parameters: V3.2's latent sizes and top-k in a model that fits any data-centre GPU; of the GPU benches.
+    "medium": _MEDIUM,
     # Spec 1.1. The released sizes.
     "deepseek_v3": _DEEPSEEK_V3,
     "deepseek_v32": _DEEPSEEK_V3.replace(index_n_heads=64, index_head_dim=128, index_topk=2048),

@@ -228,7 +228,7 @@ def step(
 
 def unembed_step(params: Params, hidden: Float[Array, "*S D"]) -> Float[Array, "*S V"]:
     """``unembed`` as steps do it: a row's logits do not depend on how many rows there are."""
-    if "lm_head" not in params:
+    if "lm_head" not in params or params["lm_head"]["weight"].dtype != jnp.float32:
         return unembed(params, hidden)
-    weight = params["lm_head"]["weight"].astype(jnp.float32)
+    weight = params["lm_head"]["weight"]
     return linear(hidden.astype(jnp.float32), {"weight": whole(weight)})

@@ -14,6 +14,11 @@ import jax
 Implementation = str | Sequence[str] | None
 
 
+def on_accelerator() -> bool:
+    """Whether JAX runs on a GPU or TPU: there copies and launches are what counts, on CPU passes over the cache."""
+    return jax.default_backend() != "cpu"
+
+
 def call(
     op: str,
     backends: Mapping[str, Callable[..., Any]],

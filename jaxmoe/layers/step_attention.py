@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from jaxmoe.layers.indexer import IndexInputs
 from pallas_kernels import native, paged
+from pallas_kernels._implementation import on_accelerator
 from pallas_kernels.index_topk import index_topk_step, select_mask, step_scores
 from pallas_kernels.sparse_mla import sparse_mla_step
 from pallas_kernels.sparse_mla.reference import Part, Softmax, accumulate, finish
@@ -116,7 +117,7 @@ def selects_rows(
     if topk is None or capacity + own <= topk:
         return False
     factor = GATHER_FACTOR_DECODE if own == 1 else GATHER_FACTOR_CHUNK
-    if jax.default_backend() != "cpu":
+    if on_accelerator():
         factor = max(GATHER_FACTOR_DECODE, queries)
     return capacity + own > factor * topk
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.grouped_matmul import config
-from pallas_kernels.numerics import dot
+from pallas_kernels.numerics import dot, precision_of
 
 
 class _Blocks(NamedTuple):
@@ -137,9 +137,16 @@ grouped_matmul.defvjp(_forward, _backward)
 def ragged_dot(
     x: jax.Array, w: jax.Array, group_sizes: jax.Array, group_offset: jax.Array | int
 ) -> jax.Array:
-    """``jax.lax.ragged_dot`` behind this op's contract: the accelerator default until kernels are measured."""
+    """``jax.lax.ragged_dot`` behind this op's contract.
+
+    On CPU and GPU XLA multiplies every row by every group, so that NaN in a matrix reaches the rows of other groups.
+    """
     w = lax.dynamic_slice_in_dim(w, group_offset, group_sizes.shape[0])
-    y = lax.ragged_dot(x, w, group_sizes, preferred_element_type=jnp.float32).astype(x.dtype)
-    # Zeros after the last group are this op's contract, not ragged_dot's on every backend.
-    inside = jnp.arange(x.shape[0]) < group_sizes.sum()
-    return jnp.where(inside[:, None], y, jnp.zeros((), y.dtype))
+    # Rows after the last group neither reach others nor are left undefined, which ragged_dot does not promise.
+    inside = (jnp.arange(x.shape[0]) < group_sizes.sum())[:, None]
+    x = jnp.where(inside, x, jnp.zeros((), x.dtype))
+    precision = precision_of(x.dtype)
+    y = lax.ragged_dot(
+        x, w, group_sizes, precision=precision, preferred_element_type=jnp.float32
+    ).astype(x.dtype)
+    return jnp.where(inside, y, jnp.zeros((), y.dtype))

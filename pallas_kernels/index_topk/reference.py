@@ -11,9 +11,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import paged
+from pallas_kernels._implementation import on_accelerator
 from pallas_kernels.numerics import precision_of
 
-PRODUCTS = 2**26  # float32 products of queries and keys that exist at once on an accelerator
+# On accelerators (docs/log.md, First GPU run):
+PRODUCTS = 2**26  # float32 products of queries and keys that exist at once
+SORTED = 2**19  # up to so many scores a sort selects faster than passes over them
 
 
 def index_scores(q: jax.Array, k: jax.Array, weights: jax.Array) -> jax.Array:
@@ -52,7 +55,7 @@ def index_scores(q: jax.Array, k: jax.Array, weights: jax.Array) -> jax.Array:
 
 def _heads_together(scores: int, heads: int) -> int:
     """How many heads' products exist at once: [B, T, I, S] would be many times larger than the result."""
-    if jax.default_backend() == "cpu":
+    if not on_accelerator():
         return 1  # more leave the cache
     return math.gcd(heads, 1 << max(0, (PRODUCTS // max(scores, 1)).bit_length() - 1))
 
@@ -69,18 +72,25 @@ def _ordered_bits(scores: jax.Array) -> jax.Array:
 
 
 def _kth_largest(bits: jax.Array, k: int) -> jax.Array:
-    """The k-th largest value of each row, [..., 1], found bit by bit from the top.
+    """The k-th largest value of each row, [..., 1], found digit by digit from the top.
 
-    32 passes of compare-and-count over the row, which vectorise and stay in cache: several times faster on CPU than
-    a sort or ``lax.top_k`` (docs/log.md, 2026-11-23), and the same for any k.
+    Passes of compare-and-count over the row, which vectorise and stay in cache: several times faster on CPU than a sort or
+    ``lax.top_k`` (docs/log.md, 2026-11-23), and the same for any k. On accelerators 16 passes of two bits each, unrolled: a
+    loop's iterations cost more than its work there (docs/log.md, First GPU run).
     """
+    width = 2 if on_accelerator() else 1
 
-    def bit(i: jax.Array, threshold: jax.Array) -> jax.Array:
-        candidate = threshold | (jnp.uint32(1) << (31 - i).astype(jnp.uint32))
-        enough = (bits >= candidate).sum(-1, keepdims=True, dtype=jnp.int32) >= k
-        return jnp.where(enough, candidate, threshold)
+    def digit(i: jax.Array | int, threshold: jax.Array) -> jax.Array:
+        shift = jnp.asarray(32 - width - width * i, jnp.uint32)
+        best = jnp.zeros_like(threshold)
+        for value in range(1, 1 << width):
+            candidate = threshold | (jnp.uint32(value) << shift)
+            count = (bits >= candidate).sum(-1, keepdims=True, dtype=jnp.int32)
+            best = best + (count >= k).astype(jnp.uint32)
+        return threshold | (best << shift)
 
-    return lax.fori_loop(0, 32, bit, jnp.zeros((*bits.shape[:-1], 1), jnp.uint32))
+    start = jnp.zeros((*bits.shape[:-1], 1), jnp.uint32)
+    return lax.fori_loop(0, 32 // width, digit, start, unroll=on_accelerator())
 
 
 def select_mask(scores: jax.Array, k: int) -> jax.Array:
@@ -120,7 +130,8 @@ def select_indices(scores: jax.Array, k: int) -> jax.Array:
 def select_positions(scores: jax.Array, k: int) -> jax.Array:
     """``select_indices`` in ascending order of position: the mask, compacted.
 
-    On CPU four times faster than ``lax.top_k``, whose order a softmax does not need (docs/log.md, 2026-11-23).
+    On CPU four times faster than ``lax.top_k``, whose order a softmax does not need (docs/log.md, 2026-11-23); on
+    accelerators so for many scores only.
 
     Args:
       scores: [..., S] float32; -inf where the key is not visible.
@@ -131,6 +142,10 @@ def select_positions(scores: jax.Array, k: int) -> jax.Array:
     """
     size = scores.shape[-1]
     k = min(k, size)
+    if on_accelerator() and scores.size <= SORTED:
+        index = select_indices(scores, k)
+        ascending = jnp.sort(jnp.where(index < 0, size, index), axis=-1)
+        return jnp.where(ascending == size, -1, ascending)
     mask = select_mask(scores, k).reshape(-1, size)
     # Every position writes: the chosen ones to their rank, the others to a spare column.
     target = jnp.where(mask, jnp.cumsum(mask, -1, dtype=jnp.int32) - 1, k)

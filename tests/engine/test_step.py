@@ -14,8 +14,8 @@ from parity.clear import clear_case, sharp_params
 
 import jaxmoe
 from jaxmoe.cache import init_cache
-from jaxmoe.engine.step import Batch, StepResult, make_program, pack
-from pallas_kernels import native
+from jaxmoe.engine.step import Batch, StepResult, make_program, pack, tiles_of
+from pallas_kernels import native, paged
 
 TOLERANCE = 1e-5  # as in test_decode.py
 SEQUENCES, LENGTH, PAGE = 3, 24, 4
@@ -79,6 +79,7 @@ def backend(request):
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "xla":
             patch.setattr(native, "_refusal", lambda: "switched off by the test")
+            patch.setattr(paged, "BLOCK_ROWS", 2 * PAGE)  # LENGTH takes three blocks
         elif not native.available():
             pytest.skip("no C++ compiler")
         _forget_compiled()
@@ -152,7 +153,8 @@ class Feeder:
         known = -(-(self.computed + [self._count(pieces, i) for i in range(SEQUENCES)]) // PAGE)
         tables = np.where(np.arange(WIDTH) < known[:, None], self.pages, -1).astype(np.int32)
         rows = np.arange(size, dtype=np.int32)
-        return Batch(tokens, slots, lengths, spans, positions, tables, rows)
+        tiles = tiles_of([piece.count for piece in pieces], size, SEQUENCES, before)
+        return Batch(tokens, slots, lengths, spans, positions, tables, rows, tiles)
 
     @staticmethod
     def _count(pieces: list[Piece], sequence: int) -> int:

@@ -11,10 +11,17 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from pallas_kernels import index_topk, native
-from pallas_kernels.index_topk import index_scores, select_indices, select_mask
+from pallas_kernels.index_topk import (
+    index_scores,
+    reference,
+    select_indices,
+    select_mask,
+    select_positions,
+)
 
 select_indices_jit = jax.jit(select_indices, static_argnums=1)
 select_mask_jit = jax.jit(select_mask, static_argnums=1)
+select_positions_jit = jax.jit(select_positions, static_argnums=1)
 
 
 def oracle_scores(q, k, weights):
@@ -34,7 +41,7 @@ def oracle_indices(scores, topk):
 
 
 def check_selection(scores, topk):
-    """Asserts that indices and mask both equal the oracle."""
+    """Asserts that indices, mask and positions equal the oracle."""
     scores = np.asarray(scores, np.float32)
     expected = oracle_indices(scores, topk)
     indices = select_indices_jit(scores, topk)
@@ -44,10 +51,25 @@ def check_selection(scores, topk):
     for row in np.ndindex(*scores.shape[:-1]):
         mask[row][expected[row][expected[row] >= 0]] = True
     np.testing.assert_array_equal(select_mask_jit(scores, topk), mask)
+    last = np.where(expected < 0, scores.shape[-1], expected)  # -1 comes after the last
+    ascending = np.sort(last, -1)
+    ascending[ascending == scores.shape[-1]] = -1
+    np.testing.assert_array_equal(select_positions_jit(scores, topk), ascending)
 
 
+@pytest.fixture(scope="class", params=["cpu", "accelerator"])
+def machine(request):
+    """Selections as CPUs and as accelerators make them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reference, "on_accelerator", lambda: request.param == "accelerator")
+        jax.clear_caches()
+        yield
+    jax.clear_caches()
+
+
+@pytest.mark.usefixtures("machine")
 class TestSelection:
-    """The two selections that every layer relies on."""
+    """The selections that every layer relies on."""
 
     @pytest.mark.parametrize("topk", [1, 3, 11, 12, 13, 40])
     def test_random_scores(self, topk, rng):

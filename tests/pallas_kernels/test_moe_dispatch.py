@@ -199,6 +199,7 @@ class TestXla(Cases):
     implementation = "xla"
 
 
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="refused there")
 class TestPallas(Cases):
     implementation = "pallas"
 
