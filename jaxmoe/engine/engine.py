@@ -183,7 +183,7 @@ class Engine:
             key_data(seed),
             stop,
             on_chunk,
-            grammar.start(sampling.json_schema, self.tokenizer, self.config, self._eos),
+            grammar.start(sampling.output_form(), self.tokenizer, self.config, self._eos),
         )
         with self._wake:
             if self._draining or self._closed:

@@ -7,6 +7,8 @@ import secrets
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from jaxmoe.engine.grammar import Form, Json
+
 _ids = itertools.count()
 
 
@@ -31,6 +33,10 @@ def _pairs(value: Any) -> bool:
         and isinstance(pair[1], int | float)
         for pair in value
     )
+
+
+def _is_form(value: Any) -> bool:
+    return value is None or isinstance(value, Form)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +74,8 @@ class SamplingParams:
     """Of the draws; None draws one."""
     json_schema: str | None = None
     """A JSON schema (as JSON text) that the output must satisfy."""
+    form: Form | None = None
+    """What else than JSON the output must look like: see ``jaxmoe.engine.grammar``."""
     width: int | None = None
     """SEFP mantissa bits to read the weights at; reserved, must be None."""
 
@@ -96,6 +104,8 @@ class SamplingParams:
             raise ValueError(f"logprobs must be in 0..20 or None; got {self.logprobs}.")
         if any(not text for text in self.stop):
             raise ValueError("stop must not contain an empty text; leave it out.")
+        if self.form is not None and self.json_schema is not None:
+            raise ValueError("form and json_schema must not both be given; leave one out.")
         if self.width is not None:
             raise ValueError(
                 f"width={self.width} needs SEFP weights, which this version cannot serve; leave width out."
@@ -110,10 +120,24 @@ class SamplingParams:
             "logprobs": (_maybe(int), "an integer in 0..20 or None"),
             "seed": (_maybe(int), "an integer or None"),
             "json_schema": (_maybe(str), "JSON text or None; use json.dumps"),
+            "form": (_is_form, "a form of jaxmoe.engine.grammar or None"),
         }
         for name, (good, rule) in kinds.items():
             if not good(getattr(self, name)):
                 raise TypeError(f"{name} must be {rule}; got {getattr(self, name)!r}.")
+
+    @property
+    def constrained(self) -> bool:
+        """Whether the output must have a form."""
+        return self.form is not None or self.json_schema is not None
+
+    def output_form(self) -> Form | None:
+        """The form that the output must have.
+
+        Raises:
+          ValueError: if ``json_schema`` is no JSON schema, or beyond the limits.
+        """
+        return self.form if self.json_schema is None else Json(self.json_schema)
 
     @property
     def penalised(self) -> bool:

@@ -67,7 +67,7 @@ class Sampled(NamedTuple):
 
 
 def _kind(params: SamplingParams) -> Kind:
-    if params.penalised or params.logit_bias or params.json_schema is not None:
+    if params.penalised or params.logit_bias or params.constrained:
         return Kind.CHANGES
     if params.logprobs is not None:
         return Kind.LOGPROBS
@@ -205,11 +205,14 @@ def _biases(asks: Sequence[Ask], rows: int, vocab: int) -> np.ndarray:
 _IDLE = Ask(Request((0,)))  # fills rows that nobody asks for, greedily
 
 
-def next_tokens(logits: Float[Array, "R V"], asking: list[list[Ask]]) -> Sampled | None:
+def next_tokens(
+    logits: Float[Array, "R V"], best: Int[Array, " R"], asking: list[list[Ask]]
+) -> Sampled | None:
     """The next token of every row of logits, on the host; None (after waiting for the step) if nobody asks.
 
     Args:
       logits: of all ranks' rows, equally many each.
+      best: the most probable token of every row.
       asking: by rank, for its first rows.
     """
     kind = kind_of([ask for rank in asking for ask in rank])
@@ -217,7 +220,7 @@ def next_tokens(logits: Float[Array, "R V"], asking: list[list[Ask]]) -> Sampled
         jax.block_until_ready(logits)
         return None
     if kind == Kind.GREEDY:
-        return jax.device_get(choose(logits, None, None, None, None, kind=kind))
+        return Sampled(np.asarray(best))
     total, vocab = logits.shape
     each = total // len(asking)
     padded = [ask for rank in asking for ask in [*rank, *[_IDLE] * (each - len(rank))]]
@@ -230,11 +233,11 @@ def next_tokens(logits: Float[Array, "R V"], asking: list[list[Ask]]) -> Sampled
 
 
 def warm_up(logits: Float[Array, "R V"]) -> list[Kind]:
-    """Compiles every kind of sampling for so many rows; returns the kinds."""
+    """Compiles every kind of sampling for so many rows, but for the greedy one, which needs nothing; returns the kinds."""
     rows, vocab = logits.shape
     settings = settings_of([], rows, np.zeros((0, 2), np.uint32))
     changes = (*histories([], rows, vocab), _biases([], rows, vocab))
-    for kind in Kind:
-        own = settings if kind >= Kind.DRAWS else None
-        choose(logits, own, *(changes if kind >= Kind.CHANGES else (None,) * 3), kind=kind)
-    return list(Kind)
+    kinds = [kind for kind in Kind if kind > Kind.GREEDY]
+    for kind in kinds:
+        choose(logits, settings, *(changes if kind >= Kind.CHANGES else (None,) * 3), kind=kind)
+    return kinds

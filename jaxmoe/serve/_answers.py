@@ -93,14 +93,26 @@ def _completion_logprobs(
 
 
 @dataclasses.dataclass
+class _Call:
+    """A call under way; together its pieces are the arguments."""
+
+    id: str
+    name: str
+    pieces: list[str] = dataclasses.field(default_factory=list)
+
+    def whole(self) -> dict[str, Any]:
+        function = {"name": self.name, "arguments": "".join(self.pieces)}
+        return {"id": self.id, "type": "function", "function": function}
+
+
+@dataclasses.dataclass
 class _ChatChoice:
-    """One choice under way."""
+    """One choice under way. Without ``tools`` calls are content, and the parser gives them out whole."""
 
     parser: chat.StreamParser
     tools: bool
     parallel: bool
-    calls: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    name: str = ""
+    calls: list[_Call] = dataclasses.field(default_factory=list)
     text: dict[str, list[str]] = dataclasses.field(
         default_factory=lambda: {"content": [], "reasoning_content": []}
     )
@@ -110,34 +122,48 @@ class _ChatChoice:
     def feed(self, chunk: Chunk) -> list[dict[str, Any]]:
         """The deltas that a chunk adds."""
         found = self.parser.feed(chunk.text)
-        if chunk.finish_reason is not None:
+        self.finish_reason = chunk.finish_reason
+        stopped = chunk.finish_reason == "stop"
+        # A call that a limit has cut off is not malformed: its text is no content.
+        if stopped or (chunk.finish_reason is not None and not self.parser.unfinished):
             found += self.parser.flush()
         deltas = [delta for piece in found for delta in self._delta(piece)]
-        self.finish_reason = chunk.finish_reason
-        if chunk.finish_reason == "stop" and self.calls:
+        if stopped and self.tools and self.calls and not self._is_broken():
             self.finish_reason = "tool_calls"
         return deltas
 
+    def shown_calls(self) -> list[_Call]:
+        """For an answer in one piece, once all has come; a malformed call's text is in the content."""
+        calls = self.calls if self.parallel else self.calls[:1]
+        malformed = self.finish_reason == "stop" and self._is_broken()
+        return calls[:-1] if malformed else calls
+
+    def _is_broken(self) -> bool:
+        """Whether the last call that is given out is not complete."""
+        return self.parser.unfinished and (self.parallel or len(self.calls) == 1)
+
     def _delta(self, piece: chat.Delta) -> list[dict[str, Any]]:
-        if piece.kind == "call":
-            self.name = piece.text
-            return []
-        if piece.kind != "arguments":
+        if piece.kind not in ("call", "arguments"):
             field = "content" if piece.kind == "content" else "reasoning_content"
             return [{field: piece.text}]
-        # The parser gives calls out whole: a name, then all of its arguments.
+        if piece.kind == "call":
+            self.calls.append(_Call(f"call_{uuid.uuid4().hex[:24]}", piece.text))
+            delta = self.calls[-1].whole()
+        else:
+            self.calls[piece.index].pieces.append(piece.text)
+            delta = {"function": {"arguments": piece.text}}
         if not self.tools:
-            block = render_calls([(self.name, chat.ToolCall(self.name, piece.text).arguments)])
-            return [{"content": "\n\n" + block}]
-        if self.calls and not self.parallel:
+            return self._as_content(self.calls[piece.index])
+        if piece.index and not self.parallel:
             return []
-        call = {
-            "id": f"call_{uuid.uuid4().hex[:24]}",
-            "type": "function",
-            "function": {"name": self.name, "arguments": piece.text},
-        }
-        self.calls.append(call)
-        return [{"tool_calls": [{"index": len(self.calls) - 1} | call]}]
+        return [{"tool_calls": [{"index": piece.index} | delta]}]
+
+    @staticmethod
+    def _as_content(call: _Call) -> list[dict[str, Any]]:
+        if not call.pieces:
+            return []
+        arguments = chat.ToolCall(call.name, call.pieces[0]).arguments
+        return [{"content": "\n\n" + render_calls([(call.name, arguments)])}]
 
 
 class Answer:
@@ -215,7 +241,11 @@ class ChatAnswer(Answer):
 
     def _new_choice(self) -> _ChatChoice:
         parser = chat.StreamParser(
-            self._job.thinking, tolerant=True, require_end=False, whole_calls=True
+            self._job.thinking,
+            tolerant=True,
+            require_end=False,
+            whole_calls=not self._job.tools,
+            enforced=self._job.enforced,
         )
         return _ChatChoice(parser, self._job.tools, self._job.parallel_calls)
 
@@ -266,8 +296,9 @@ class ChatAnswer(Answer):
         message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
         if self._job.thinking:
             message["reasoning_content"] = reasoning
-        if choice.calls:
-            message |= {"content": content or None, "tool_calls": choice.calls}
+        calls = choice.shown_calls() if self._job.tools else []
+        if calls:
+            message |= {"content": content or None, "tool_calls": [call.whole() for call in calls]}
         logprobs = None
         if self._job.choices[index].sampling.logprobs is not None:
             logprobs = _chat_logprobs(choice.logprobs, self._info)

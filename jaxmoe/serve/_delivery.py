@@ -85,9 +85,9 @@ class Generation:
         outbox = Outbox(asyncio.get_running_loop())
         submit = functools.partial(_submit, engine, job, name, outbox)
         try:
-            if all(choice.sampling.json_schema is None for choice in job.choices):
+            if not any(choice.sampling.constrained for choice in job.choices):
                 return cls(checked(submit), outbox)
-            # Compiling a schema takes time that other requests should not wait for.
+            # Compiling a grammar takes time that other requests should not wait for.
             return cls(await _in_thread(functools.partial(checked, submit)), outbox)
         except QueueFull as error:
             headers = {"retry-after": str(retry_after_s())}

@@ -4,11 +4,9 @@
 strings: which of the special tokens are single ids is the tokenizer's matter.
 """
 
-import re
-import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 from jaxmoe.serve._dsml import (
     ASSISTANT,
@@ -20,18 +18,17 @@ from jaxmoe.serve._dsml import (
     END_THINK,
     SPECIAL_TOKENS,
     THINK,
-    TURN_TOKENS,
     USER,
+    render_calls,
+)
+from jaxmoe.serve._messages import Message, Turn, error_of, json_of, read, tool_lines
+from jaxmoe.serve._parser import (
     ChatFormatError,
     Delta,
     ParsedMessage,
     StreamParser,
     ToolCall,
-    dump_json,
-    is_plain,
-    load_json,
     parse,
-    render_calls,
 )
 
 __all__ = [
@@ -49,8 +46,6 @@ __all__ = [
     "encode",
     "parse",
 ]
-
-Message = Mapping[str, Any]
 
 # -- what is kept of earlier reasoning ---------------------------------------------------------------
 
@@ -128,232 +123,10 @@ The functions, one JSON schema per line:"""
 
 _WORDING = Wording()
 
-# -- reading messages --------------------------------------------------------------------------------
-
-
-class _Call(NamedTuple):
-    id: str | None
-    name: str
-    arguments: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class _Turn:
-    """A checked message; an assistant's holds the tool results that answer it, in the order of its calls."""
-
-    index: int
-    role: str
-    content: str = ""
-    reasoning: str = ""
-    calls: tuple[_Call, ...] = ()
-    results: tuple[str, ...] = ()
-    tools: tuple[str, ...] = ()
-    schema: str = ""
-
-    @property
-    def asks(self) -> bool:
-        """Whether the assistant speaks next."""
-        return self.role in ("user", "developer")
-
-    @property
-    def is_answered(self) -> bool:
-        """Whether all calls have results, and there are any."""
-        return bool(self.calls) and len(self.results) == len(self.calls)
-
-
-def _error(where: str, rule: str, value: Any, advice: str) -> ValueError:
-    shown = reprlib.repr(value).replace("\n", " ")
-    return ValueError(f"{where} {rule}; got {shown}. {advice}.")
-
-
-def _text(where: str, value: Any, refused: tuple[str, ...]) -> str:
-    """A message's text, from a string or a list of text parts, which are joined with nothing between."""
-    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
-        for i, part in enumerate(value):
-            text = part.get("text") if isinstance(part, Mapping) else None
-            if not isinstance(text, str) or part.get("type") != "text":
-                rule = "must be a part of type 'text' with a string"
-                raise _error(f"{where}[{i}]", rule, part, "Only text can be encoded")
-        value = "".join(part["text"] for part in value)
-    if not isinstance(value, str):
-        raise _error(where, "must be a string or a list of text parts", value, "Give its text")
-    surrogate = re.search("[\ud800-\udfff]", value)
-    if surrogate:
-        rule = "must be encodable as UTF-8"
-        raise _error(where, rule, surrogate.group(), "Remove the lone surrogate")
-    found = next((token for token in refused if token in value), None)
-    if found:
-        rule = "must not contain a special token, which the model could take for structure"
-        raise _error(where, rule, found, "Remove it, or pass check_tokens=False to keep it")
-    return value
-
-
-def _name(where: str, value: Any, *, empty: bool = False) -> str:
-    """A name that can stand between quotes in the markup, which has no escapes."""
-    if not isinstance(value, str) or not (value or empty):
-        raise _error(where, "must be a name", value, "Give a non-empty string")
-    if any(token in value for token in ('"', *SPECIAL_TOKENS)) or not is_plain(value):
-        rule = "must not contain quotes, special tokens or lone surrogates"
-        raise _error(where, rule, value, "Rename it")
-    return value
-
-
-def _id(where: str, value: Any) -> str | None:
-    if value is not None and not isinstance(value, str):
-        raise _error(where, "must be a string", value, "Use the id of the call")
-    return value
-
-
-def _list(where: str, value: Any) -> Sequence[Any]:
-    if not isinstance(value or (), Sequence) or isinstance(value, str | bytes):
-        raise _error(where, "must be a list", value, "Leave it out if there are none")
-    return value or ()
-
-
-def _json(where: str, value: Any) -> str:
-    try:
-        return dump_json(value)
-    except (TypeError, ValueError) as error:
-        raise _error(where, f"must be JSON ({error})", value, "Correct it") from None
-
-
-def _tools(where: str, tools: Any) -> tuple[str, ...]:
-    """One line for each function."""
-    lines = []
-    for i, tool in enumerate(_list(where, tools)):
-        function = tool.get("function") if isinstance(tool, Mapping) else None
-        if not isinstance(function, Mapping):
-            rule = "must be of type 'function' and hold a function"
-            raise _error(f"{where}[{i}]", rule, tool, "Give its name, description and parameters")
-        _name(f"{where}[{i}].function.name", function.get("name"))
-        lines.append(_json(f"{where}[{i}].function", function))
-    return tuple(lines)
-
-
-def _call(where: str, call: Any) -> _Call:
-    function = call.get("function") if isinstance(call, Mapping) else None
-    if not isinstance(function, Mapping):
-        raise _error(where, "must have a function with name and arguments", call, "Add it")
-    arguments = function.get("arguments")
-    if isinstance(arguments, str):
-        try:
-            arguments = load_json(arguments)
-        except ValueError as error:
-            rule = f"must be JSON ({error})"
-            raise _error(f"{where}.function.arguments", rule, arguments, "Correct it") from None
-    if not isinstance(arguments, dict):
-        rule = "must be a JSON object, as text"
-        raise _error(f"{where}.function.arguments", rule, arguments, "Without arguments pass '{}'")
-    for key in arguments:
-        _name(f"{where}: the name of an argument", key, empty=True)
-    name = _name(f"{where}.function.name", function.get("name"))
-    return _Call(_id(f"{where}.id", call.get("id")), name, arguments)
-
-
-def _assistant(index: int, message: Message, check_tokens: bool) -> _Turn:
-    where, refused = f"messages[{index}]", SPECIAL_TOKENS if check_tokens else ()
-    calls = _list(f"{where}.tool_calls", message.get("tool_calls"))
-
-    def text(field: str) -> str:
-        value = message.get(field)
-        return "" if value is None else _text(f"{where}.{field}", value, refused)
-
-    return _Turn(
-        index,
-        "assistant",
-        content=text("content"),
-        reasoning=text("reasoning_content"),
-        calls=tuple(_call(f"{where}.tool_calls[{i}]", call) for i, call in enumerate(calls)),
-    )
-
-
-def _role(message: Any) -> Any:
-    return message.get("role") if isinstance(message, Mapping) else None
-
-
-def _turn(index: int, message: Message, check_tokens: bool) -> _Turn:
-    where, role = f"messages[{index}]", _role(message)
-    if role == "assistant":
-        return _assistant(index, message, check_tokens)
-    if role == "tool":
-        rule = "must follow an assistant message with tool calls"
-        raise _error(where, rule, "a tool message that follows none", "Add the calls it answers")
-    if role not in ("system", "user", "developer"):
-        rule = "must have the role system, developer, user, assistant or tool"
-        raise _error(where, rule, role if isinstance(message, Mapping) else message, "Correct it")
-    content = message.get("content")
-    if role == "developer" and not content:
-        raise _error(f"{where}.content", "must not be empty", content, "Leave the message out")
-    if role == "system" and content is None:
-        content = ""
-    text = _text(f"{where}.content", content, TURN_TOKENS if check_tokens else ())
-    if role == "user":
-        return _Turn(index, role, text)
-    schema = message.get("response_format")
-    return _Turn(
-        index,
-        role,
-        text,
-        tools=_tools(f"{where}.tools", message.get("tools")),
-        schema=_json(f"{where}.response_format", schema) if schema else "",
-    )
-
-
-def _results(
-    turn: _Turn, answers: Sequence[tuple[str, Message]], check_tokens: bool
-) -> list[str | None]:
-    """One text or None per call: by id, or by position if no answer has an id (spec 3.2)."""
-    ids = [_id(f"{where}.tool_call_id", answer.get("tool_call_id")) for where, answer in answers]
-    by_id = any(answer_id is not None for answer_id in ids)
-    slots = {call.id: i for i, call in enumerate(turn.calls) if call.id is not None}
-    if by_id and len(slots) < len(turn.calls):
-        where, rule = f"messages[{turn.index}].tool_calls", "must have ids of their own"
-        raise _error(where, rule, [call.id for call in turn.calls], "Results name their call by id")
-    results: list[str | None] = [None] * len(turn.calls)
-    for position, ((where, answer), answer_id) in enumerate(zip(answers, ids, strict=True)):
-        if position >= len(turn.calls):
-            rule = (
-                f"must not be one more than the {len(turn.calls)} calls of messages[{turn.index}]"
-            )
-            raise _error(where, rule, f"{len(answers)} results", "Remove it")
-        slot = slots.get(answer_id) if by_id else position
-        if slot is None or results[slot] is not None:
-            rule = f"must name a call of messages[{turn.index}] that has no result yet"
-            advice = f"Still open: {', '.join(_open(turn, results))}"
-            raise _error(f"{where}.tool_call_id", rule, answer_id, advice)
-        refused = TURN_TOKENS if check_tokens else ()
-        results[slot] = _text(f"{where}.content", answer.get("content"), refused)
-    return results
-
-
-def _open(turn: _Turn, results: Sequence[str | None]) -> list[str]:
-    """The calls without a result."""
-    return [call.id or call.name for call, r in zip(turn.calls, results, strict=True) if r is None]
-
-
-def _read(messages: Sequence[Message], check_tokens: bool, complete: bool) -> list[_Turn]:
-    """Checked turns. The last may lack results: all of them, or, unless ``complete``, some."""
-    turns, index = [], 0
-    while index < len(messages):
-        turn, after = _turn(index, messages[index], check_tokens), index + 1
-        while turn.calls and after < len(messages) and _role(messages[after]) == "tool":
-            after += 1
-        answers = [(f"messages[{i}]", messages[i]) for i in range(index + 1, after)]
-        results = _results(turn, answers, check_tokens)
-        missing = _open(turn, results)
-        may_lack = after == len(messages) and not (answers and complete)
-        if missing and not may_lack:
-            rule = "must be followed by one tool message for each of its calls"
-            raise _error(f"messages[{index}]", rule, f"none for {', '.join(missing)}", "Add them")
-        turns.append(replace(turn, results=tuple(r for r in results if r is not None)))
-        index = after
-    return turns
-
-
 # -- rendering ---------------------------------------------------------------------------------------
 
 
-def _sections(turn: _Turn, wording: Wording) -> list[str]:
+def _sections(turn: Turn, wording: Wording) -> list[str]:
     """The tools section and the format section, as far as there are any."""
     sections = []
     if turn.tools:
@@ -365,7 +138,7 @@ def _sections(turn: _Turn, wording: Wording) -> list[str]:
     return sections
 
 
-def _render_assistant(turn: _Turn, shows: bool) -> str:
+def _render_assistant(turn: Turn, shows: bool) -> str:
     text = turn.reasoning + END_THINK if shows else ""
     text += turn.content
     if turn.calls:
@@ -379,7 +152,7 @@ def _render_assistant(turn: _Turn, shows: bool) -> str:
     return text
 
 
-def _render_text(turn: _Turn, wording: Wording) -> str:
+def _render_text(turn: Turn, wording: Wording) -> str:
     sections = _sections(turn, wording)
     if turn.role == "system":
         return "\n\n".join([turn.content, *sections])
@@ -388,7 +161,7 @@ def _render_text(turn: _Turn, wording: Wording) -> str:
     return USER + turn.content
 
 
-def _render(turn: _Turn, wording: Wording, *, shows: bool, leads: bool, opens: bool) -> str:
+def _render(turn: Turn, wording: Wording, *, shows: bool, leads: bool, opens: bool) -> str:
     """A turn's text. shows: its reasoning; leads: over to the assistant, who then thinks if ``opens``."""
     if turn.role == "assistant":
         text = _render_assistant(turn, shows)
@@ -401,12 +174,12 @@ def _render(turn: _Turn, wording: Wording, *, shows: bool, leads: bool, opens: b
     return text
 
 
-def _with_sections(turns: list[_Turn], tools: tuple[str, ...], schema: str) -> list[_Turn]:
+def _with_sections(turns: list[Turn], tools: tuple[str, ...], schema: str) -> list[Turn]:
     """Puts what is given for the whole conversation into the system message that begins it."""
     if not (tools or schema):
         return turns
     if not turns or turns[0].role != "system":
-        return [_Turn(-1, "system", tools=tools, schema=schema), *turns]
+        return [Turn(-1, "system", tools=tools, schema=schema), *turns]
     first = turns[0]
     for name, twice in (
         ("tools", tools and first.tools),
@@ -414,13 +187,13 @@ def _with_sections(turns: list[_Turn], tools: tuple[str, ...], schema: str) -> l
     ):
         if twice:
             rule = "must not be given both in messages[0] and for the conversation"
-            raise _error(name, rule, "both", "Leave one out")
+            raise error_of(name, rule, "both", "Leave one out")
     first = replace(first, tools=tools or first.tools, schema=schema or first.schema)
     return [first, *turns[1:]]
 
 
 def _shown(
-    turns: Sequence[_Turn], last: int, messages: Sequence[Message], policy: ReasoningPolicy
+    turns: Sequence[Turn], last: int, messages: Sequence[Message], policy: ReasoningPolicy
 ) -> set[int]:
     """The assistant messages that are rendered with a think block; ``last`` is the last user message."""
     shown = set()
@@ -429,7 +202,7 @@ def _shown(
             continue
         if turn.index > last and not (turn.reasoning or turn.calls):
             where, rule = f"messages[{turn.index}]", "must have reasoning_content or tool_calls"
-            raise _error(where, rule, messages[turn.index], "Add it, or pass thinking=False")
+            raise error_of(where, rule, messages[turn.index], "Add it, or pass thinking=False")
         if turn.index > last or (turn.reasoning and policy.keeps(messages, turn.index)):
             shown.add(turn.index)
     return shown
@@ -477,13 +250,13 @@ def encode(
     """
     if not messages:
         raise ValueError("messages must not be empty; got []. Give at least a user message.")
-    turns = _read(messages, check_tokens, complete=add_generation_prompt)
+    turns = read(messages, check_tokens, complete=add_generation_prompt)
     last = max((turn.index for turn in turns if turn.asks), default=-1)
     shown = _shown(turns, last, messages, keep_reasoning) if thinking else set()
     if thinking and keep_reasoning.drops_developer:
         turns = [turn for turn in turns if turn.role != "developer" or turn.index == last]
-    schema = _json("response_schema", response_schema) if response_schema else ""
-    turns = _with_sections(turns, _tools("tools", tools), schema)
+    schema = json_of("response_schema", response_schema) if response_schema else ""
+    turns = _with_sections(turns, tool_lines("tools", tools), schema)
     text = BEGIN if add_bos else ""
     for turn, following in zip(turns, [*turns[1:], None], strict=True):
         text += _render(

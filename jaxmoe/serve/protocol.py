@@ -4,7 +4,6 @@ Unknown fields are ignored, as OpenAI does, except those that ask for something 
 """
 
 import dataclasses
-import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,7 +11,8 @@ from typing import Any
 from jaxmoe.engine import SamplingParams
 from jaxmoe.serve import chat
 from jaxmoe.serve._body import ApiError, bad, boolean, integer, items, mapping, number, unsupported
-from jaxmoe.serve._schema import response_schema
+from jaxmoe.serve._forms import answer_form, response_schema
+from jaxmoe.serve._tools import read_tools
 from jaxmoe.tokenizer import ByteTokenizer, FileTokenizer
 
 MAX_CHOICES = 128  # of one HTTP request: prompts times n
@@ -22,7 +22,6 @@ MAX_PRIORITY = 1000
 MAX_TIMEOUT_S = 24 * 3600.0
 MAX_TOP_LOGPROBS = 20
 MAX_MESSAGES = 16384
-MAX_TOOLS = 1024
 COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions
 
 _BEGIN, _END = chat.SPECIAL_TOKENS[:2]
@@ -73,6 +72,7 @@ class Job:
       timeout_s: for the engine.
       thinking: whether the prompt ended in the beginning of reasoning.
       tools: whether calls in the output are calls; otherwise they are text.
+      enforced: whether the output is held to a form, and so calls are well-formed for certain.
       parallel_calls: whether there may be more than one.
     """
 
@@ -84,6 +84,7 @@ class Job:
     timeout_s: float | None
     thinking: bool = False
     tools: bool = False
+    enforced: bool = False
     parallel_calls: bool = True
 
 
@@ -179,8 +180,7 @@ def _logit_bias(body: Mapping[str, Any], info: ModelInfo) -> tuple[tuple[int, fl
 
 
 def _sampling(body: Mapping[str, Any], info: ModelInfo, logprobs: int | None) -> SamplingParams:
-    """All but the number of tokens, which depends on the prompt."""
-    schema = response_schema(body)
+    """All but the number of tokens, which depends on the prompt, and the form."""
     stop_ids = items(body, "stop_token_ids", 64)
     values: dict[str, Any] = {
         "temperature": number(body, "temperature", 0, 100, 1.0),
@@ -197,7 +197,6 @@ def _sampling(body: Mapping[str, Any], info: ModelInfo, logprobs: int | None) ->
         "stop_token_ids": tuple(_token_ids("stop_token_ids", stop_ids, info)),
         "ignore_eos": boolean(body, "ignore_eos", False),
         "seed": integer(body, "seed", -(2**63), 2**63 - 1, None),
-        "json_schema": None if schema is None else json.dumps(schema),
     }
     if values["top_p"] == 0:
         raise bad("top_p", "must be above 0", 0, "Use temperature 0 for greedy")
@@ -211,7 +210,7 @@ def checked(make: Any) -> Any:
         return make()
     except (ValueError, TypeError) as error:
         message = " ".join(str(error).split()) or "The request is invalid."
-        named = re.match(r"[a-z_]+(\[\d+\])?(\.[a-z_]+(\[\d+\])?)*(?= )", message)
+        named = re.match(r"[a-z_]+(\[\d+\])?(\.\w+(\[\d+\])?)*(?= )", message)
         raise ApiError(400, message, param=named.group() if named else None) from None
 
 
@@ -310,7 +309,8 @@ def parse_completion(body: Mapping[str, Any], info: ModelInfo) -> Job:
     echo = boolean(body, "echo", False)
     if echo and logprobs is not None:
         raise unsupported("echo", True, "Log-probabilities of prompts are not served; set one")
-    sampling = _sampling(body, info, logprobs)
+    form = checked(lambda: answer_form(response_schema(body)))
+    sampling = dataclasses.replace(_sampling(body, info, logprobs), form=form)
     asked = integer(body, "max_tokens", 1, 2**63, None)
     prompts = []
     for prompt in _prompts(body, info):
@@ -347,28 +347,6 @@ def _messages(body: Mapping[str, Any]) -> list[dict[str, Any]]:
     return messages
 
 
-def _tools(body: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The tools that the model may call: none for tool_choice none."""
-    tools = list(items(body, "tools", MAX_TOOLS))
-    for i, tool in enumerate(tools):
-        where = f"tools[{i}]"
-        function = tool.get("function") if isinstance(tool, Mapping) else None
-        if not isinstance(function, Mapping) or tool.get("type") != "function":
-            rule = "must be of type 'function' and hold a function"
-            raise bad(where, rule, tool, "Give its name, description and parameters")
-        if boolean(function, "strict", False):
-            advice = "Arguments are not forced into the schema; leave it out and check them"
-            raise unsupported(f"{where}.function.strict", True, advice)
-    choice = body.get("tool_choice")
-    if choice is not None and not tools and choice not in ("none", "auto"):
-        raise bad("tool_choice", "may only be given with tools", choice, "Give tools")
-    if choice not in (None, "none", "auto"):
-        rule = "must be 'auto' or 'none': a call cannot be enforced"
-        advice = "Use 'auto' and ask for the call in a message"
-        raise bad("tool_choice", rule, choice, advice, "unsupported_value")
-    return [] if choice == "none" else tools
-
-
 def _thinking(body: Mapping[str, Any]) -> bool:
     options = mapping(body, "chat_template_kwargs") or {}
     unknown = next((name for name in options if name != "thinking"), None)
@@ -399,21 +377,18 @@ def parse_chat(body: Mapping[str, Any], info: ModelInfo) -> Job:
     if top is not None and not wanted:
         raise bad("top_logprobs", "may only be given with logprobs true", top, "Set both")
     sampling = _sampling(body, info, (top or 0) if wanted else None)
-    # What ends a turn for a tokenizer that has no token for it.
-    sampling = dataclasses.replace(sampling, stop=(*sampling.stop, _END))
-    messages, tools, thinking = _messages(body), _tools(body), _thinking(body)
+    messages, tools, thinking = _messages(body), read_tools(body), _thinking(body)
     schema = response_schema(body)
-    if schema is not None and (tools or thinking):
-        other = "tools" if tools else "chat_template_kwargs.thinking"
-        rule = "forces all of the output into JSON and so excludes calls and reasoning"
-        raise bad(
-            "response_format", rule, f"it and {other}", "Leave one out, or tool_choice 'none'"
-        )
     text = checked(
         lambda: chat.encode(
-            messages, tools=tools, response_schema=schema, thinking=thinking, add_bos=False
+            messages, tools=tools.shown, response_schema=schema, thinking=thinking, add_bos=False
         )
     )
+    form = checked(lambda: answer_form(schema, tools, thinking))
+    # What ends a turn for a tokenizer that has no token for it. JSON and calls end by themselves, and may hold it.
+    ends_itself = form is not None and (schema is not None or tools.forced)
+    stop = sampling.stop if ends_itself else (*sampling.stop, _END)
+    sampling = dataclasses.replace(sampling, stop=stop, form=form)
     prompt = _encode(text, info.tokenizer)
     asked = integer(body, "max_completion_tokens", 1, 2**63, None)
     asked = integer(body, "max_tokens", 1, 2**63, None) if asked is None else asked
@@ -422,6 +397,7 @@ def parse_chat(body: Mapping[str, Any], info: ModelInfo) -> Job:
         _choices([(prompt, "")], common["n"], sampling, [limit]),
         **common,
         thinking=thinking,
-        tools=bool(tools),
-        parallel_calls=boolean(body, "parallel_tool_calls", True),
+        tools=bool(tools.callable),
+        enforced=form is not None,
+        parallel_calls=tools.parallel,
     )

@@ -20,3 +20,25 @@ def url(engine):
 
     with serving(engine) as url:
         yield url
+
+
+@pytest.fixture
+def client(url):
+    """The official client."""
+    openai = pytest.importorskip("openai")
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120) as client:
+        yield client
+
+
+@pytest.fixture
+def says(monkeypatch):
+    """Lets the next requests say given texts, in order. They need a bias, so that masks are applied at all."""
+    from serve.support import Script
+
+    texts = []
+
+    def start(form, *rest):
+        return Script(texts.pop(0)) if texts else None
+
+    monkeypatch.setattr("jaxmoe.engine.grammar.start", start)
+    return lambda *more: texts.extend(more)

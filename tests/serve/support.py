@@ -16,6 +16,8 @@ from jaxmoe.serve.server import Server, listen
 # Two layers, one with experts: everything a request passes through, quickly compiled.
 CONFIG = jaxmoe.presets["tiny"].replace(num_hidden_layers=2, num_nextn_predict_layers=0)
 MODEL = "tiny"
+HELLO = [{"role": "user", "content": "Hello"}]
+SCRIPTED = {"model": MODEL, "temperature": 0, "logit_bias": {"0": 0}}  # for requests of `says`
 LIMIT_S = 120.0  # against hanging only
 
 
@@ -69,8 +71,8 @@ class Script:
     def __init__(self, text):
         self._left = [*text.encode(), CONFIG.eos_token_id]
 
-    def forbid(self, bias):
-        allowed = self._left[0]
+    def forbid(self, bias, after=()):
+        allowed = self._left[min(len(after), len(self._left) - 1)]
         bias[:] = -np.inf
         bias[allowed] = 0
 

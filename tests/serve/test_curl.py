@@ -44,14 +44,25 @@ def check_body(command, body):
     if "json_schema" in command:
         answer = json.loads(body["choices"][0]["message"]["content"])
         assert isinstance(answer["prime"], bool)
+    if "tool_choice" in command:
+        (call,) = body["choices"][0]["message"]["tool_calls"]
+        arguments = json.loads(call["function"]["arguments"])
+        assert arguments["day"] in ("Mon", "Tue", "Wed") and 1 <= arguments["people"] <= 9
     if '"n": 2' in command:
         assert len(body["choices"]) == 2
 
 
 def test_the_page_has_examples_of_every_kind():
     everything = "".join(EXAMPLES)
-    assert len(EXAMPLES) == 7
-    for word in ("/v1/models", "/v1/chat/completions", "/v1/completions", "/metrics", "stream"):
+    assert len(EXAMPLES) == 8
+    for word in (
+        "/v1/models",
+        "/v1/chat/completions",
+        "/v1/completions",
+        "/metrics",
+        "stream",
+        "tools",
+    ):
         assert word in everything
 
 

@@ -4,8 +4,6 @@ The model has random weights. Where a test needs it to say something sensible, `
 nothing else is replaced.
 """
 
-import json
-
 import httpx2
 import pytest
 
@@ -13,46 +11,19 @@ openai = pytest.importorskip("openai")
 pytest.importorskip("starlette")
 pydantic = pytest.importorskip("pydantic")
 
-from serve.support import CONFIG, MODEL, Script, is_idle, metrics_of, wait_until  # noqa: E402
+from serve.support import (  # noqa: E402
+    CONFIG,
+    HELLO,
+    MODEL,
+    SCRIPTED,
+    is_idle,
+    metrics_of,
+    wait_until,
+)
 
 from jaxmoe.serve import chat  # noqa: E402
-from jaxmoe.serve._dsml import render_calls  # noqa: E402
 
-HELLO = [{"role": "user", "content": "Hello"}]
-ADD = {
-    "type": "function",
-    "function": {
-        "name": "add",
-        "description": "Adds two numbers.",
-        "parameters": {
-            "type": "object",
-            "properties": {"a": {"type": "number"}, "b": {"type": "number"}},
-            "required": ["a", "b"],
-        },
-    },
-}
 GREEDY = {"model": MODEL, "temperature": 0, "extra_body": {"ignore_eos": True}}
-
-
-@pytest.fixture
-def client(url):
-    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120) as client:
-        yield client
-
-
-@pytest.fixture
-def says(monkeypatch):
-    """Lets the next requests say given texts, in order. They need a bias, so that masks are applied at all."""
-    texts = []
-
-    def start(schema, *rest):
-        return Script(texts.pop(0)) if texts else None
-
-    monkeypatch.setattr("jaxmoe.engine.grammar.start", start)
-    return lambda *more: texts.extend(more)
-
-
-SCRIPTED = {"model": MODEL, "temperature": 0, "logit_bias": {"0": 0}}
 
 
 def test_models_lists_the_one_that_is_served(client):
@@ -96,61 +67,6 @@ def test_a_stream_joins_to_the_same_text_and_ends_with_the_usage(client):
 def test_without_include_usage_a_stream_says_nothing_about_it(client):
     stream = client.chat.completions.create(messages=HELLO, max_tokens=4, stream=True, **GREEDY)
     assert all(chunk.choices and chunk.usage is None for chunk in stream)
-
-
-def test_a_tool_call_goes_round(client, says):
-    says("\n\n" + render_calls([("add", {"a": 2, "b": 3})]), "The sum is 5.")
-    messages = [{"role": "user", "content": "2 + 3?"}]
-    first = client.chat.completions.create(
-        messages=messages, tools=[ADD], max_tokens=512, **SCRIPTED
-    )
-    (choice,) = first.choices
-    assert choice.finish_reason == "tool_calls" and choice.message.content is None
-    (call,) = choice.message.tool_calls
-    assert call.type == "function" and call.function.name == "add"
-    arguments = json.loads(call.function.arguments)
-    assert arguments == {"a": 2, "b": 3}
-    result = {"role": "tool", "tool_call_id": call.id, "content": str(sum(arguments.values()))}
-    messages += [choice.message, result]
-    second = client.chat.completions.create(
-        messages=messages, tools=[ADD], max_tokens=64, **SCRIPTED
-    )
-    assert second.choices[0].message.content == "The sum is 5."
-    assert second.choices[0].finish_reason == "stop"
-    # The prompt of the second turn is V3.2's encoding of call and result.
-    plain = [messages[0], choice.message.model_dump(exclude_none=True), result]
-    encoded = chat.encode(plain, tools=[ADD], add_bos=False)
-    assert "<result>5</result>" in encoded
-    assert second.usage.prompt_tokens == 1 + len(encoded.encode())
-
-
-def test_a_streamed_tool_call_accumulates_in_the_clients_own_helper(client, says):
-    says("I add.\n\n" + render_calls([("add", {"a": 2, "b": 3}), ("add", {"a": 1, "b": 1})]))
-    with client.chat.completions.stream(
-        messages=HELLO, tools=[ADD], max_tokens=1024, **SCRIPTED
-    ) as stream:
-        message = stream.get_final_completion().choices[0].message
-    assert message.content == "I add."
-    assert [json.loads(c.function.arguments)["a"] for c in message.tool_calls] == [2, 1]
-    assert len({call.id for call in message.tool_calls}) == 2
-
-
-def test_parallel_tool_calls_false_leaves_one_call(client, says):
-    says("\n\n" + render_calls([("add", {"a": 2}), ("add", {"a": 1})]))
-    answer = client.chat.completions.create(
-        messages=HELLO, tools=[ADD], parallel_tool_calls=False, max_tokens=1024, **SCRIPTED
-    )
-    assert len(answer.choices[0].message.tool_calls) == 1
-
-
-@pytest.mark.parametrize("extra", [{"tool_choice": "none", "tools": [ADD]}, {}])
-def test_calls_that_nobody_offered_are_content(client, says, extra):
-    block = "Well.\n\n" + render_calls([("add", {"a": 2})])
-    says(block)
-    answer = client.chat.completions.create(messages=HELLO, max_tokens=512, **extra, **SCRIPTED)
-    (choice,) = answer.choices
-    assert choice.message.tool_calls is None and choice.finish_reason == "stop"
-    assert choice.message.content == block
 
 
 def test_reasoning_comes_apart_in_thinking_mode(client, says):
@@ -272,7 +188,7 @@ def test_a_timeout_gives_what_there_is(client):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"tool_choice": "required", "tools": [ADD]}, ["tool_choice", "auto"]),
+        ({"tool_choice": "required"}, ["tool_choice", "Give tools"]),
         ({"extra_body": {"width": 4}}, ["width", "4", "Leave it out"]),
         ({"max_tokens": 100000}, ["100000", "4096"]),
         ({"temperature": -1}, ["temperature", "[0, 100]", "-1"]),
