@@ -50,6 +50,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     options.add_argument("--slo-tpot", type=float, default=0.1, help="seconds, for goodput")
     options.add_argument("--api-key", help="the server's")
     options.add_argument("--max-running", type=int, default=32, help="with --preset")
+    options.add_argument("--step-tokens", type=int, default=256, help="with --preset")
     _harness.add_dtype(options)
     options.add_argument("--json", help="write the report here")
     options.add_argument("--plot", type=pathlib.Path, help="write a picture here")
@@ -121,7 +122,8 @@ def _against_engine(args: argparse.Namespace, items: list[_load.Item]) -> _load.
     from jaxmoe.engine import Engine, EngineOptions
 
     params, config = _harness.weights(args.preset, args.seed, args.dtype)
-    with Engine(params, config, options=EngineOptions(max_running=args.max_running)) as engine:
+    size = EngineOptions(max_running=args.max_running, max_step_tokens=args.step_tokens)
+    with Engine(params, config, options=size) as engine:
         engine.warmup()
         run = _load.Run(_load.EngineTarget(engine))
         asyncio.run(_drive(run, args, items))
