@@ -8,6 +8,8 @@
 namespace jaxmoe {
 namespace {
 
+constexpr int64_t kLine = 16;      // floats of a cache line
+constexpr int64_t kAhead = 8;      // rows that are fetched before they are needed: pages lie anywhere
 constexpr int64_t kTogether = 4;  // heads, rows or vectors of a register tile: 16 of 32 registers hold sums
 
 // The heads from `first` on, as a tile: past the last one it is repeated, and its results are not kept.
@@ -115,9 +117,12 @@ ffi::Error SparseMlaImpl(ffi::ThreadPool pool, F32 q, F32 cached, S32 layer, F32
     const int64_t n = rows.size();
     std::vector<float> p(heads * n);
     const float* queries = q.typed_data() + item * heads * size;
-    for (int64_t i = 0; i < n; i += kTogether)
+    for (int64_t i = 0; i < n; i += kTogether) {
+      for (int64_t j = i + kAhead; j < std::min(i + kAhead + kTogether, n); ++j)
+        for (int64_t c = 0; c < size; c += kLine) __builtin_prefetch(rows[j] + c, 0, 2);
       for (int64_t first = 0; first < heads; first += kTogether)
         Dots(queries, first, heads, rows.data(), i, n, size, scale, p.data());
+    }
     float* result = out->typed_data() + item * heads * values;
     for (int64_t h = 0; h < heads; ++h) {
       float* weight = p.data() + h * n;
