@@ -160,7 +160,7 @@ class Runner:
             ]
             for rank in works
         ]
-        sampled = sampling.next_tokens(result.logits, asking)
+        sampled = sampling.next_tokens(result.logits, result.best, asking)
         rows = result.logits.shape[0] // self.ranks
         outcomes = [self._outcomes(rank, sampled, i * rows) for i, rank in enumerate(works)]
         load = sum(np.split(np.asarray(result.load, np.int64), self.ranks))
@@ -216,7 +216,7 @@ class Runner:
                 ]
                 for mine, own in zip(outcomes, drafts, strict=True)
             ]
-            sampled = sampling.next_tokens(result.logits, asking)
+            sampled = sampling.next_tokens(result.logits, result.best, asking)
             self._draft_entries = self.program.commit(self._draft_entries, result.entries, batch)
             if sampled is None:
                 return outcomes
@@ -271,6 +271,8 @@ def _sampling(outcomes: list[Outcome]) -> list[Outcome]:
 
 def _split(batch: Batch, ranks: int) -> list[Batch]:
     """The inverse of ``_concatenate``."""
+    if ranks == 1:
+        return [batch]
     return [Batch(*parts) for parts in zip(*(np.split(x, ranks) for x in batch), strict=True)]
 
 

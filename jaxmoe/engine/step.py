@@ -50,12 +50,14 @@ class StepResult(NamedTuple):
 
     Attributes:
       logits: float32.
+      best: the token of the highest, int32.
       hidden: after the final norm: of every token in a step of the model, of the R rows in one of its MTP module.
       entries: rows to commit.
       load: int32 tokens per expert, of the layers with experts.
     """
 
     logits: Float[Array, "R V"]
+    best: Int[Array, " R"]
     hidden: Float[Array, "N D"]
     entries: Entries
     load: Int[Array, "L E"]
@@ -115,6 +117,10 @@ def _loads(stats: list[list[LayerStats]]) -> jax.Array:
     return jnp.concatenate(parts) if parts else jnp.zeros((0, 0), jnp.int32)
 
 
+def _best(logits: Float[Array, "R V"]) -> Int[Array, " R"]:
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+
 def _compute(
     params: Params,
     entries: Entries,
@@ -137,7 +143,7 @@ def _compute(
     )
     hidden = output.hidden[:, 0]
     logits = unembed_step(params, hidden[batch.rows])
-    return StepResult(logits, hidden, output.entries, _loads(output.stats))
+    return StepResult(logits, _best(logits), hidden, output.entries, _loads(output.stats))
 
 
 def _draft(
@@ -164,7 +170,8 @@ def _draft(
         moe=moe,
     )
     rows = output.hidden[:, 0][batch.rows]
-    return StepResult(unembed_step(params, rows), rows, output.entries, _loads(output.stats))
+    logits = unembed_step(params, rows)
+    return StepResult(logits, _best(logits), rows, output.entries, _loads(output.stats))
 
 
 def _commit(entries: Entries, new: Entries, batch: Batch) -> Entries:
@@ -217,7 +224,7 @@ def make_program(config: ModelConfig, mesh: Mesh | None, axis: str = "expert") -
                 exchange,
                 mesh=mesh,
                 in_specs=(weights, by_page, *operands, by_rank, PartitionSpec()),
-                out_specs=StepResult(by_rank, by_rank, by_page, by_rank),
+                out_specs=StepResult(by_rank, by_rank, by_rank, by_page, by_rank),
                 check_vma=False,  # custom derivatives hide varying axes
             )
         )
