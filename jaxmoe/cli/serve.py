@@ -69,6 +69,7 @@ def serve(
     ranks: int = 1,
     options: Annotated[EngineOptions, tyro.conf.arg(name="")] = EngineOptions(),
     max_body_bytes: int = 4 << 20,
+    header_timeout_s: float = 10.0,
     drain_s: float = 60.0,
     warm_up: bool = True,
 ) -> None:
@@ -86,6 +87,7 @@ def serve(
       ranks: Devices that share the requests and the experts.
       options: Sizes and limits of the engine.
       max_body_bytes: Larger request bodies are refused.
+      header_timeout_s: A connection whose request's headers take longer is closed, in seconds.
       drain_s: On SIGTERM, how long running requests may take to end, in seconds.
       warm_up: Compile everything before requests are taken.
     """
@@ -99,7 +101,7 @@ def serve(
     check_seed(seed)
     name = model_name or pathlib.Path(model).resolve().name
     api = ApiOptions(name, api_key or os.environ.get(KEY_VARIABLE), max_body_bytes=max_body_bytes)
-    where = server.ServerOptions(host, port, drain_s, warm_up)
+    where = server.ServerOptions(host, port, drain_s, warm_up, header_timeout_s)
     if not 1 <= ranks <= len(jax.devices()):
         raise ValueError(f"--ranks must be in 1..{len(jax.devices())} (devices); got {ranks}.")
     params, config = _load(model, random_weights, seed, dtype, mtp=options.speculative_tokens > 0)

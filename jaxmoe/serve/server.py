@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import functools
 import ipaddress
 import logging
 import os
@@ -9,10 +10,13 @@ import socket
 import threading
 from collections.abc import Callable, Sequence
 from types import FrameType
+from typing import Any
 
+import h11
 import uvicorn
 from starlette.applications import Starlette
 from starlette.routing import BaseRoute
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from jaxmoe.engine import Engine
 from jaxmoe.serve.api import ApiOptions, Lifecycle, build_app
@@ -49,6 +53,70 @@ def listen(host: str, port: int) -> socket.socket:
         ) from None
 
 
+@dataclasses.dataclass(frozen=True)
+class ServerOptions:
+    """Where to listen, and how to start and end."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on; the default is reachable from this machine only."""
+    port: int = 8000
+    """Port; 0 takes a free one."""
+    drain_s: float = 60.0
+    """On SIGTERM, how long running requests may take to end."""
+    warm_up: bool = True
+    """Whether to compile everything before requests are taken."""
+    header_timeout_s: float = 10.0
+    """A connection whose request's headers take longer is closed."""
+
+    def __post_init__(self):
+        if not self.drain_s >= 0:
+            raise ValueError(f"drain_s must be >= 0; got {self.drain_s}.")
+        if not self.header_timeout_s > 0:
+            raise ValueError(f"header_timeout_s must be > 0; got {self.header_timeout_s}.")
+
+
+class _Connection(H11Protocol):
+    """A connection that must send the headers of each request within ``header_timeout_s`` of its first byte.
+
+    The first request's time runs from the beginning; between requests uvicorn's own limit holds.
+    """
+
+    def __init__(self, *args: Any, header_timeout_s: float, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._header_timeout_s = header_timeout_s
+        self._deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        """Starts the time."""
+        super().connection_made(transport)
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        """Starts the time with a request's first byte, ends it with its headers."""
+        super().data_received(data)
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forgets the time."""
+        self._forget()
+        super().connection_lost(exc)
+
+    def _watch(self) -> None:
+        if self.conn.their_state is not h11.IDLE:
+            self._forget()
+        elif self._deadline is None:
+            self._deadline = self.loop.call_later(self._header_timeout_s, self._close)
+
+    def _forget(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+    def _close(self) -> None:
+        logger.info("client=closed headers took longer than %g s", self._header_timeout_s)
+        self.transport.close()
+
+
 class Server(uvicorn.Server):
     """uvicorn that warms the engine up, and on the first signal drains it before it goes.
 
@@ -56,15 +124,15 @@ class Server(uvicorn.Server):
       app: from ``build_app``.
       engine: closed at the end.
       lifecycle: the application's.
-      drain_s: how long running requests may take to end.
-      warm_up: whether to compile everything before requests are taken.
+      options: how to start and end; where to listen is the sockets' matter.
     """
 
     def __init__(
-        self, app: Starlette, engine: Engine, lifecycle: Lifecycle, drain_s: float, warm_up: bool
+        self, app: Starlette, engine: Engine, lifecycle: Lifecycle, options: ServerOptions
     ):
         config = uvicorn.Config(
             app,
+            http=functools.partial(_Connection, header_timeout_s=options.header_timeout_s),
             log_config=None,
             access_log=False,
             server_header=False,
@@ -73,8 +141,8 @@ class Server(uvicorn.Server):
             timeout_graceful_shutdown=_FLUSH_S,
         )
         super().__init__(config)
-        self._engine, self._lifecycle, self._drain_s = engine, lifecycle, drain_s
-        self._warm_up = warm_up
+        self._engine, self._lifecycle = engine, lifecycle
+        self._drain_s, self._warm_up = options.drain_s, options.warm_up
         self._draining: asyncio.Task[None] | None = None
         self.warming: threading.Thread | None = None
         self.failure: Exception | None = None
@@ -119,24 +187,6 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
 
-@dataclasses.dataclass(frozen=True)
-class ServerOptions:
-    """Where to listen, and how to start and end."""
-
-    host: str = "127.0.0.1"
-    """Address to listen on; the default is reachable from this machine only."""
-    port: int = 8000
-    """Port; 0 takes a free one."""
-    drain_s: float = 60.0
-    """On SIGTERM, how long running requests may take to end."""
-    warm_up: bool = True
-    """Whether to compile everything before requests are taken."""
-
-    def __post_init__(self):
-        if not self.drain_s >= 0:
-            raise ValueError(f"drain_s must be >= 0; got {self.drain_s}.")
-
-
 def run(
     engine: Engine,
     api: ApiOptions | None = None,
@@ -163,7 +213,7 @@ def run(
         logger.warning("host=%s everyone who reaches it may use it: no API key", options.host)
     lifecycle = Lifecycle("starting")
     app = build_app(engine, api, lifecycle=lifecycle, extra_routes=extra_routes)
-    server = Server(app, engine, lifecycle, options.drain_s, options.warm_up)
+    server = Server(app, engine, lifecycle, options)
     host = f"[{options.host}]" if ":" in options.host else options.host
     on_listening(f"http://{host}:{sock.getsockname()[1]}")
     server.run(sockets=[sock])

@@ -1,17 +1,22 @@
 """A real server on a free loopback port, over a small engine; and an engine whose output is scripted."""
 
 import contextlib
+import os
+import re
 import socket
+import subprocess
+import sys
 import threading
 import time
 
+import httpx2
 import jax
 import numpy as np
 
 import jaxmoe
 from jaxmoe.engine import Engine, EngineOptions
 from jaxmoe.serve.api import ApiOptions, Lifecycle, build_app
-from jaxmoe.serve.server import Server, listen
+from jaxmoe.serve.server import Server, ServerOptions, listen
 
 # Two layers, one with experts: everything a request passes through, quickly compiled.
 CONFIG = jaxmoe.presets["tiny"].replace(num_hidden_layers=2, num_nextn_predict_layers=0)
@@ -29,14 +34,15 @@ def make_engine(**options):
 
 
 @contextlib.contextmanager
-def serving(engine, *, send_buffer=None, **options):
+def serving(engine, *, send_buffer=None, header_timeout_s=10.0, **options):
     """The address of a server over ``engine``, which stays open."""
     sock = listen("127.0.0.1", 0)
     if send_buffer is not None:  # Accepted connections inherit it.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
     lifecycle = Lifecycle()
     app = build_app(engine, ApiOptions(MODEL, **options), lifecycle=lifecycle)
-    server = Server(app, engine, lifecycle, drain_s=10, warm_up=False)
+    start = ServerOptions(drain_s=10, warm_up=False, header_timeout_s=header_timeout_s)
+    server = Server(app, engine, lifecycle, start)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
     thread.start()
     wait_until(lambda: server.started)
@@ -47,6 +53,31 @@ def serving(engine, *, send_buffer=None, **options):
         thread.join(LIMIT_S)
         app.state.service.metrics.close()
         assert not thread.is_alive()
+
+
+@contextlib.contextmanager
+def process(*args, model=(MODEL, "--random-weights"), warm_up=False, devices=1):
+    """A real ``jaxmoe serve``; yields it and its address, once it is ready or has begun to warm up."""
+    command = [sys.executable, "-u", "-c", "from jaxmoe.cli import main; main()", "serve"]
+    root = os.path.dirname(os.path.dirname(jaxmoe.__file__))
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    child = subprocess.Popen(
+        [*command, *model, "--port", "0", f"--{'' if warm_up else 'no-'}warm-up", *args],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=os.environ | {"PYTHONPATH": root, "XLA_FLAGS": flags},
+    )
+    try:
+        line = child.stdout.readline()
+        url = re.search(r"http://[^/]*", line).group()
+        status = 503 if warm_up else 200
+        wait_until(lambda: httpx2.get(f"{url}/readyz").status_code == status)
+        yield child, url
+    finally:
+        child.kill()
+        child.wait()
+        child.stdout.close()
 
 
 def wait_until(condition, limit_s=LIMIT_S):

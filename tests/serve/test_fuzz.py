@@ -21,6 +21,24 @@ PATHS = ("/v1/chat/completions", "/v1/completions")
 JSON = {"content-type": "application/json"}
 
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+STRICT = {
+    "type": "function",
+    "function": {
+        "name": "g",
+        "strict": True,
+        "parameters": {
+            "type": "object",
+            "$defs": {"D": {"type": ["string", "null"], "maxLength": 3}},
+            "properties": {
+                "a": {"anyOf": [{"$ref": "#/$defs/D"}, {"const": "x"}]},
+                "b": {"type": "array", "items": {"$ref": "#/$defs/D"}, "minItems": 1},
+            },
+            "required": ["a"],
+        },
+    },
+}
+NAMED = {"type": "function", "function": {"name": "g"}}
+ALLOWED = {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [NAMED]}}
 CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
 BASE = {"model": MODEL, "max_tokens": 1}
 CHATS = [
@@ -40,6 +58,16 @@ CHATS = [
         "chat_template_kwargs": {"thinking": True},
     },
     {"messages": [{"role": "user", "content": "hi"}], "tools": [TOOL], "tool_choice": "auto"},
+    {"messages": [{"role": "user", "content": "hi"}], "tools": [STRICT], "tool_choice": NAMED},
+    {
+        "messages": [{"role": "user", "content": "hi"}],
+        "tools": [TOOL, STRICT],
+        "tool_choice": ALLOWED,
+        "parallel_tool_calls": False,
+        "response_format": {"type": "json_object"},
+        "chat_template_kwargs": {"thinking": True},
+        "stream": True,
+    },
     {
         "messages": [{"role": "user", "content": "hi"}],
         "stream": True,
@@ -172,8 +200,8 @@ def check(request, response):
 
 @pytest.fixture(scope="module")
 def small_engine():
-    """With a short context, so that a request that has lost its limit ends soon."""
-    with make_engine(max_running=8, max_step_tokens=64, max_length=448, pages=256) as engine:
+    """With a short context, so that a request that has lost its limit ends soon; but with room for tools."""
+    with make_engine(max_running=8, max_step_tokens=256, max_length=1600, pages=512) as engine:
         yield engine
 
 

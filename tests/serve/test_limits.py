@@ -1,12 +1,9 @@
 """Keys, sizes, full queues, request ids, and the end of a real process."""
 
 import contextlib
-import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import time
 
 import httpx2
@@ -20,11 +17,11 @@ from serve.support import (  # noqa: E402
     is_idle,
     make_engine,
     metrics_of,
+    process,
     serving,
     wait_until,
 )
 
-import jaxmoe  # noqa: E402
 from jaxmoe.serve.api import ApiOptions, Lifecycle  # noqa: E402
 from jaxmoe.serve.server import is_loopback, listen  # noqa: E402
 
@@ -204,38 +201,6 @@ def test_addresses_that_cannot_be_listened_on_are_one_line():
     with pytest.raises(ValueError, match="0..65535"):
         listen("127.0.0.1", 70000)
     assert is_loopback("::1") and is_loopback("localhost") and not is_loopback("0.0.0.0")
-
-
-@contextlib.contextmanager
-def process(*args, warm_up=False):
-    """A real ``jaxmoe serve``; yields it and its address, once it is ready or has begun to warm up."""
-    command = [sys.executable, "-u", "-c", "from jaxmoe.cli import main; main()", "serve", "tiny"]
-    clean = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    root = os.path.dirname(os.path.dirname(jaxmoe.__file__))
-    child = subprocess.Popen(
-        [
-            *command,
-            "--random-weights",
-            "--port",
-            "0",
-            f"--{'' if warm_up else 'no-'}warm-up",
-            *args,
-        ],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        env=clean | {"PYTHONPATH": root},
-    )
-    try:
-        line = child.stdout.readline()
-        url = re.search(r"http://[^/]*", line).group()
-        status = 503 if warm_up else 200
-        wait_until(lambda: httpx2.get(f"{url}/readyz").status_code == status)
-        yield child, url
-    finally:
-        child.kill()
-        child.wait()
-        child.stdout.close()
 
 
 def test_sigterm_refuses_the_new_finishes_the_old_and_exits_with_0():
