@@ -1,6 +1,7 @@
 """jaxmoe: one life of one sparse mixture-of-experts model, in JAX."""
 
 from jaxmoe import checkpoint
+from jaxmoe.cache import init_cache
 from jaxmoe.config import ModelConfig, RopeConfig
 from jaxmoe.engine import Engine, EngineOptions, SamplingParams
 from jaxmoe.generate import generate
@@ -20,6 +21,7 @@ __all__ = [
     "checkpoint",
     "forward",
     "generate",
+    "init_cache",
     "init_params",
     "param_count",
     "presets",

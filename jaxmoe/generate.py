@@ -110,11 +110,10 @@ def _first(params, last, sampling, stop, *, nucleus):
     return token, (token[:, None] == stop[None]).any(-1)
 
 
-def _prefill(params, config, tokens, lengths, sampling, stop, *, capacity, moe, nucleus):
+def _prefill(params, config, tokens, cache, lengths, sampling, stop, *, moe, nucleus):
     """The prompts as steps of at most PREFILL_CHUNK tokens: the same arithmetic as decoding and as the engine."""
     dtype = params["embed"]["weight"].dtype
     batch, length = tokens.shape
-    cache = init_cache(config, batch, capacity, dtype)
     last = jnp.zeros((batch, config.hidden_size), dtype)
     lengths = jnp.asarray(lengths)
     for start in range(0, length, PREFILL_CHUNK):
@@ -210,6 +209,7 @@ def generate(
     lengths: Int[Array | np.ndarray, " B"] | Sequence[int] | None = None,
     eos_token_id: int | Sequence[int] | None = None,
     on_tokens: Callable[[np.ndarray], None] | None = None,
+    cache_dtype: str | None = None,
     moe: MoeOptions = MoeOptions(),
 ) -> Int[Array, "B max_new_tokens"]:
     """Continues every prompt by ``max_new_tokens`` tokens.
@@ -228,6 +228,7 @@ def generate(
       eos_token_id: stop id or ids. None (the default) never stops: exactly ``max_new_tokens`` tokens are sampled.
         A stopped sequence repeats its stop id to the end.
       on_tokens: called with int32 [B, n] as tokens appear, n <= 8; the pieces concatenate to the result.
+      cache_dtype: "float32", "bfloat16" or "fp8", as in ``init_cache``; None for the parameters' own.
       moe: how experts are computed.
 
     Returns:
@@ -252,7 +253,9 @@ def generate(
     static = {"moe": moe, "nucleus": nucleus}
 
     capacity = bucket(length + max_new_tokens)
-    state = _prefill(params, config, tokens, lengths, sampling, stop, capacity=capacity, **static)
+    dtype = params["embed"]["weight"].dtype if cache_dtype is None else cache_dtype
+    cache = init_cache(config, batch, capacity, dtype)
+    state = _prefill(params, config, tokens, cache, lengths, sampling, stop, **static)
     pieces = [np.asarray(state.token)[:, None]]
     if on_tokens is not None:
         on_tokens(pieces[0])

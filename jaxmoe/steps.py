@@ -76,16 +76,16 @@ def _run_step_segment(segment, members, config, x, state, first_layer, first_ind
     return x, interleave(entries), stats, selection
 
 
-def _begin(config, shape, cache, spans, valid, tables, moe, tiles):
-    """What all layers of a step of tokens [B, T] = ``shape`` share, and the selection before the first of them."""
+def _begin(config, x, cache, spans, valid, tables, moe, tiles):
+    """What all layers of a step of x [B, T, D] share, and the selection before the first of them."""
+    shape = x.shape[:2]
     sight = step_attention.Sight(cache.lengths, cache.pages, spans)
     turned = rotation(config, sight.positions(*shape))
-    own, dtype = sight.own_rows(*shape), next(iter(cache.entries.values())).dtype
-    queries = shape[1]
-    if tiles is not None and tiles.shape[1] > 1 and not step_attention.in_place(dtype):
+    own, queries = sight.own_rows(*shape), shape[1]
+    if tiles is not None and tiles.shape[1] > 1 and not step_attention.in_place(x.dtype):
         sight, queries = sight.tiled(tiles), tiles.shape[1]
     by_row = config.is_mla and step_attention.selects_rows(
-        config.index_topk, cache.capacity, own, dtype, queries
+        config.index_topk, cache.capacity, own, x.dtype, queries
     )
     selection = step_attention.nothing(
         sight, config.index_topk, cache.capacity, queries, by_row=by_row
@@ -121,7 +121,7 @@ def run_step(
 ) -> StepOutput:
     """New tokens over the cache; everything that ``step`` and the engine need. Pure: never writes the cache.
 
-    On CPU with the C++ kernels and float32, a latent-attention model's result for a token is the same, bit for bit,
+    On CPU with the C++ kernels and float32 parameters, whatever the cache's format, a latent-attention model's result for a token is the same, bit for bit,
     whichever other tokens share the step and however the tokens before it were cut into steps.
 
     Args:
@@ -138,8 +138,8 @@ def run_step(
       tables: expert placement.
       moe: how experts are computed.
     """
-    state, selection = _begin(config, tokens.shape, cache, spans, valid, tables, moe, tiles)
     x = params["embed"]["weight"][tokens]
+    state, selection = _begin(config, x, cache, spans, valid, tables, moe, tiles)
     parts, all_stats, first_layer, first_index = [], [], 0, 0
     for segment, members in zip(config.segments, params["segments"], strict=True):
         x, entries, stats, selection = _run_step_segment(
@@ -187,7 +187,7 @@ def run_mtp_step(
       entries: rows of one layer.
     """
     p = jax.tree.map(whole, p)
-    state, selection = _begin(config, next_tokens.shape, cache, spans, valid, tables, moe, tiles)
+    state, selection = _begin(config, hidden, cache, spans, valid, tables, moe, tiles)
     embedded = rms_norm(
         params["embed"]["weight"][next_tokens], p["embed_norm"], config.rms_norm_eps
     )

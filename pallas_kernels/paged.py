@@ -1,8 +1,9 @@
 """What the queries of a step see: cached rows through a page table, and rows of the step itself.
 
-A cache is [L, P, S, size]: P pages of S rows per layer. Row r of sequence b is row r % S of page pages[b, r // S]. Without a
-table sequence b has page b to itself. The step's own rows are [Bo, O, size]: per sequence (Bo = B), or shared (Bo = 1),
-where the tokens of all sequences lie behind each other. They are numbered from the capacity on.
+A cache is [L, P, S, size]: P pages of S rows per layer, stored in a format of ``pallas_kernels.cache_rows``. Row r of
+sequence b is row r % S of page pages[b, r // S]. Without a table sequence b has page b to itself. The step's own rows are
+[Bo, O, size], stored alike: per sequence (Bo = B), or shared (Bo = 1), where the tokens of all sequences lie behind each
+other. They are numbered from the capacity on.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,16 +13,32 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from pallas_kernels import cache_rows
+
 BLOCK_ROWS = 2048  # cached rows of a sequence that XLA's backends copy at a time
 
 
-def check(op: str, q_shape: tuple[int, ...], cached, own, pages) -> None:
-    """Raises ValueError unless a step's cache, own rows and pages fit queries [B, T, heads, size]."""
-    batch, size = q_shape[0], q_shape[-1]
-    shapes = f"q {q_shape}, cached {cached.shape}, own {own.shape}"
+def check(op: str, q_shape: tuple[int, ...], cached, own, pages, values: int) -> None:
+    """Raises ValueError unless a step's cache, own rows and pages fit queries [B, T, heads, size].
+
+    Args:
+      op: for the message.
+      q_shape: shape of the queries.
+      cached: the cache.
+      own: the step's own rows.
+      pages: or None.
+      values: of a row, as in ``cache_rows``.
+    """
+    batch = q_shape[0]
+    size = cache_rows.stored_size(q_shape[-1], values, cached.dtype)
+    shapes = f"q {q_shape}, cached {cached.dtype}{cached.shape}, own {own.dtype}{own.shape}"
     if cached.ndim != 4 or own.ndim != 3 or cached.shape[3] != size or own.shape[2] != size:
         raise ValueError(
-            f"{op}: cached must be [L, P, S, size] and own [B or 1, O, size], with q's last size; got {shapes}."
+            f"{op}: cached must be [L, P, S, {size}] and own [B or 1, O, {size}], for rows of q's last size; got {shapes}."
+        )
+    if own.dtype != cached.dtype:
+        raise ValueError(
+            f"{op}: own rows must be stored like the cached ones; got {shapes}. Use cache_rows.encode."
         )
     if own.shape[0] not in (1, batch):
         raise ValueError(f"{op}: own must be one per sequence or [1, O, size]; got {shapes}.")

@@ -315,6 +315,8 @@ def test_buckets_hold_their_number_with_little_padding_and_are_few():
         ({"top_p": 0.0}, ValueError, r"top_p must be in \(0, 1\]; got 0.0"),
         ({"top_p": 1.5}, ValueError, r"top_p must be in \(0, 1\]"),
         ({"temperature": 1.0}, ValueError, "needs a random key"),
+        ({"cache_dtype": "fp8"}, ValueError, '"fp8" is for latent attention'),
+        ({"cache_dtype": "int8"}, ValueError, "must be one of float32, .*; got 'int8'"),
         ({"temperature": 1.0, "key": 0}, (TypeError, ValueError), "key"),
         (
             {"temperature": 1.0, "key": jax.random.split(jax.random.key(0), 3)},

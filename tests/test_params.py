@@ -97,6 +97,8 @@ def test_bytes_follow_the_dtype_except_where_the_spec_fixes_one():
 def test_cache_bytes_per_token_of_v3_and_v32():
     assert bytes_per_token(presets["deepseek_v3"]) == 61 * 1152 == 70_272
     assert bytes_per_token(presets["deepseek_v32"]) == 61 * (1152 + 2 * 128)
+    assert bytes_per_token(presets["deepseek_v3"], "fp8") == 61 * 656
+    assert bytes_per_token(presets["deepseek_v32"], "fp8") == 61 * (656 + 132) == 48_068
 
 
 # -- the tree ----------------------------------------------------------------------------------------

@@ -1,6 +1,5 @@
 """``jaxmoe info``: what a model is and costs, without allocating it."""
 
-import math
 import pathlib
 from typing import Annotated
 
@@ -10,31 +9,11 @@ import rich.table
 import tyro
 
 from jaxmoe import params as params_lib
-from jaxmoe.cache import bytes_per_token, entry_layers
+from jaxmoe.cache import bytes_per_token
 from jaxmoe.cli._models import find_config
 from jaxmoe.config import ModelConfig
 from jaxmoe.layers.attention import entry_sizes
 from jaxmoe.report import make_report, write_report
-
-# Bytes of one token and layer in the fp8 cache layouts of the release (spec 2.4): 512 e4m3 + 4 scales + 64 bf16 rope,
-# and 128 e4m3 + 1 scale. Generalised to other sizes: tiles of 128, one float32 scale each.
-_FP8_TILE = 128
-
-
-def _fp8_cache_bytes(config: ModelConfig) -> int | None:
-    if not config.is_mla:
-        return None
-    latent = (
-        config.kv_lora_rank
-        + 4 * math.ceil(config.kv_lora_rank / _FP8_TILE)
-        + 2 * config.qk_rope_head_dim
-    )
-    layers = entry_layers(config)
-    total = latent * layers["latent"]
-    if config.index_topk is not None:
-        key = config.index_head_dim + 4 * math.ceil(config.index_head_dim / _FP8_TILE)
-        total += key * layers["index_k"]
-    return total
 
 
 def _rows(config: ModelConfig) -> list[dict]:
@@ -58,9 +37,8 @@ def _rows(config: ModelConfig) -> list[dict]:
         rows.append(row(f"weights in {name}", params_lib.nbytes(config, dtype), "bytes"))
     for name, dtype in (("float32", jnp.float32), ("bfloat16", jnp.bfloat16)):
         rows.append(row(f"cache per token in {name}", bytes_per_token(config, dtype), "bytes"))
-    fp8 = _fp8_cache_bytes(config)
-    if fp8 is not None:
-        rows.append(row("cache per token in fp8 rows", fp8, "bytes"))
+    if config.is_mla:
+        rows.append(row("cache per token in fp8 rows", bytes_per_token(config, "fp8"), "bytes"))
     return rows
 
 

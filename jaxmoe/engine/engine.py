@@ -102,6 +102,7 @@ class Engine:
             options.page_size,
             table,
             options.speculative_tokens,
+            options.cache_dtype,
         )
         self._runner = Runner(params, config, sizes, mesh)
         pools = [

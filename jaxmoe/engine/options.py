@@ -1,6 +1,9 @@
 """Sizes and limits of an engine."""
 
 import dataclasses
+from typing import Literal
+
+from pallas_kernels import cache_rows
 
 DEFAULT_TOKENS_PER_REQUEST = 1024  # of the default cache: for max_running requests of this length
 
@@ -25,6 +28,8 @@ class EngineOptions:
     """Whether prompts that begin like earlier ones reuse their cache rows."""
     speculative_tokens: int = 0
     """Tokens that the model's multi-token-prediction module guesses ahead; they change the speed only, no token."""
+    cache_dtype: Literal["float32", "bfloat16", "fp8"] | None = None
+    """How the cache stores its rows; default: as the parameters. fp8: latent attention in 8 bits with scales."""
 
     def __post_init__(self):
         for name in (
@@ -41,4 +46,9 @@ class EngineOptions:
         if self.speculative_tokens < 0:
             raise ValueError(
                 f"speculative_tokens must be >= 0; got {self.speculative_tokens}. Use 0 for none."
+            )
+        if self.cache_dtype not in (None, *cache_rows.FORMATS):
+            raise ValueError(
+                f"cache_dtype must be one of {', '.join(cache_rows.FORMATS)}, or None for the parameters' own; "
+                f"got {self.cache_dtype!r}."
             )

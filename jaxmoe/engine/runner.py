@@ -50,6 +50,7 @@ class Sizes(NamedTuple):
       page_size: tokens of a page.
       table: pages that a request may have.
       drafts: tokens to guess after each sampled one; 0 for no speculation.
+      cache_dtype: as in ``init_cache``; None for the parameters'.
     """
 
     running: int
@@ -58,6 +59,7 @@ class Sizes(NamedTuple):
     page_size: int
     table: int
     drafts: int
+    cache_dtype: str | None = None
 
 
 def _buckets(largest: int) -> list[int]:
@@ -92,7 +94,7 @@ class Runner:
         self.program = make_program(config, mesh)
         self.buckets = _buckets(sizes.step_tokens)
         self._params = params if mesh is None else jax.device_put(params, shardings(config, mesh))
-        self._dtype = params["embed"]["weight"].dtype
+        self._dtype = sizes.cache_dtype or params["embed"]["weight"].dtype
         self._tables = np.full((self.ranks, sizes.running, sizes.table), -1, np.int32)
         self._entries, self._draft_entries = self._empty()
         self.load = np.zeros(

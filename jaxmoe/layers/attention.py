@@ -12,10 +12,11 @@ from jax import lax
 
 from jaxmoe.config import ModelConfig
 from jaxmoe.layers import core_attention, step_attention
-from jaxmoe.layers.indexer import IndexInputs, index_inputs
+from jaxmoe.layers.indexer import IndexInputs, index_inputs, spread
 from jaxmoe.layers.linear import linear, per_head
 from jaxmoe.layers.norm import rms_norm
 from jaxmoe.layers.rope import Rotation, rotate
+from pallas_kernels import cache_rows
 
 # Both low-rank norms use this constant in every released model; rms_norm_eps does not apply (spec 2.1).
 LATENT_NORM_EPS = 1e-6
@@ -62,6 +63,15 @@ def _index(
 def _entries(projected: _Projected, index: IndexInputs | None) -> Entries:
     entries = {"latent": jnp.concatenate([projected.latent, projected.k_rope], axis=-1)}
     return entries if index is None else entries | {"index_k": index.k}
+
+
+def _stored(config: ModelConfig, entries: Entries, cached: Entries) -> Entries:
+    """Entries as the cache stores them: a step sees its own rows as later steps will."""
+    values = {"latent": config.kv_lora_rank}
+    return {
+        name: cache_rows.encode(rows, values.get(name, rows.shape[-1]), cached[name].dtype)
+        for name, rows in entries.items()
+    }
 
 
 def mla_sequence(
@@ -122,24 +132,26 @@ def mla_step(
       config: the model.
       x: [B, T, D], normalised.
       r: rotation at the new tokens' positions.
-      cached: "latent" [L, P, S, C] and, with an indexer, "index_k" [L', P, S, K], of all layers.
+      cached: "latent" [L, P, S, C] and, with an indexer, "index_k" [L', P, S, K], of all layers, in a format of
+        ``pallas_kernels.cache_rows``.
       sight: what the tokens may see.
       layer: this layer's row in "latent".
       index_layer: this layer's row in "index_k", if it has an indexer.
       selection: what the previous layer attended to, used if this layer shares it.
 
     Returns:
-      (output [B, T, D], rows to cache, selection).
+      (output [B, T, D], rows to cache in its format, selection).
     """
     a = p["attention"]
     projected = _mla_project(a, config, x, r)
     index = _index(p, config, x, projected.q_latent, r)
+    if index is not None and cached["index_k"].dtype == jnp.uint8:
+        index = spread(index)
+    entries = _stored(config, _entries(projected, index), cached)
     if index is not None:
-        selection = step_attention.select(
-            index, cached["index_k"], index_layer, sight, selection, config.index_topk
-        )
+        keys = (cached["index_k"], index_layer, entries["index_k"])
+        selection = step_attention.select(index, *keys, sight, selection, config.index_topk)
     q_latent = per_head(projected.q_nope, a["k_b"]["weight"])
-    entries = _entries(projected, index)
     out = step_attention.latent_attention(
         jnp.concatenate([q_latent, projected.q_rope], axis=-1),
         cached["latent"],
@@ -184,7 +196,7 @@ def gqa_step(
 ) -> tuple[jax.Array, Entries]:
     """Grouped-query attention of T new tokens over the cache and each other; see ``mla_step``."""
     q, k, v = _gqa_project(p["attention"], config, x, r)
-    entries = _gqa_entries(k, v)
+    entries = _stored(config, _gqa_entries(k, v), cached)
     out = step_attention.grouped_query_attention(
         q,
         (cached["k"], cached["v"]),
@@ -197,10 +209,13 @@ def gqa_step(
     return linear(out, p["attention"]["o"], contract=2), entries
 
 
-def entry_sizes(config: ModelConfig) -> dict[str, int]:
-    """Elements cached per token and layer, by entry name."""
+def entry_sizes(config: ModelConfig, dtype: Any = jnp.float32) -> dict[str, int]:
+    """Elements of a cache of ``dtype`` per token and layer, by entry name."""
     if not config.is_mla:
         size: Any = config.num_key_value_heads * config.head_dim
         return {"k": size, "v": size}
-    sizes = {"latent": config.kv_lora_rank + config.qk_rope_head_dim}
-    return sizes if config.index_topk is None else sizes | {"index_k": config.index_head_dim}
+    latent, key = config.kv_lora_rank, config.index_head_dim
+    sizes = {"latent": cache_rows.stored_size(latent + config.qk_rope_head_dim, latent, dtype)}
+    if config.index_topk is None:
+        return sizes
+    return sizes | {"index_k": cache_rows.stored_size(key, key, dtype)}

@@ -4,9 +4,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxmoe.config import ModelConfig
-from jaxmoe.layers.linear import linear
+from jaxmoe.layers.linear import linear, whole
 from jaxmoe.layers.norm import layer_norm
 from jaxmoe.layers.rope import Rotation, rotate
 
@@ -36,8 +37,8 @@ def index_inputs(
     """Index queries, keys and head weights.
 
     Both scale factors (key dimension and head count) are multiplied into the weights: they do not change the
-    selection, but set the temperature of softmax(I) in the training loss. The Hadamard rotation of the release
-    is orthogonal, so it only matters for fp8 scores and is left out here (spec 3.3).
+    selection, but set the temperature of softmax(I) in the training loss. The Hadamard rotation of the release is
+    orthogonal, so it matters only where keys are rounded to fp8 (spec 3.3): see ``spread``.
 
     Args:
       p: indexer parameters.
@@ -52,3 +53,22 @@ def index_inputs(
     return IndexInputs(
         q, k, weights * jnp.float32((config.index_n_heads * config.index_head_dim) ** -0.5)
     )
+
+
+def spread(index: IndexInputs) -> IndexInputs:
+    """Queries and keys turned by the orthonormal Hadamard matrix, if their size is a power of two (spec 3.1, step 3).
+
+    No score changes, but outliers of a few dimensions spread over all of them: keys then lose less in 8 bits.
+    """
+    size = index.k.shape[-1]
+    if size & (size - 1):
+        return index
+    p = {"weight": whole(jnp.asarray(_hadamard(size), index.k.dtype))}
+    return index._replace(q=linear(index.q, p), k=linear(index.k, p))
+
+
+def _hadamard(size: int) -> np.ndarray:
+    """[size, size], rows in Sylvester's order."""
+    i = np.arange(size)
+    odd = np.bitwise_count(i[:, None] & i[None]) % 2
+    return np.where(odd == 1, -(size**-0.5), size**-0.5)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmoe.layers.indexer import IndexInputs
-from pallas_kernels import native, paged
+from pallas_kernels import cache_rows, native, paged
 from pallas_kernels._implementation import on_accelerator
 from pallas_kernels.index_topk import index_topk_step, select_mask, step_scores
 from pallas_kernels.sparse_mla import sparse_mla_step
@@ -98,7 +98,7 @@ class Selection(NamedTuple):
 
 
 def in_place(dtype: Any) -> bool:
-    """Whether the C++ kernels read a cache of this type where it lies."""
+    """Whether the C++ kernels read cached rows where they lie, for queries of this type."""
     return dtype == jnp.float32 and native.available()
 
 
@@ -153,6 +153,7 @@ def select(
     index: IndexInputs,
     cached: jax.Array,
     layer: jax.Array | int,
+    new: jax.Array,
     sight: Sight,
     before: Selection,
     topk: int,
@@ -166,11 +167,12 @@ def select(
       index: the step's indexer inputs.
       cached: [L, P, S, K] keys of all layers.
       layer: which of them; may be traced.
+      new: [B, T, K] the step's own keys, as the cache stores them.
       sight: what causality allows.
       before: from ``nothing``, or another layer's.
       topk: how many.
     """
-    own = sight.own(index.k)
+    own = sight.own(new)
     capacity = paged.capacity_of(cached, sight.pages)
     if capacity + own.shape[1] <= topk:
         return before
@@ -236,7 +238,7 @@ def latent_attention(
       q: [B, T, H, C] absorbed queries.
       cached: [L, P, S, C] latent rows of all layers.
       layer: which layer; may be traced.
-      new: [B, T, C] the step's own latent rows.
+      new: [B, T, C] the step's own latent rows, as the cache stores them.
       sight: where they lie.
       selection: keys to attend to.
       scale: softmax scale.
@@ -250,17 +252,14 @@ def latent_attention(
         operands = (q, cached, layer, own, selection.rows)
         out, _ = sparse_mla_step(*operands, scale=scale, value_dim=value_dim, pages=sight.pages)
         return sight.tokens(out)
-    own = jnp.broadcast_to(own, (q.shape[0], *own.shape[1:]))
-    out = _attend_masked(
-        q,
-        (cached,),
-        layer,
-        Part(own, own, selection.own),
-        sight,
-        selection.cached,
-        lambda rows, seen: Part(rows[0], rows[0], seen),
-        scale,
-    )
+
+    def part_of(rows: list[jax.Array], seen: jax.Array) -> Part:
+        kv = cache_rows.decode(rows[0], value_dim, q.dtype)
+        kv = jnp.broadcast_to(kv, (q.shape[0], *kv.shape[1:]))
+        return Part(kv, kv, seen)
+
+    part = part_of([own], selection.own)
+    out = _attend_masked(q, (cached,), layer, part, sight, selection.cached, part_of, scale)
     return sight.tokens(out[..., :value_dim])
 
 
@@ -280,7 +279,7 @@ def grouped_query_attention(
       q: [B, T, H, K].
       cached: keys and values of all layers, each [L, P, S, G * K].
       layer: which layer; may be traced.
-      new: the step's own keys and values, each [B, T, G * K].
+      new: the step's own keys and values, each [B, T, G * K], as the cache stores them.
       sight: where they lie.
       visible: masks from ``everything``.
       scale: softmax scale.
@@ -294,7 +293,7 @@ def grouped_query_attention(
     q = q.reshape(batch, tokens, groups, heads // groups, dim).transpose(0, 2, 1, 3, 4)
 
     def by_group(x: jax.Array) -> jax.Array:
-        x = jnp.broadcast_to(x, (batch, *x.shape[1:]))
+        x = jnp.broadcast_to(x.astype(q.dtype), (batch, *x.shape[1:]))
         return x.reshape(batch, -1, groups, dim).swapaxes(1, 2)
 
     def part_of(rows: list[jax.Array], seen: jax.Array) -> Part:

@@ -1,7 +1,7 @@
 """Public lightning-index selection."""
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from pallas_kernels import _implementation, paged
 from pallas_kernels.index_topk import native, reference
@@ -71,9 +71,9 @@ def index_topk(
 
 def index_topk_step(
     q: Float[Array, "B T I K"],
-    cached: Float[Array, "L P S K"],
+    cached: Shaped[Array, "L P S Z"],
     layer: Int[Array, ""] | int,
-    own: Float[Array, "Bo O K"],
+    own: Shaped[Array, "Bo O Z"],
     weights: Float[Array, "B T I"],
     lengths: Int[Array, " B"],
     topk: int,
@@ -86,9 +86,9 @@ def index_topk_step(
 
     Args:
       q: index queries of the new tokens.
-      cached: key cache of all layers.
+      cached: key cache of all layers, in any format of ``pallas_kernels.cache_rows``, where a key is all values.
       layer: which of them; may be traced.
-      own: the step's own keys, which come after the cached ones.
+      own: the step's own keys, stored alike; they come after the cached ones.
       weights: signed head weights, all scale factors multiplied in.
       lengths: valid cached keys of each sequence.
       topk: how many to select, at most the capacity + O.
@@ -104,7 +104,7 @@ def index_topk_step(
     """
     if q.ndim != 4:
         raise ValueError(f"index_topk_step: q must be [B, T, I, K]; got {q.shape}.")
-    paged.check("index_topk_step", q.shape, cached, own, pages)
+    paged.check("index_topk_step", q.shape, cached, own, pages, q.shape[3])
     if spans is None and own.shape[:2] != q.shape[:2]:
         raise ValueError(
             f"index_topk_step: own must have a row per query, {q.shape[:2]}; got {own.shape}. Pass spans for others."

@@ -7,7 +7,7 @@ from pallas_kernels import native, paged
 
 
 def _call(q, cached, layer, own, weights, visible, spans, pages, topk, *, best_first):
-    native.require(q, cached, own)
+    native.require(q, stored=(cached, own))
     # A selection has no gradient, and a foreign call no derivative to ask for.
     operands = jax.lax.stop_gradient((q, cached, own, weights.astype(jnp.float32)))
     q, cached, own, weights = operands

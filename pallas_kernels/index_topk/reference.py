@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import paged
+from pallas_kernels import cache_rows, paged
 from pallas_kernels._implementation import on_accelerator
 from pallas_kernels.numerics import precision_of
 
@@ -177,16 +177,18 @@ def step_scores(
     spans: jax.Array | None = None,
 ) -> jax.Array:
     """Scores [B, T, capacity + O] of a step's cached and own keys, -inf where not visible; see ``api.index_topk_step``."""
-    batch, tokens, heads, _ = q.shape
+    batch, tokens, heads, dim = q.shape
     size, blocks = paged.blocks_of(cached, pages)
 
     def score(scores: jax.Array, first: jax.Array | int, rows: list[jax.Array]) -> jax.Array:
         seen = first + jnp.arange(size, dtype=jnp.int32)[None] < lengths[:, None]
-        block = jnp.where(seen[:, None], index_scores(q, rows[0], weights), -jnp.inf)
+        keys = cache_rows.decode(rows[0], dim, q.dtype)
+        block = jnp.where(seen[:, None], index_scores(q, keys, weights), -jnp.inf)
         return lax.dynamic_update_slice_in_dim(scores, block, first, 2)
 
     unseen = jnp.full((batch, tokens, blocks * size), -jnp.inf, jnp.float32)
     past = paged.fold_rows(score, unseen, (cached,), layer, lengths, pages)
+    own = cache_rows.decode(own, dim, q.dtype)
     if own.shape[0] == batch:
         own_scores = index_scores(q, own, weights)
     else:  # all queries score all own keys, as one sequence

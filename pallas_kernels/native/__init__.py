@@ -17,11 +17,14 @@ import shutil
 import subprocess
 import tempfile
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import jaxlib
+
+from pallas_kernels import cache_rows
 
 _HERE = pathlib.Path(__file__).parent
 _SYMBOLS = (
@@ -127,8 +130,8 @@ def available() -> bool:
     return jax.default_backend() == "cpu" and _refusal() is None
 
 
-def require(*operands: jax.Array) -> None:
-    """Refuses unless the kernels can take float32 ``operands`` here.
+def require(*operands: jax.Array, stored: Sequence[jax.Array] = ()) -> None:
+    """Refuses unless the kernels can take float32 ``operands`` and ``stored`` cache rows here.
 
     Raises:
       NotImplementedError: with the reason.
@@ -138,6 +141,11 @@ def require(*operands: jax.Array) -> None:
     wrong = [str(x.dtype) for x in operands if x.dtype != jnp.float32]
     if wrong:
         raise NotImplementedError(f"the C++ kernels take float32; got {wrong[0]}")
+    wrong = [str(x.dtype) for x in stored if x.dtype not in cache_rows.FORMATS.values()]
+    if wrong:
+        raise NotImplementedError(
+            f"the C++ kernels read rows in {', '.join(cache_rows.FORMATS)}; got {wrong[0]}"
+        )
     if (reason := _refusal()) is not None:
         raise NotImplementedError(reason)
 

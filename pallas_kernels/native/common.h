@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <memory>
 #include <thread>
 
@@ -91,49 +92,115 @@ inline float ExpNegative(float x) {
   return x < -87.0f ? 0.0f : p * scale;
 }
 
-// What a step's queries may see: rows of one layer of a paged cache [L, P, S, size], then the step's own [Bo, O, size].
+// A float8_e4m3fn number. Not by way of a subnormal float: XLA's threads may flush those.
+inline float FromFloat8(uint8_t code) {
+  const uint32_t magnitude = code & 0x7f;
+  const bool subnormal = magnitude < 8;
+  const uint32_t bits = (magnitude << 20) + ((subnormal ? 121u : 120u) << 23);
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  x -= subnormal ? 0x1p-6f : 0.0f;
+  x = magnitude == 0x7f ? std::numeric_limits<float>::quiet_NaN() : x;
+  return code & 0x80 ? -x : x;
+}
+
+inline float FromBfloat16(const char* from) {
+  uint16_t half;
+  std::memcpy(&half, from, sizeof half);
+  const uint32_t bits = static_cast<uint32_t>(half) << 16;
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+// How rows are stored (pallas_kernels/cache_rows.py): `size` numbers; as bytes, the first `values` of them in 8 bits.
+struct RowFormat {
+  static constexpr int64_t kTile = 128;
+  ffi::DataType type;
+  int64_t size, values;
+
+  bool known() const { return type == ffi::F32 || type == ffi::BF16 || type == ffi::U8; }
+
+  int64_t elements() const {
+    return type == ffi::U8 ? values + (values + kTile - 1) / kTile * sizeof(float) + 2 * (size - values) : size;
+  }
+
+  int64_t bytes() const { return elements() * (type == ffi::F32 ? 4 : type == ffi::BF16 ? 2 : 1); }
+
+  // The numbers of `count` rows behind each other: where they lie, if those are floats, or decoded into `scratch`.
+  const float* Read(const char* stored, int64_t count, float* scratch) const {
+    if (type == ffi::F32) return reinterpret_cast<const float*>(stored);
+    if (type == ffi::BF16)
+      for (int64_t i = 0; i < count * size; ++i) scratch[i] = FromBfloat16(stored + 2 * i);
+    else
+      for (int64_t row = 0; row < count; ++row) Decode(stored + row * bytes(), scratch + row * size);
+    return scratch;
+  }
+
+  float* Scratch(int64_t count) const { return type == ffi::F32 ? nullptr : new float[count * size]; }
+
+ private:
+  void Decode(const char* stored, float* row) const {
+    const char* scales = stored + values;
+    for (int64_t first = 0; first < values; first += kTile, scales += sizeof(float)) {
+      float scale;
+      std::memcpy(&scale, scales, sizeof scale);
+      const int64_t end = std::min(first + kTile, values);
+      for (int64_t i = first; i < end; ++i) row[i] = FromFloat8(stored[i]) * scale;
+    }
+    for (int64_t i = 0; i < size - values; ++i) row[values + i] = FromBfloat16(scales + 2 * i);
+  }
+};
+
+// What a step's queries may see: rows of one layer of a paged cache [L, P, S, elements], then the step's own
+// [Bo, O, elements], all stored alike.
 struct StepRows {
-  const float *cached, *own;
+  const char *cached, *own;
   const int32_t* pages;  // [B, W]: sequence b's row r is row r % S of page pages[b, r / S]; -1 where it has none
-  int64_t page_size, width, size, extra;
+  int64_t page_size, width, bytes, extra;
   bool own_shared;  // Bo is 1: all sequences see the same own rows
 
   // Rows that a sequence can have in the cache; the step's own are numbered from here on.
   int64_t capacity() const { return width * page_size; }
 
   // A sequence's cached rows from `row` to the end of the page, and how many these are.
-  const float* Page(int64_t sequence, int64_t row, int64_t* number) const {
+  const char* Page(int64_t sequence, int64_t row, int64_t* number) const {
     *number = page_size - row % page_size;
     const int64_t page = std::max(pages[sequence * width + row / page_size], 0);
-    return cached + (page * page_size + row % page_size) * size;
+    return cached + (page * page_size + row % page_size) * bytes;
   }
 
-  const float* Own(int64_t sequence) const { return own + (own_shared ? 0 : sequence * extra * size); }
+  const char* Own(int64_t sequence) const { return own + (own_shared ? 0 : sequence * extra * bytes); }
 
-  const float* Row(int64_t sequence, int64_t row) const {
+  const char* Row(int64_t sequence, int64_t row) const {
     int64_t number;
-    return row < capacity() ? Page(sequence, row, &number) : Own(sequence) + (row - capacity()) * size;
+    return row < capacity() ? Page(sequence, row, &number) : Own(sequence) + (row - capacity()) * bytes;
   }
 };
 
-// False if the layer or a page is not in the cache.
-inline bool RowsOf(const F32& cached, const S32& layer, const F32& own, const S32& pages, int64_t batch,
-                   StepRows* rows) {
+// An error if the rows are not stored in the format, or the layer or a page is not in the cache.
+inline ffi::Error RowsOf(const ffi::AnyBuffer& cached, const S32& layer, const ffi::AnyBuffer& own, const S32& pages,
+                         int64_t batch, const RowFormat& format, StepRows* rows) {
   const auto shape = cached.dimensions();
+  if (!format.known() || own.element_type() != format.type || static_cast<int64_t>(shape[3]) != format.elements() ||
+      static_cast<int64_t>(own.dimensions()[2]) != format.elements())
+    return ffi::Error::InvalidArgument("cached and own rows must be stored alike, in a format for the queries' size");
   const int64_t index = layer.typed_data()[0];
-  if (index < 0 || index >= static_cast<int64_t>(shape[0])) return false;
+  if (index < 0 || index >= static_cast<int64_t>(shape[0]))
+    return ffi::Error::InvalidArgument("layer must lie within the cache");
   const int64_t width = pages.dimensions()[1], number = shape[1];
   for (int64_t i = 0; i < batch * width; ++i)
-    if (pages.typed_data()[i] >= number) return false;
-  *rows = {cached.typed_data() + index * static_cast<int64_t>(shape[1] * shape[2] * shape[3]),
-           own.typed_data(),
+    if (pages.typed_data()[i] >= number) return ffi::Error::InvalidArgument("pages must lie within the cache");
+  *rows = {static_cast<const char*>(cached.untyped_data()) +
+               index * static_cast<int64_t>(shape[1] * shape[2]) * format.bytes(),
+           static_cast<const char*>(own.untyped_data()),
            pages.typed_data(),
            static_cast<int64_t>(shape[2]),
            width,
-           static_cast<int64_t>(shape[3]),
+           format.bytes(),
            static_cast<int64_t>(own.dimensions()[1]),
            own.dimensions()[0] == 1 && batch > 1};
-  return true;
+  return ffi::Error::Success();
 }
 
 }  // namespace jaxmoe

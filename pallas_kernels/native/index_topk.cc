@@ -11,7 +11,9 @@ constexpr int64_t kLanes = 16;  // index heads computed together
 constexpr int64_t kKeys = 8;    // keys that share one reading of the queries
 
 // total[j] += sum_i weight[i] * relu(q[i] . key[j]) over kLanes heads and kKeys keys; q is transposed to [dim, kLanes].
-inline void ScoreKeys(const float* q, const float* weight, int64_t dim, const float* keys, float* total) {
+// Inlined into its loops it is a tenth slower: registers run out.
+__attribute__((noinline)) void ScoreKeys(const float* q, const float* weight, int64_t dim, const float* keys,
+                                         float* total) {
   constexpr int64_t kParts = kLanes / kVectorSize;
   Vector sums[kKeys];
 #pragma GCC unroll 2
@@ -36,6 +38,50 @@ inline void ScoreKeys(const float* q, const float* weight, int64_t dim, const fl
 #pragma GCC unroll 8
   for (int64_t j = 0; j < kKeys; ++j) total[j] += scores[j];
 }
+
+// Scores of keys for one query.
+class Scorer {
+ public:
+  Scorer(const float* q, const float* weights, int64_t heads, const RowFormat& format)
+      : dim_(format.size),
+        blocks_((heads + kLanes - 1) / kLanes),
+        format_(format),
+        turned_(blocks_ * dim_ * kLanes),
+        weight_(blocks_ * kLanes),
+        rest_(kKeys * dim_),
+        scratch_(format.Scratch(kChunk)) {
+    std::copy(weights, weights + heads, weight_.begin());
+    for (int64_t i = 0; i < heads; ++i)
+      for (int64_t d = 0; d < dim_; ++d) turned_[(i / kLanes * dim_ + d) * kLanes + i % kLanes] = q[i * dim_ + d];
+  }
+
+  // total[s] += score of key s, for `number` stored keys behind each other.
+  void Score(const char* stored, int64_t number, float* total) {
+    for (int64_t first = 0; first < number; first += kChunk) {
+      const int64_t some = std::min(kChunk, number - first), whole = some / kKeys * kKeys;
+      const float* keys = format_.Read(stored + first * format_.bytes(), some, scratch_.get());
+      // The same code for the last few, so that equal keys have equal scores.
+      if (whole < some) std::copy(keys + whole * dim_, keys + some * dim_, rest_.begin());
+      for (int64_t block = 0; block < blocks_; ++block) {
+        const float *heads = turned_.data() + block * dim_ * kLanes, *weight = weight_.data() + block * kLanes;
+        for (int64_t s = 0; s < whole; s += kKeys)
+          ScoreKeys(heads, weight, dim_, keys + s * dim_, total + first + s);
+        if (whole == some) continue;
+        float last[kKeys] = {};
+        ScoreKeys(heads, weight, dim_, rest_.data(), last);
+        for (int64_t s = whole; s < some; ++s) total[first + s] += last[s - whole];
+      }
+    }
+  }
+
+ private:
+  static constexpr int64_t kChunk = 4 * kKeys;  // keys decoded at a time
+  const int64_t dim_, blocks_;
+  const RowFormat format_;
+  std::vector<float> turned_, weight_;  // by block of heads: queries [dim, kLanes] and their weights, zeros past the last
+  std::vector<float> rest_;
+  const std::unique_ptr<float[]> scratch_;
+};
 
 constexpr uint32_t kMinusInfinity = 0x007fffffu;  // Ordered(-inf)
 
@@ -71,15 +117,15 @@ uint32_t KthLargest(const uint32_t* values, int64_t n, int64_t k, int64_t* above
   return threshold;
 }
 
-ffi::Error IndexTopkImpl(ffi::ThreadPool pool, F32 q, F32 cached, S32 layer, F32 own, F32 weights,
-                         S32 visible, S32 spans, S32 pages, bool best_first,
+ffi::Error IndexTopkImpl(ffi::ThreadPool pool, F32 q, ffi::AnyBuffer cached, S32 layer, ffi::AnyBuffer own,
+                         F32 weights, S32 visible, S32 spans, S32 pages, bool best_first,
                          ffi::ResultBuffer<ffi::S32> chosen) {
   const auto shape = q.dimensions();
   const int64_t batch = shape[0], tokens = shape[1], heads = shape[2], dim = shape[3];
-  const int64_t topk = chosen->dimensions()[2], blocks = (heads + kLanes - 1) / kLanes;
+  const int64_t topk = chosen->dimensions()[2];
+  const RowFormat format{cached.element_type(), dim, dim};
   StepRows rows;
-  if (!RowsOf(cached, layer, own, pages, batch, &rows))
-    return ffi::Error::InvalidArgument("index_topk: layer and pages must lie within the cache");
+  if (ffi::Error error = RowsOf(cached, layer, own, pages, batch, format, &rows); error.failure()) return error;
   const int64_t capacity = rows.capacity();
   int64_t scored = 0;
   for (int64_t item = 0; item < batch * tokens; ++item) scored += visible.typed_data()[item];
@@ -90,34 +136,14 @@ ffi::Error IndexTopkImpl(ffi::ThreadPool pool, F32 q, F32 cached, S32 layer, F32
     const int64_t first_own = std::clamp<int64_t>(spans.typed_data()[2 * item], 0, rows.extra);
     const int64_t end_own = std::clamp<int64_t>(spans.typed_data()[2 * item + 1], first_own, rows.extra);
     const int64_t n = past + end_own - first_own;
-    std::vector<float> turned(dim * kLanes), weight(kLanes), rest(kKeys * dim), score(n, 0.0f);
-    for (int64_t block = 0; block < blocks; ++block) {
-      const int64_t first = block * kLanes, count = std::min(kLanes, heads - first);
-      std::fill(turned.begin(), turned.end(), 0.0f);
-      std::fill(weight.begin(), weight.end(), 0.0f);
-      for (int64_t i = 0; i < count; ++i) {
-        weight[i] = weights.typed_data()[item * heads + first + i];
-        const float* head = q.typed_data() + (item * heads + first + i) * dim;
-        for (int64_t d = 0; d < dim; ++d) turned[d * kLanes + i] = head[d];
-      }
-      auto score_rows = [&](const float* keys, int64_t number, float* total) {
-        const int64_t whole = number / kKeys * kKeys, left = number - whole;
-        for (int64_t s = 0; s < whole; s += kKeys)
-          ScoreKeys(turned.data(), weight.data(), dim, keys + s * dim, total + s);
-        if (left == 0) return;
-        // The same code for the last few, so that equal keys have equal scores.
-        std::memcpy(rest.data(), keys + whole * dim, left * dim * sizeof(float));
-        float last[kKeys] = {};
-        ScoreKeys(turned.data(), weight.data(), dim, rest.data(), last);
-        for (int64_t s = 0; s < left; ++s) total[whole + s] += last[s];
-      };
-      for (int64_t s = 0, number; s < past; s += number) {
-        const float* keys = rows.Page(b, s, &number);
-        number = std::min(number, past - s);
-        score_rows(keys, number, score.data() + s);
-      }
-      score_rows(rows.Own(b) + first_own * dim, end_own - first_own, score.data() + past);
+    std::vector<float> score(n, 0.0f);
+    Scorer scorer(q.typed_data() + item * heads * dim, weights.typed_data() + item * heads, heads, format);
+    for (int64_t s = 0, number; s < past; s += number) {
+      const char* keys = rows.Page(b, s, &number);
+      number = std::min(number, past - s);
+      scorer.Score(keys, number, score.data() + s);
     }
+    scorer.Score(rows.Own(b) + first_own * rows.bytes, end_own - first_own, score.data() + past);
     int32_t* out = chosen->typed_data() + item * topk;
     // Row numbers: cached ones as they are, the step's own after the whole cache.
     auto row = [&](int64_t s) { return static_cast<int32_t>(s < past ? s : s - past + first_own + capacity); };
@@ -152,9 +178,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxmoe_index_topk, jaxmoe::IndexTopkImpl,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::ThreadPool>()
                                   .Arg<jaxmoe::F32>()    // q [B, T, I, K]
-                                  .Arg<jaxmoe::F32>()    // cached keys [L, P, S, K]
+                                  .Arg<jaxmoe::ffi::AnyBuffer>()  // cached keys [L, P, S, as stored]
                                   .Arg<jaxmoe::S32>()    // layer []
-                                  .Arg<jaxmoe::F32>()    // own keys [B or 1, O, K]
+                                  .Arg<jaxmoe::ffi::AnyBuffer>()  // own keys [B or 1, O, as stored]
                                   .Arg<jaxmoe::F32>()    // head weights [B, T, I]
                                   .Arg<jaxmoe::S32>()    // visible cached keys [B, T]
                                   .Arg<jaxmoe::S32>()    // visible own keys, first and end [B, T, 2]

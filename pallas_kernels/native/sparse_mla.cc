@@ -1,4 +1,4 @@
-// Attention over latent rows chosen by index, read where they lie: nothing is gathered.
+// Attention over latent rows chosen by index, read where they lie if they are floats, else decoded: nothing is gathered.
 #include <algorithm>
 #include <limits>
 #include <vector>
@@ -96,24 +96,26 @@ void AddAllRows(const float* p, int64_t first, int64_t heads, const float* const
     }
 }
 
-ffi::Error SparseMlaImpl(ffi::ThreadPool pool, F32 q, F32 cached, S32 layer, F32 own, S32 chosen,
-                         S32 pages, float scale, ffi::ResultBuffer<ffi::F32> out,
+ffi::Error SparseMlaImpl(ffi::ThreadPool pool, F32 q, ffi::AnyBuffer cached, S32 layer, ffi::AnyBuffer own,
+                         S32 chosen, S32 pages, float scale, ffi::ResultBuffer<ffi::F32> out,
                          ffi::ResultBuffer<ffi::F32> lse) {
   const auto shape = q.dimensions();
   const int64_t batch = shape[0], tokens = shape[1], heads = shape[2], size = shape[3];
   const int64_t topk = chosen.dimensions()[2], values = out->dimensions()[3];
+  const RowFormat format{cached.element_type(), size, values};
   StepRows all;
-  if (!RowsOf(cached, layer, own, pages, batch, &all))
-    return ffi::Error::InvalidArgument("sparse_mla: layer and pages must lie within the cache");
+  if (ffi::Error error = RowsOf(cached, layer, own, pages, batch, format, &all); error.failure()) return error;
   const int64_t end = all.capacity() + all.extra;
   const double work_ns = batch * tokens * heads * topk * (size + values + 32) / 16.0;
   ParallelFor(pool, batch * tokens, work_ns, [&](int64_t item) {
     const int64_t b = item / tokens;
     const int32_t* index = chosen.typed_data() + item * topk;
+    const std::unique_ptr<float[]> scratch(format.Scratch(topk));
     std::vector<const float*> rows;
     rows.reserve(topk);
     for (int64_t i = 0; i < topk; ++i)
-      if (index[i] >= 0 && index[i] < end) rows.push_back(all.Row(b, index[i]));
+      if (index[i] >= 0 && index[i] < end)
+        rows.push_back(format.Read(all.Row(b, index[i]), 1, scratch.get() + rows.size() * size));
     const int64_t n = rows.size();
     std::vector<float> p(heads * n);
     const float* queries = q.typed_data() + item * heads * size;
@@ -149,9 +151,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxmoe_sparse_mla, jaxmoe::SparseMlaImpl,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::ThreadPool>()
                                   .Arg<jaxmoe::F32>()    // q [B, T, H, C]
-                                  .Arg<jaxmoe::F32>()    // cached rows [L, P, S, C]
+                                  .Arg<jaxmoe::ffi::AnyBuffer>()  // cached rows [L, P, S, as stored]
                                   .Arg<jaxmoe::S32>()    // layer []
-                                  .Arg<jaxmoe::F32>()    // own rows [B or 1, O, C]
+                                  .Arg<jaxmoe::ffi::AnyBuffer>()  // own rows [B or 1, O, as stored]
                                   .Arg<jaxmoe::S32>()    // chosen rows [B, T, topk]
                                   .Arg<jaxmoe::S32>()    // pages [B, W]
                                   .Attr<float>("scale")

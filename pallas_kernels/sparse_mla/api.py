@@ -1,7 +1,7 @@
 """Public sparse latent attention."""
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from pallas_kernels import _implementation, paged
 from pallas_kernels.sparse_mla import native, reference
@@ -59,9 +59,9 @@ def sparse_mla(
 
 def sparse_mla_step(
     q: Float[Array, "B T H C"],
-    cached: Float[Array, "L P S C"],
+    cached: Shaped[Array, "L P S Z"],
     layer: Int[Array, ""] | int,
-    own: Float[Array, "Bo O C"],
+    own: Shaped[Array, "Bo O Z"],
     rows: Int[Array, "B T K"],
     *,
     scale: float,
@@ -73,9 +73,9 @@ def sparse_mla_step(
 
     Args:
       q: absorbed queries of the new tokens.
-      cached: latent rows of all layers.
+      cached: latent rows of all layers, in any format of ``pallas_kernels.cache_rows`` with ``value_dim`` values.
       layer: which of them; may be traced.
-      own: the step's own latent rows.
+      own: the step's own latent rows, stored alike.
       rows: ``index_topk_step``'s result: below the capacity cached rows, from there on the step's own, -1 for none.
       scale: softmax scale.
       value_dim: V, the latent part of a row.
@@ -92,10 +92,10 @@ def sparse_mla_step(
         raise ValueError(
             f"sparse_mla_step: q must be [B, T, H, C] and rows [B, T, K]; got {q.shape} and {rows.shape}."
         )
-    paged.check("sparse_mla_step", q.shape, cached, own, pages)
     size = q.shape[3]
     if not 0 < value_dim <= size:
         raise ValueError(f"sparse_mla_step: value_dim must be in 1..{size} (C); got {value_dim}.")
+    paged.check("sparse_mla_step", q.shape, cached, own, pages, value_dim)
     return _implementation.call(
         "sparse_mla_step",
         _STEP_BACKENDS,

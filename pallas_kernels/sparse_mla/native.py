@@ -13,7 +13,7 @@ from pallas_kernels.sparse_mla import reference
 
 
 def _call(q, cached, layer, own, rows, pages, scale, value_dim):
-    native.require(q, cached, own)
+    native.require(q, stored=(cached, own))
     results = (
         jax.ShapeDtypeStruct((*q.shape[:3], value_dim), q.dtype),
         jax.ShapeDtypeStruct(q.shape[:3], jnp.float32),

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import paged
+from pallas_kernels import cache_rows, paged
 from pallas_kernels.numerics import precision_of
 
 
@@ -116,6 +116,7 @@ def sparse_mla_step(
     else:
         new = jax.vmap(lambda x, i: x.at[i].get(mode="clip"))(own, place)
     kv = jnp.where((rows >= capacity)[..., None], new, kv)
+    kv = cache_rows.decode(kv, value_dim, q.dtype)
     valid = rows >= 0
     kv = jnp.where(valid[..., None], kv, jnp.zeros((), kv.dtype))
     out, lse = attend(q, [Part(kv, kv, valid)], scale)

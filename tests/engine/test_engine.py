@@ -113,8 +113,9 @@ def _prompts(count: int, seed: int = 0, longest: int = LONGEST) -> list[list[int
     return prompts
 
 
-def _generated(prompts: list[list[int]], **settings) -> np.ndarray:
+def _generated(prompts: list[list[int]], cache_dtype=None, **settings) -> np.ndarray:
     """What ``jaxmoe.generate`` gives, MOST_NEW tokens each; ``settings`` [len(prompts)] for at most ROWS prompts."""
+    each = {"cache_dtype": cache_dtype}
     parts = []
     for first in range(0, len(prompts), ROWS):
         own = prompts[first : first + ROWS]
@@ -123,7 +124,7 @@ def _generated(prompts: list[list[int]], **settings) -> np.ndarray:
             padded[row, : len(prompt)] = prompt
             lengths[row] = len(prompt)
         every = np.minimum(np.arange(ROWS), len(own) - 1)
-        each = {name: values[every] for name, values in settings.items()}
+        each |= {name: values[every] for name, values in settings.items()}
         new = jaxmoe.generate(_params(), CONFIG, padded, MOST_NEW, lengths=lengths, **each)
         parts.append(np.asarray(new)[: len(own)])
     return np.concatenate(parts)
@@ -200,6 +201,18 @@ def test_mixed_greedy_requests_get_the_tokens_of_generate_although_some_give_way
         assert engine.stats().preemptions > 5
         assert sum(result.cached_tokens for result in results) > 50
         _assert_empty(engine)
+
+
+@pytest.mark.parametrize("dtype", ["fp8", pytest.param("bfloat16", marks=pytest.mark.slow)])
+def test_over_rounded_rows_requests_get_the_tokens_that_generate_has_over_such_rows(dtype):
+    prompts = _prompts(ROWS, seed=11)
+    with _engine(cache_dtype=dtype) as engine:
+        results = engine.generate(prompts, _free(MOST_NEW))
+        assert engine.stats().preemptions > 0
+        _assert_empty(engine)
+    expected = _generated(prompts, dtype)
+    assert [result.token_ids for result in results] == _rows(expected, MOST_NEW)
+    assert (expected != _generated(prompts)).any(), "the format changes nothing"
 
 
 @pytest.mark.slow
@@ -894,9 +907,12 @@ def test_sampling_of_another_number_than_prompts_is_refused(shared, count):
         shared.generate(["a", "b"], [SamplingParams(1)] * count)
 
 
+@pytest.mark.misuse
 def test_impossible_options_are_refused():
     for name in ("max_running", "max_step_tokens", "max_waiting", "page_size", "pages"):
         with pytest.raises(ValueError, match=f"{name} must be >= 1; got 0"):
             EngineOptions(**{name: 0})
+    with pytest.raises(ValueError, match="cache_dtype must be one of float32, .*; got 'fp4'"):
+        EngineOptions(cache_dtype="fp4")
     with pytest.raises(ValueError, match=r"max_length \(129\) must be <= .* \(128\); shorten"):
         _engine(max_length=129)

@@ -7,7 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import grouped_matmul, index_topk, index_topk_step, native, sparse_mla_step
+from pallas_kernels import (
+    cache_rows,
+    grouped_matmul,
+    index_topk,
+    index_topk_step,
+    native,
+    sparse_mla_step,
+)
 
 needs_compiler = pytest.mark.skipif(not native.available(), reason="no C++ compiler")
 
@@ -85,7 +92,8 @@ def _attend(q, keys, own_keys, weights, queries, cached, own, lengths, layer, im
 @needs_compiler
 @pytest.mark.parametrize("heads", [1, 16, 19])
 @pytest.mark.parametrize("tokens", [1, 4])
-def test_a_step_equals_xla_s_over_ragged_caches_with_nan_beyond_them(rng, tokens, heads):
+@pytest.mark.parametrize("dtype", cache_rows.FORMATS)
+def test_a_step_equals_xla_s_over_ragged_caches_with_nan_beyond_them(rng, tokens, heads, dtype):
     def random(*shape):
         return rng.standard_normal(shape).astype(np.float32)
 
@@ -93,9 +101,15 @@ def test_a_step_equals_xla_s_over_ragged_caches_with_nan_beyond_them(rng, tokens
     keys, cached = random(3, 4, 40, 24), random(3, 4, 40, 13)
     for b, length in enumerate(lengths):
         keys[:, b, length:], cached[:, b, length:] = np.nan, np.nan
+
+    def stored(rows, values):
+        return cache_rows.encode(jnp.asarray(rows), values, cache_rows.FORMATS[dtype])
+
+    keys, own_keys = stored(keys, 24), stored(random(4, tokens, 24), 24)
+    cached, own = stored(cached, 10), stored(random(4, tokens, 13), 10)
     operands = (
-        *(random(4, tokens, heads, 24), keys, random(4, tokens, 24), random(4, tokens, heads)),
-        *(random(4, tokens, 6, 13), cached, random(4, tokens, 13), lengths, np.int32(2)),
+        *(random(4, tokens, heads, 24), keys, own_keys, random(4, tokens, heads)),
+        *(random(4, tokens, 6, 13), cached, own, lengths, np.int32(2)),
     )
     native_, xla = (_attend(*operands, name) for name in ("native", "xla"))
     np.testing.assert_array_equal(native_[0], xla[0])
@@ -147,3 +161,38 @@ def test_gradients_of_a_step_equal_xla_s_and_the_selection_has_none(rng):
     for a, b in zip(got, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
     assert not got[3].any()
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", cache_rows.FORMATS)
+@pytest.mark.parametrize(("size", "values"), [(576, 512), (230, 200)])
+def test_rows_are_read_as_xla_reads_them_whatever_their_bytes(rng, dtype, size, values):
+    """A single chosen row comes out as it is: attention to it alone is its values."""
+    format_ = cache_rows.FORMATS[dtype]
+    rows = jnp.asarray(rng.standard_normal((1, 1, 20, size)), jnp.float32)
+    stored = cache_rows.encode(rows, values, format_)
+    if dtype == "fp8":  # every code that is a number
+        codes = rng.permutation(np.setdiff1d(np.arange(256), [0x7F, 0xFF])).astype(np.uint8)
+        stored = stored.at[..., :values].set(np.resize(codes, (1, 1, 20, values)))
+    none = jnp.zeros((1, 0, stored.shape[-1]), format_)
+    each = jnp.arange(20, dtype=jnp.int32)[None, :, None]
+    q = jnp.zeros((1, 20, 1, size))
+    step = functools.partial(sparse_mla_step, scale=1.0, value_dim=values)
+    out, _ = step(q, stored, 0, none, each, implementation="native")
+    expected = cache_rows.decode(stored, values, jnp.float32)
+    np.testing.assert_array_equal(out[0, :, 0], expected[0, 0, :, :values])
+
+
+@needs_compiler
+@pytest.mark.misuse
+def test_rows_in_another_format_are_refused_with_both(rng):
+    q, none = jnp.ones((1, 1, 2, 13)), jnp.zeros((1, 0, 13))
+    step = functools.partial(sparse_mla_step, scale=1.0, value_dim=10)
+    rows = jnp.zeros((1, 1, 1), jnp.int32)
+    with pytest.raises(ValueError, match=r"must be \[L, P, S, 20\].*uint8\(1, 1, 4, 13\)"):
+        step(q, jnp.zeros((1, 1, 4, 13), jnp.uint8), 0, none.astype(jnp.uint8), rows)
+    with pytest.raises(ValueError, match="stored like the cached ones; got .*bfloat16"):
+        step(q, jnp.zeros((1, 1, 4, 13), jnp.bfloat16), 0, none, rows)
+    with pytest.raises(NotImplementedError, match="read rows in .*fp8; got float16"):
+        half = jnp.zeros((1, 1, 4, 13), jnp.float16)
+        step(q, half, 0, none.astype(jnp.float16), rows, implementation="native")
