@@ -89,3 +89,9 @@ def shardings(config: ModelConfig, mesh: Mesh, rules: Rules | None = None) -> An
         ),
         params_lib.spec(config),
     )
+
+
+def specs(config: ModelConfig) -> Any:
+    """Tree of ``PartitionSpec`` with the structure of the parameters, whatever the sizes: slots may outnumber experts."""
+    mesh = make_mesh(devices=jax.devices()[:1])
+    return jax.tree.map(lambda sharding: sharding.spec, shardings(config, mesh))

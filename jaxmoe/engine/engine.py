@@ -20,7 +20,7 @@ from jaxmoe.engine import grammar
 from jaxmoe.engine.options import DEFAULT_TOKENS_PER_REQUEST, EngineOptions
 from jaxmoe.engine.pages import PagePool
 from jaxmoe.engine.requests import Chunk, Request, Result, SamplingParams, TokenLogprobs
-from jaxmoe.engine.runner import Outcome, Runner, Sizes
+from jaxmoe.engine.runner import Change, ElasticRunner, Outcome, Runner, Sizes
 from jaxmoe.engine.scheduler import Limits, Scheduler
 from jaxmoe.engine.stats import EngineStats, Events, Smoothed
 from jaxmoe.engine.stream import Progress, Stream, key_data
@@ -32,6 +32,8 @@ from jaxmoe.tokenizer import ByteTokenizer, FileTokenizer
 logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
+
+MOST_MOVES = 8  # ranks that a request may lose before it ends with an error
 
 
 class EngineClosed(JaxMoeError):
@@ -59,6 +61,7 @@ class Engine:
       tokenizer: for text prompts and results; default bytes.
       options: sizes and limits.
       mesh: ranks along its axis "expert": each owns its requests' cache pages and its share of the experts.
+      cluster: ranks that may fail and return (``elastic.Cluster``), which hold the parameters; ``params`` is None then.
 
     Example:
       >>> import jax, jaxmoe
@@ -71,12 +74,13 @@ class Engine:
 
     def __init__(
         self,
-        params: Params,
+        params: Params | None,
         config: ModelConfig,
         tokenizer: ByteTokenizer | FileTokenizer | None = None,
         options: EngineOptions = EngineOptions(),
         *,
         mesh: Mesh | None = None,
+        cluster: ElasticRunner | None = None,
     ):
         self.config, self.options = config, options
         self.tokenizer = tokenizer if tokenizer is not None else ByteTokenizer()
@@ -86,7 +90,7 @@ class Engine:
                 f"max_length ({self.max_length}) must be <= the model's max_position_embeddings "
                 f"({config.max_position_embeddings}); shorten it."
             )
-        if options.speculative_tokens and "mtp" not in params:
+        if options.speculative_tokens and (params is None or "mtp" not in params):
             raise ValueError(
                 f"speculative_tokens={options.speculative_tokens} needs a multi-token-prediction module, which these "
                 "parameters don't have; use 0."
@@ -104,7 +108,12 @@ class Engine:
             options.speculative_tokens,
             options.cache_dtype,
         )
-        self._runner = Runner(params, config, sizes, mesh)
+        if cluster is None:
+            self._runner = Runner(params, config, sizes, mesh)
+        else:
+            self._runner = cluster
+            cluster.start(sizes)
+            cluster.on_change = self._notice
         pools = [
             PagePool(pages, options.page_size, reuse=options.prefix_reuse)
             for _ in range(self._runner.ranks)
@@ -281,6 +290,7 @@ class Engine:
             thread = self._thread
         if thread is not None and thread is not threading.current_thread():
             thread.join()
+        self._runner.close()
 
     def __enter__(self) -> "Engine":
         self.start()
@@ -321,7 +331,7 @@ class Engine:
                 drafted_tokens=self._runner.drafted,
                 accepted_tokens=self._runner.accepted,
                 ranks=ranks,
-                epoch=0,
+                epoch=self._runner.epoch,
                 rank_experts=experts.tolist(),
                 draining=self._draining,
             )
@@ -354,7 +364,9 @@ class Engine:
     def _run(self) -> None:
         while True:
             with self._wake:
-                self._wake.wait_for(lambda: self._requests or self._tasks or self._closed)
+                self._wake.wait_for(
+                    lambda: self._requests or self._tasks or self._closed or self._runner.pending()
+                )
                 if self._closed and not self._requests and not self._tasks:
                     return
                 task = self._tasks.popleft() if self._tasks else None
@@ -376,6 +388,7 @@ class Engine:
 
     def _step(self) -> None:
         """Plans, computes, samples and commits one step."""
+        self._adopt(self._runner.poll())
         began = time.perf_counter()
         with self._wake:
             self._sweep()
@@ -385,6 +398,9 @@ class Engine:
             return
         computing = time.perf_counter()
         outcomes = self._runner.run(works, batch)
+        if isinstance(outcomes, Change):
+            self._adopt(outcomes)
+            return
         computed = time.perf_counter()
         with self._wake:
             for outcome in itertools.chain(*outcomes):
@@ -394,6 +410,22 @@ class Engine:
         ended = time.perf_counter()
         self._step_s.add(ended - began)
         self._schedule_s.add(ended - computed + computing - began)
+
+    def _notice(self) -> None:
+        """Something has happened to a rank."""
+        with self._wake:
+            self._wake.notify_all()
+
+    def _adopt(self, change: Change | None) -> None:
+        """Goes on with other ranks; requests whose cache is gone are computed again, with the tokens that they have."""
+        if change is None:
+            return
+        with self._wake:
+            for request in self._scheduler.adopt(change.active, change.lost):
+                request.moves += 1
+                if request.moves > MOST_MOVES:
+                    message = f"its rank was lost {request.moves} times; try again."
+                    self._finish(request, "error", Chunk(finish_reason="error", error=message))
 
     def _sweep(self) -> None:
         """Ends cancelled requests and those past their deadline."""

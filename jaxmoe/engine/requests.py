@@ -225,6 +225,7 @@ class Request:
       drafts: guesses at the tokens after these, to be verified with the next step.
       cached_tokens: how many tokens of the prompt were found in the cache.
       preemptions: how often its pages were taken away.
+      moves: how often its rank was lost.
       order: of arrival.
       progress: the engine's own notes.
     """
@@ -242,6 +243,7 @@ class Request:
     drafts: tuple[int, ...] = ()
     cached_tokens: int = 0
     preemptions: int = 0
+    moves: int = 0
     order: int = dataclasses.field(default_factory=lambda: next(_ids))
     progress: Any = None
 

@@ -1,7 +1,8 @@
 """Runs steps: packs the scheduler's work into arrays, computes, samples, verifies and makes drafts, and commits."""
 
 import itertools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -61,11 +62,128 @@ class Sizes(NamedTuple):
     drafts: int
     cache_dtype: str | None = None
 
+    def rows(self, size: int) -> int:
+        """Rows of logits of a step of ``size`` tokens."""
+        return min(size, self.running * (self.drafts + 1))
+
 
 def _buckets(largest: int) -> list[int]:
     """1, 2, 4, ... and ``largest``: how many tokens a compiled step may have."""
     powers = itertools.takewhile(lambda n: n < largest, (1 << i for i in itertools.count()))
     return [*powers, largest]
+
+
+class Change(NamedTuple):
+    """Which ranks take part from now on, and which have lost their requests' cache pages.
+
+    A runner whose ranks may come and go returns it instead of a step's outcomes: then the step has not happened.
+    """
+
+    active: tuple[int, ...]
+    lost: frozenset[int]
+
+
+@runtime_checkable
+class ElasticRunner(Protocol):
+    """A runner whose ranks may fail and return."""
+
+    ranks: int
+    epoch: int
+    buckets: list[int]
+    load: np.ndarray
+    drafted: int
+    accepted: int
+    on_change: Callable[[], None]
+    """Called, on any thread, when ``pending`` may have become true."""
+
+    def start(self, sizes: Sizes) -> None:
+        """Makes everything ready for steps of these sizes."""
+
+    def close(self) -> None:
+        """Ends everything."""
+
+    def pending(self) -> bool:
+        """Whether ``poll`` has something to do."""
+
+    def poll(self) -> Change | None:
+        """Between steps: a change of the ranks that take part."""
+
+    def pack(self, works: list[list[Work]]) -> list[Batch] | None:
+        """As ``Runner.pack``."""
+
+    def run(self, works: list[list[Work]], batches: list[Batch]) -> list[list[Outcome]] | Change:
+        """As ``Runner.run``; or how the ranks have changed, and then the step has not happened."""
+
+    def warm_up(self, size: int) -> set[tuple]:
+        """As ``Runner.warm_up``."""
+
+    def restore(self) -> bool:
+        """As ``Runner.restore``."""
+
+
+class Packing:
+    """The scheduler's work as arrays: how many tokens a step has, and every slot's pages.
+
+    Args:
+      sizes: shapes.
+      ranks: how many.
+    """
+
+    def __init__(self, sizes: Sizes, ranks: int):
+        self._sizes = sizes
+        self.buckets = _buckets(sizes.step_tokens)
+        self._tables = np.full((ranks, sizes.running, sizes.table), -1, np.int32)
+
+    def pack(self, works: list[list[Work]]) -> list[Batch] | None:
+        """A batch for every rank, all of one size; None if there is no work. Slots, spans, pages and rows are each rank's own."""
+        total = max((sum(work.size for work in rank) for rank in works), default=0)
+        if total == 0:
+            return None
+        size = next(s for s in self.buckets if s >= total)
+        for tables, mine in zip(self._tables, works, strict=True):
+            for work in mine:
+                pages = work.request.pages
+                tables[work.request.slot] = -1
+                tables[work.request.slot, : len(pages)] = pages
+        return self._batches(works, size)
+
+    def idle(self, size: int) -> list[Batch]:
+        """Batches without a token in them."""
+        return self._batches([[] for _ in self._tables], size)
+
+    def _batches(self, works: list[list[Work]], size: int) -> list[Batch]:
+        rows = self._sizes.rows(size)
+        return [pack(mine, size, rows, t) for mine, t in zip(works, self._tables, strict=True)]
+
+
+def asks_of(works: list[Work]) -> list[Ask]:
+    """A rank's rows of logits: for every work that samples one after its last token and one after each draft."""
+    return [
+        Ask(work.request, work.drafts[:n])
+        for work in works
+        if work.samples
+        for n in range(len(work.drafts) + 1)
+    ]
+
+
+def outcomes_of(works: list[Work], sampled: Sampled | None, row: int) -> list[Outcome]:
+    """A rank's outcomes; its rows of ``sampled`` begin at ``row``."""
+    outcomes = []
+    for work in works:
+        if not work.samples:
+            outcomes.append(Outcome(work))
+            continue
+        tokens = [int(sampled.token[row])]
+        for i, draft in enumerate(work.drafts, start=1):
+            if tokens[-1] != draft:
+                break
+            tokens.append(int(sampled.token[row + i]))
+        logprobs = ()
+        if work.request.sampling.logprobs is not None:
+            logprobs = tuple(_logprobs(work, sampled, row + i) for i in range(len(tokens)))
+        outcomes.append(Outcome(work, tuple(tokens), logprobs))
+        row += 1 + len(work.drafts)
+    return outcomes
 
 
 def _concatenate(batches: list[Batch]) -> Batch:
@@ -92,10 +210,10 @@ class Runner:
         self.config, self.sizes = config, sizes
         self.ranks = 1 if mesh is None else mesh.shape["expert"]
         self.program = make_program(config, mesh)
-        self.buckets = _buckets(sizes.step_tokens)
+        self._packing = Packing(sizes, self.ranks)
+        self.buckets = self._packing.buckets
         self._params = params if mesh is None else jax.device_put(params, shardings(config, mesh))
         self._dtype = sizes.cache_dtype or params["embed"]["weight"].dtype
-        self._tables = np.full((self.ranks, sizes.running, sizes.table), -1, np.int32)
         self._entries, self._draft_entries = self._empty()
         self.load = np.zeros(
             (0, 0), np.int64
@@ -120,96 +238,61 @@ class Runner:
 
     # -- a step ------------------------------------------------------------------------------------
 
-    def pack(self, works: list[list[Work]]) -> Batch | None:
-        """The ranks' work, one rank after another; None if there is none. Slots, spans, pages and rows are each rank's own."""
-        total = max((sum(work.size for work in rank) for rank in works), default=0)
-        if total == 0:
-            return None
-        size = next(s for s in self.buckets if s >= total)
-        for tables, mine in zip(self._tables, works, strict=True):
-            for work in mine:
-                pages = work.request.pages
-                tables[work.request.slot] = -1
-                tables[work.request.slot, : len(pages)] = pages
-        return self._batch(works, size)
+    epoch = 0  # ranks of a mesh neither come nor go
 
-    def _batch(self, works: list[list[Work]], size: int) -> Batch:
-        rows = min(size, self.sizes.running * (self.sizes.drafts + 1))
-        return _concatenate(
-            [
-                pack(mine, size, rows, tables)
-                for mine, tables in zip(works, self._tables, strict=True)
-            ]
-        )
+    def close(self) -> None:
+        """Nothing to end."""
 
-    def run(self, works: list[list[Work]], batch: Batch) -> list[list[Outcome]]:
+    def pending(self) -> bool:
+        """Whether ``poll`` has something to do: never, for ranks that cannot come and go."""
+        return False
+
+    def poll(self) -> Change | None:
+        """Between steps: a change of the ranks that take part."""
+        return None
+
+    def pack(self, works: list[list[Work]]) -> list[Batch] | None:
+        """The ranks' batches, for ``run``; None if there is no work."""
+        return self._packing.pack(works)
+
+    def run(self, works: list[list[Work]], batches: list[Batch]) -> list[list[Outcome]]:
         """Computes and commits a step.
 
         Args:
           works: by rank.
-          batch: their arrays, from ``pack``.
+          batches: their arrays, from ``pack``.
 
         Returns:
           What became of every work, in the same order.
         """
+        batch, rows = _concatenate(batches), len(batches[0].rows)
         result = self.program.compute(self._params, self._entries, batch, None)
-        asking = [
-            [
-                Ask(work.request, work.drafts[:n])
-                for work in rank
-                if work.samples
-                for n in range(len(work.drafts) + 1)
-            ]
-            for rank in works
-        ]
-        sampled = sampling.next_tokens(result.logits, result.best, asking)
-        rows = result.logits.shape[0] // self.ranks
-        outcomes = [self._outcomes(rank, sampled, i * rows) for i, rank in enumerate(works)]
+        inputs = sampling.prepare([asks_of(rank) for rank in works], rows, self.config.vocab_size)
+        sampled = sampling.finish(result.logits, result.best, inputs)
+        outcomes = [outcomes_of(rank, sampled, i * rows) for i, rank in enumerate(works)]
+        for outcome in itertools.chain(*outcomes):
+            self.drafted += len(outcome.work.drafts)
+            self.accepted += len(outcome.accepted)
         load = sum(np.split(np.asarray(result.load, np.int64), self.ranks))
         self.load = load + (self.load if self.load.size else 0)
         self._entries = self.program.commit(self._entries, result.entries, batch)
         if self.sizes.drafts:
-            outcomes = self._draft(outcomes, batch, result.hidden)
-        return outcomes
-
-    def _outcomes(self, works: list[Work], sampled: Sampled | None, row: int) -> list[Outcome]:
-        """A rank's outcomes; its rows of ``sampled`` begin at ``row``."""
-        outcomes = []
-        for work in works:
-            if not work.samples:
-                outcomes.append(Outcome(work))
-                continue
-            tokens = [int(sampled.token[row])]
-            for i, draft in enumerate(work.drafts, start=1):
-                if tokens[-1] != draft:
-                    break
-                tokens.append(int(sampled.token[row + i]))
-            logprobs = ()
-            if work.request.sampling.logprobs is not None:
-                logprobs = tuple(_logprobs(work, sampled, row + i) for i in range(len(tokens)))
-            outcomes.append(Outcome(work, tuple(tokens), logprobs))
-            row += 1 + len(work.drafts)
-            self.drafted += len(work.drafts)
-            self.accepted += len(tokens) - 1
+            outcomes = self._draft(outcomes, batches, result.hidden)
         return outcomes
 
     # -- drafts ------------------------------------------------------------------------------------
 
     def _draft(
-        self, outcomes: list[list[Outcome]], batch: Batch, hidden: jax.Array
+        self, outcomes: list[list[Outcome]], batches: list[Batch], hidden: jax.Array
     ) -> list[list[Outcome]]:
         """Outcomes with drafts; the module's rows are committed, first those of the step's tokens, then of its own drafts."""
-        size = batch.tokens.shape[0] // self.ranks
-        rows = min(size, self.sizes.running)
-        parts = [
-            _after(mine, part, rows)
-            for mine, part in zip(outcomes, _split(batch, self.ranks), strict=True)
-        ]
-        batch = _concatenate(parts)
+        rows = min(len(batches[0].tokens), self.sizes.running)
+        batches = [_after(mine, b, rows) for mine, b in zip(outcomes, batches, strict=True)]
         drafts: list[list[tuple[int, ...]]] = [[()] * len(_sampling(mine)) for mine in outcomes]
         for ahead in range(self.sizes.drafts):
             if ahead:
-                batch = _further(batch, drafts, self.ranks, self.sizes.page_size)
+                batches = self._further(batches, drafts)
+            batch = _concatenate(batches)
             result = self.program.draft(self._params, self._draft_entries, hidden, batch, None)
             asking = [
                 [
@@ -218,7 +301,8 @@ class Runner:
                 ]
                 for mine, own in zip(outcomes, drafts, strict=True)
             ]
-            sampled = sampling.next_tokens(result.logits, result.best, asking)
+            inputs = sampling.prepare(asking, rows, self.config.vocab_size)
+            sampled = sampling.finish(result.logits, result.best, inputs)
             self._draft_entries = self.program.commit(self._draft_entries, result.entries, batch)
             if sampled is None:
                 return outcomes
@@ -233,24 +317,29 @@ class Runner:
             for mine, own in zip(outcomes, found, strict=True)
         ]
 
+    def _further(self, batches: list[Batch], drafts: list[list[tuple[int, ...]]]) -> list[Batch]:
+        page_size = self.sizes.page_size
+        return [_further(b, own, page_size) for b, own in zip(batches, drafts, strict=True)]
+
     # -- compilation -------------------------------------------------------------------------------
 
     def warm_up(self, size: int) -> set[tuple]:
         """Compiles everything that a step of ``size`` tokens may run; returns what that is, each executable once."""
-        batch = self._batch([[]] * self.ranks, size)
+        batches = self._packing.idle(size)
+        batch = _concatenate(batches)
         result = self.program.compute(self._params, self._entries, batch, None)
         self._entries = self.program.commit(self._entries, result.entries, batch)
         done = {("compute", size), ("commit", size), *_warm_up_sampling(result.logits)}
         hidden, nobody = result.hidden, [[] for _ in range(self.ranks)]
         for ahead in range(min(self.sizes.drafts, 2)):  # later ones are like the second
             if ahead:
-                batch = _further(batch, nobody, self.ranks, self.sizes.page_size)
+                batches = self._further(batches, nobody)
             else:
-                rows = min(size, self.sizes.running)
-                batch = _concatenate([_after([], part, rows) for part in _split(batch, self.ranks)])
+                batches = [_after([], b, min(size, self.sizes.running)) for b in batches]
+            batch, tokens = _concatenate(batches), len(batches[0].tokens)
             result = self.program.draft(self._params, self._draft_entries, hidden, batch, None)
             self._draft_entries = self.program.commit(self._draft_entries, result.entries, batch)
-            hidden, tokens = result.hidden, len(batch.tokens) // self.ranks
+            hidden = result.hidden
             done |= {("draft", tokens, len(batch.rows)), ("commit drafts", tokens)}
             done |= _warm_up_sampling(result.logits)
         jax.block_until_ready((self._entries, self._draft_entries))
@@ -269,13 +358,6 @@ def _logprobs(work: Work, sampled: Sampled, row: int) -> TokenLogprobs:
 
 def _sampling(outcomes: list[Outcome]) -> list[Outcome]:
     return [outcome for outcome in outcomes if outcome.tokens]
-
-
-def _split(batch: Batch, ranks: int) -> list[Batch]:
-    """The inverse of ``_concatenate``."""
-    if ranks == 1:
-        return [batch]
-    return [Batch(*parts) for parts in zip(*(np.split(x, ranks) for x in batch), strict=True)]
 
 
 def _after(outcomes: list[Outcome], batch: Batch, rows: int) -> Batch:
@@ -301,15 +383,8 @@ def _after(outcomes: list[Outcome], batch: Batch, rows: int) -> Batch:
     return batch._replace(tokens=tokens, positions=positions, rows=wanted)
 
 
-def _further(
-    batch: Batch, drafts: list[list[tuple[int, ...]]], ranks: int, page_size: int
-) -> Batch:
-    """The batch of the drafts' own positions: each one behind the row of ``batch`` that it was made from."""
-    parts = zip(_split(batch, ranks), drafts, strict=True)
-    return _concatenate([_one_further(part, own, page_size) for part, own in parts])
-
-
-def _one_further(batch: Batch, drafts: list[tuple[int, ...]], page_size: int) -> Batch:
+def _further(batch: Batch, drafts: list[tuple[int, ...]], page_size: int) -> Batch:
+    """A rank's batch of the drafts' own positions: each one behind the row of ``batch`` that it was made from."""
     number, columns = len(batch.rows), batch.tables.shape[1]
     tokens, lengths = np.zeros(number, np.int32), np.zeros(number, np.int32)
     positions = np.full(number, -1, np.int32)
@@ -323,3 +398,8 @@ def _one_further(batch: Batch, drafts: list[tuple[int, ...]], page_size: int) ->
     tiles = tiles_of([1] * number, number, len(batch.tables))
     rows = np.arange(number, dtype=np.int32)
     return Batch(tokens, slots, lengths, spans, positions, batch.tables, rows, tiles)
+
+
+def idle_batch(sizes: Sizes, size: int) -> Batch:
+    """A rank's batch of ``size`` tokens without a token in it, for compilation."""
+    return Packing(sizes, 1).idle(size)[0]

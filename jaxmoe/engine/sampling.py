@@ -3,7 +3,7 @@
 import enum
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ class Settings(NamedTuple):
       temperature: 0 for the most probable token.
       top_p, top_k, min_p: cuts; 1, 0 and 0 for none.
       repetition, presence, frequency: penalties; 1, 0 and 0 for none.
-      key: PRNG keys.
+      key: PRNG key data [R, 2], uint32.
       index: how many tokens the request has generated.
     """
 
@@ -107,7 +107,7 @@ def settings_of(asks: Sequence[Ask], rows: int, keys: np.ndarray) -> Settings:
         column("repetition_penalty", 1, np.float32),
         column("presence_penalty", 0, np.float32),
         column("frequency_penalty", 0, np.float32),
-        jax.random.wrap_key_data(data),
+        data,
         np.asarray(index, np.int32),
     )
 
@@ -168,7 +168,7 @@ def choose(
         scaled = logits / jnp.maximum(settings.temperature, 1e-6)[:, None]
         if kind >= Kind.CUTS:
             scaled = _cut(scaled, settings)
-        keys = jax.vmap(jax.random.fold_in)(settings.key, settings.index)
+        keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(settings.key), settings.index)
         drawn = jax.vmap(jax.random.categorical)(keys, scaled).astype(jnp.int32)
         token = jnp.where(settings.temperature > 0, drawn, token)
     if kind < Kind.LOGPROBS:
@@ -205,31 +205,56 @@ def _biases(asks: Sequence[Ask], rows: int, vocab: int) -> np.ndarray:
 _IDLE = Ask(Request((0,)))  # fills rows that nobody asks for, greedily
 
 
-def next_tokens(
-    logits: Float[Array, "R V"], best: Int[Array, " R"], asking: list[list[Ask]]
+class Inputs(NamedTuple):
+    """What ``choose`` takes besides logits."""
+
+    kind: Kind
+    settings: Settings | None = None
+    seen: Bool[np.ndarray, "R V"] | None = None
+    counts: Int[np.ndarray, "R V"] | None = None
+    bias: Float[np.ndarray, "R V"] | None = None
+
+
+def prepare(asking: list[list[Ask]], rows: int, vocab: int) -> Inputs | None:
+    """What sampling the logits of all ranks takes; None if nobody asks.
+
+    Args:
+      asking: by rank, for its first rows.
+      rows: of each rank.
+      vocab: V.
+    """
+    flat = [ask for rank in asking for ask in rank]
+    kind = kind_of(flat)
+    if not flat:
+        return None
+    if kind == Kind.GREEDY:
+        return Inputs(kind)
+    padded = [ask for rank in asking for ask in [*rank, *[_IDLE] * (rows - len(rank))]]
+    keys = [key_data(0) if ask is _IDLE else ask.request.progress.key for ask in padded]
+    total = len(padded)
+    settings = settings_of(padded, total, np.stack(keys))
+    if kind < Kind.CHANGES:
+        return Inputs(kind, settings)
+    return Inputs(kind, settings, *histories(padded, total, vocab), _biases(padded, total, vocab))
+
+
+def finish(
+    logits: Float[Array, "R V"], best: Int[Array, " R"], inputs: Inputs | None
 ) -> Sampled | None:
     """The next token of every row of logits, on the host; None (after waiting for the step) if nobody asks.
 
     Args:
-      logits: of all ranks' rows, equally many each.
+      logits: of the rows that ``inputs`` is for.
       best: the most probable token of every row.
-      asking: by rank, for its first rows.
+      inputs: from ``prepare``.
     """
-    kind = kind_of([ask for rank in asking for ask in rank])
-    if not any(asking):
+    if inputs is None:
         jax.block_until_ready(logits)
         return None
+    kind, *operands = inputs
     if kind == Kind.GREEDY:
         return Sampled(np.asarray(best))
-    total, vocab = logits.shape
-    each = total // len(asking)
-    padded = [ask for rank in asking for ask in [*rank, *[_IDLE] * (each - len(rank))]]
-    keys = [key_data(0) if ask is _IDLE else ask.request.progress.key for ask in padded]
-    settings = settings_of(padded, total, np.stack(keys))
-    changes: tuple[Any, ...] = (None, None, None)
-    if kind >= Kind.CHANGES:
-        changes = (*histories(padded, total, vocab), _biases(padded, total, vocab))
-    return jax.device_get(choose(logits, settings, *changes, kind=kind))
+    return jax.device_get(choose(logits, *operands, kind=kind))
 
 
 def warm_up(logits: Float[Array, "R V"]) -> list[Kind]:

@@ -73,6 +73,7 @@ class Scheduler:
         self._waiting: list[tuple[tuple[int, int], Request]] = []
         self.running: list[list[Request]] = [[] for _ in pools]
         self._slots = [list(range(limits.max_running - 1, -1, -1)) for _ in pools]
+        self.active = frozenset(range(len(pools)))
         self.preemptions = 0
 
     @property
@@ -183,7 +184,7 @@ class Scheduler:
             running = sum(other.most_tokens - other.computed for other in self.running[rank])
             return running - self.pools[rank].known(tokens)
 
-        ranks = [rank for rank in range(len(self.pools)) if budgets[rank] and self._slots[rank]]
+        ranks = [rank for rank in self.active if budgets[rank] and self._slots[rank]]
         return sorted(ranks, key=lambda rank: (left(rank), -self.pools[rank].available))
 
     def _start(self, request: Request, rank: int) -> bool:
@@ -242,6 +243,22 @@ class Scheduler:
         request.preemptions += 1
         self.preemptions += 1
         self._push(request)
+
+    def adopt(self, active: Iterable[int], lost: Iterable[int]) -> list[Request]:
+        """Goes on with other ranks; returns the requests whose rows are gone, which wait again with their tokens.
+
+        Args:
+          active: ranks that take part from now on.
+          lost: ranks whose cache is gone, for good or because they have begun anew.
+        """
+        self.active = frozenset(active)
+        moved = []
+        for rank in lost:
+            for request in list(self.running[rank]):
+                self.preempt(request)
+                moved.append(request)
+            self.pools[rank].forget()
+        return moved
 
     def finish(self, request: Request) -> None:
         """Forgets a request, running or waiting, and releases its pages."""

@@ -17,7 +17,7 @@ from jaxmoe.layers.attention import Entries
 from jaxmoe.model import LayerStats
 from jaxmoe.moe import ExpertTables, MoeOptions
 from jaxmoe.params import Params
-from jaxmoe.sharding import Rules, shardings
+from jaxmoe.sharding import specs
 from jaxmoe.steps import run_mtp_step, run_step, unembed_step
 
 
@@ -212,7 +212,7 @@ def make_program(config: ModelConfig, mesh: Mesh | None, axis: str = "expert") -
         static = {"config": config, "moe": MoeOptions("local")}
         compute, draft = (jax.jit(functools.partial(f, **static)) for f in (_compute, _draft))
         return Program(compute, draft, jax.jit(_commit, donate_argnums=0), lambda x: x)
-    weights = jax.tree.map(lambda s: s.spec, shardings(config, mesh, Rules()))
+    weights = specs(config)
     by_rank, by_page = PartitionSpec(axis), PartitionSpec(None, axis)
 
     def ranked(
