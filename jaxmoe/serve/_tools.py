@@ -106,17 +106,17 @@ def calls_form(tools: Tools) -> Form:
     Raises:
       ApiError: for a schema that cannot be enforced.
     """
-    return Chain((Literal(f"\n\n{_dsml.CALLS}\n"), after_opening(tools)))
+    return Chain((Literal(f"\n\n{_dsml.CALLS}\n"), _after_opening(tools)))
 
 
 def calls_in_text_form(tools: Tools) -> Form:
     """Of any text with or without a block of calls at its end."""
     opening = f"\n\n{_dsml.CALLS}"
-    calls = Chain((Text(f"{opening}\n"), after_opening(tools)))
+    calls = Chain((Text(f"{opening}\n"), _after_opening(tools)))
     return OneOf((calls, Text(None, without=(opening[:-1],))))
 
 
-def after_opening(tools: Tools) -> Form:
+def _after_opening(tools: Tools) -> Form:
     """Of a block behind its first line."""
     call = OneOf(tuple(_call_form(i, tools.shown[i]["function"]) for i in tools.callable))
     return Chain((Repeat(call) if tools.parallel else call, Literal(_dsml.END_CALLS)))
