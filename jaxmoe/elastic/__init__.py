@@ -1,0 +1,39 @@
+"""Elastic expert parallelism: membership, placement and repair as pure values and plans."""
+
+from jaxmoe.elastic._chunks import chunks
+from jaxmoe.elastic._eplb import eplb
+from jaxmoe.elastic.inventory import Bandwidths, Inventory, checksum, host_backup
+from jaxmoe.elastic.membership import Fence, Ledger, Membership, StaleMembership
+from jaxmoe.elastic.placement import CoverageLost, Placement, rebalance
+from jaxmoe.elastic.repair import (
+    Link,
+    Move,
+    Plan,
+    plan_join,
+    plan_moves,
+    plan_repair,
+    restore_floor,
+)
+
+__all__ = [
+    "Bandwidths",
+    "CoverageLost",
+    "Fence",
+    "Inventory",
+    "Ledger",
+    "Link",
+    "Membership",
+    "Move",
+    "Placement",
+    "Plan",
+    "StaleMembership",
+    "checksum",
+    "chunks",
+    "eplb",
+    "host_backup",
+    "plan_join",
+    "plan_moves",
+    "plan_repair",
+    "rebalance",
+    "restore_floor",
+]
