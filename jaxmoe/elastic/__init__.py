@@ -1,4 +1,4 @@
-"""Elastic expert parallelism: membership, placement and repair as pure values and plans."""
+"""Elastic expert parallelism: membership, placement and repair as pure values and plans; ``simulate`` puts a clock to them."""
 
 from jaxmoe.elastic._chunks import chunks
 from jaxmoe.elastic._eplb import eplb
