@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxmoe.config import ModelConfig
-from jaxmoe.layers.linear import dense, linear
+from jaxmoe.layers.linear import dense, in_place, linear
+from pallas_kernels import native
 
 
 class Routing(NamedTuple):
@@ -31,6 +32,11 @@ def _allowed_groups(choice: jax.Array, config: ModelConfig) -> jax.Array:
     return jnp.repeat(chosen, experts // config.n_group, axis=1, total_repeat_length=experts)
 
 
+def _sigmoid(x: jax.Array) -> jax.Array:
+    """In C++, for steps: an element's bits do not depend on how many there are."""
+    return native.call("jaxmoe_sigmoid", jax.ShapeDtypeStruct(x.shape, x.dtype), x)
+
+
 def route(p: dict, config: ModelConfig, x: jax.Array) -> Routing:
     """Chooses experts for every token.
 
@@ -43,7 +49,7 @@ def route(p: dict, config: ModelConfig, x: jax.Array) -> Routing:
       x: [T, D].
     """
     logits = linear(x.astype(jnp.float32), {"weight": p["weight"]})
-    scores = jax.nn.sigmoid(logits)
+    scores = _sigmoid(logits) if in_place(logits, p["weight"]) else jax.nn.sigmoid(logits)
     choice = lax.stop_gradient(scores) + dense(p["bias"]).astype(jnp.float32)[None]
     if config.n_group > 1 and config.topk_group < config.n_group:
         choice = jnp.where(_allowed_groups(choice, config), choice, -jnp.inf)

@@ -32,6 +32,7 @@ _SYMBOLS = (
     "jaxmoe_grouped_outer",
     "jaxmoe_index_topk",
     "jaxmoe_norm",
+    "jaxmoe_sigmoid",
     "jaxmoe_sparse_mla",
 )
 # Not -ffast-math: linked into a library it would switch off subnormal numbers for the whole process.

@@ -2,4 +2,5 @@
 #include "grouped_matmul.cc"
 #include "index_topk.cc"
 #include "norm.cc"
+#include "sigmoid.cc"
 #include "sparse_mla.cc"

@@ -196,3 +196,18 @@ def test_rows_in_another_format_are_refused_with_both(rng):
     with pytest.raises(NotImplementedError, match="read rows in .*fp8; got float16"):
         half = jnp.zeros((1, 1, 4, 13), jnp.float16)
         step(q, half, 0, none.astype(jnp.float16), rows, implementation="native")
+
+
+@needs_compiler
+def test_the_logistic_function_is_the_same_bits_whoever_stands_beside(rng):
+    x = jnp.asarray(np.append(rng.standard_normal(60) * 20, [0, -0.0, np.inf, -np.inf, np.nan, 90]))
+    x = x.astype(jnp.float32)
+
+    def sigmoid(x):
+        return native.call("jaxmoe_sigmoid", jax.ShapeDtypeStruct(x.shape, x.dtype), x)
+
+    together = sigmoid(x)
+    exact = 1 / (1 + np.exp(-np.asarray(x, np.float64)))
+    np.testing.assert_allclose(together, exact, rtol=5e-7, atol=1e-37)
+    for i in range(x.size):
+        np.testing.assert_array_equal(sigmoid(x[i : i + 1])[0], together[i])
