@@ -195,6 +195,12 @@ def test_packing_makes_room_when_only_ranks_that_hold_the_expert_have_slots_left
     load = np.concatenate([stuck, np.random.default_rng(0).integers(1, 50, (200, 6))])
     placement = rebalance(load, Membership.initial(3), 4)
     assert placement.holders.max() == 1 and (placement.copies == 2).all()
+    # What moves over must not be there already: the lightest experts are, here.
+    load = np.random.default_rng(0).integers(0, 20, (500, 8))
+    placement = rebalance(load, Membership.initial(4), 6, floor=3)
+    assert placement.holders.max() == 1 and (placement.copies == 3).all()
+    placement = rebalance(np.asarray([[0, 1, 0, 0, 0]]), Membership.initial(3), 4)
+    assert placement.holders.max() == 1 and placement.copies.sum() == 12
 
 
 def test_near_keeps_what_it_can_and_changes_no_rank_load():
@@ -210,6 +216,17 @@ def test_near_keeps_what_it_can_and_changes_no_rank_load():
     )
     kept = [(p.slot_expert == shifted.slot_expert).mean() for p in (back, fresh)]
     assert kept[0] > 2 * kept[1]
+    swapped = old.replace_slots(
+        np.roll(old.slot_expert, 6, axis=1)
+    )  # every rank's slots on the next
+    assert rebalance(load, membership, 6, near=swapped) == swapped
+
+
+def test_near_a_placement_with_an_expert_twice_on_a_rank_keeps_one_of_them():
+    twice = Placement(np.asarray([[0, 0, 1, 1, 2, 3]]), 4, 2)
+    placement = rebalance(np.asarray([[9, 9, 1, 1]]), Membership.initial(2), 3, near=twice)
+    placement.check()
+    assert placement.holders.max() == 1 and placement.slot_expert[0, 0] == 0
 
 
 def test_a_layer_without_load_counts_as_even():

@@ -343,6 +343,26 @@ def test_peers_share_the_sending():
     assert plan.bytes_by_source() == {"peer": 60}
 
 
+def test_experts_with_one_source_are_served_first():
+    # Only rank 0 has expert 1; expert 0, though its slot comes first, must leave rank 0 to it.
+    old = Placement(np.asarray([[0, 1, 0, 2, -1, -1, -1, -1]]), 3, 4)
+    new = Placement(np.asarray([[0, 1, 0, 2, 0, -1, 1, -1]]), 3, 4)
+    plan = plan_moves(
+        old, new, Membership.initial(4), Inventory.of(old, 10), Bandwidths.uniform(4, peer=10.0)
+    )
+    assert [m.source_rank for m in plan.moves] == [1, 0]
+    assert plan.seconds(Bandwidths.uniform(4, peer=10.0)) == 1.0
+
+
+def test_what_a_process_held_does_not_come_back_with_its_rank():
+    host = np.zeros((3, 1, 3), bool)
+    host[2, 0, 2] = True
+    placement, membership, inventory, bandwidths = orphan_case(host=host, checkpoint=True)
+    returned = membership.with_joined(2, 1)
+    plan = plan_repair(placement, returned, inventory, bandwidths)
+    assert [(m.expert, m.rank, m.source) for m in plan.moves] == [(2, 2, "checkpoint")]
+
+
 def test_a_join_without_memory_of_before_fills_what_is_short_then_what_is_hot():
     placement = Placement(np.asarray([[0, 1, 0, 2, 3, 1, -1, -1]]), 4, 4)
     membership = Membership.initial(4).without([3])
