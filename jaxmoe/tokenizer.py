@@ -12,7 +12,7 @@ BOS, EOS, PAD = 256, 257, 258
 
 
 class TextStream(NamedTuple):
-    """Text of tokens that come one by one: the pieces, then ``end``'s, join to ``decode`` of all.
+    """Text of tokens that come one by one: the pieces, then ``end``'s, join to ``decode`` of all that is text.
 
     Attributes:
       step: takes a token, returns the text that is now certain; unfinished characters wait.
@@ -79,21 +79,32 @@ class FileTokenizer:
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)
 
     def stream(self) -> "TextStream":
-        """A decoder for tokens that come one by one."""
-        import tokenizers
+        """A decoder for tokens that come one by one.
 
-        decoder = tokenizers.decoders.DecodeStream(skip_special_tokens=True)
-        ids: list[int] = []
-        shown = 0
+        With byte fallback ``decode`` takes all of a run of bytes for invalid if one of them is; characters of
+        the run that have been returned by then stay, and only the rest of it becomes U+FFFD.
+        """
+        # The tokens of the last piece, because text depends on its neighbours, then those that wait.
+        window: list[int] = []
+        shown, waiting = "", 0  # the text of the former, and where the latter begin
 
-        def step(token: int) -> str:
-            nonlocal shown
-            ids.append(token)
-            piece = decoder.step(self._tokenizer, token) or ""
-            shown += len(piece)
+        def take(*, last: bool) -> str:
+            nonlocal shown, waiting
+            text = self.decode(window)
+            if text.endswith("\ufffd") and not last:  # perhaps the beginning of a character
+                return ""
+            begins_alike = text.startswith(shown)
+            piece = text[len(shown) :] if begins_alike else self.decode(window[waiting:])
+            if piece:
+                del window[:waiting]
+                shown, waiting = self.decode(window), len(window)
             return piece
 
-        return TextStream(step, lambda: self.decode(ids)[shown:])
+        def step(token: int) -> str:
+            window.append(token)
+            return take(last=False)
+
+        return TextStream(step, lambda: take(last=True))
 
     def __repr__(self) -> str:
         return f"FileTokenizer({self.path.name}, vocab_size={self.vocab_size})"

@@ -61,6 +61,97 @@ def test_file_pieces_join_to_the_decoding_of_all_even_if_it_is_no_text(file, dat
     assert "".join(_streamed(file.stream(), tokens)) == file.decode(tokens)
 
 
+_WORDS = ["▁hello", "▁world", "ing", "é", "日", "▁"]
+
+
+@pytest.fixture(scope="module")
+def fallback(tmp_path_factory):
+    """Words, and bytes for what they lack, decoded like Llama 2: ids 1 to 256 are the bytes, 257 on the words."""
+    tokenizers = pytest.importorskip("tokenizers")
+    vocabulary = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *_WORDS]
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.BPE(
+            {piece: i for i, piece in enumerate(vocabulary)},
+            [],
+            unk_token="<unk>",
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    decoders = tokenizers.decoders
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    tokenizer.add_special_tokens(["<s>"])
+    path = tmp_path_factory.mktemp("fallback") / "tokenizer.json"
+    tokenizer.save(str(path))
+    return FileTokenizer(path)
+
+
+def _bytes_shown(text: str) -> list[int | None]:
+    """Bytes that ``text`` stands for; None for each that is shown as U+FFFD."""
+    return [
+        byte
+        for character in text
+        for byte in ([None] if character == "\ufffd" else character.encode())
+    ]
+
+
+# No space, which the decoder strips at the beginning, and not the first byte of U+FFFD itself.
+_BYTES = sorted({*range(256)} - {0x20, 0xEF})
+_SPECIAL = 257 + len(_WORDS)
+
+
+@settings(max_examples=300)
+@given(
+    st.lists(
+        st.one_of(
+            st.sampled_from([1 + byte for byte in [*"aé日😀".encode(), 0x80, 0xFF]]),
+            st.sampled_from([1 + byte for byte in _BYTES]),
+            st.integers(257, _SPECIAL + 1),  # the last one is no token
+        ),
+        max_size=60,
+    )
+)
+def test_with_byte_fallback_no_byte_is_lost_or_shown_twice_or_worse_than_in_the_decoding(
+    fallback, tokens
+):
+    given_bytes = b"".join(
+        bytes([token - 1]) if token < 257 else _WORDS[token - 257].replace("▁", " ").encode()
+        for token in tokens
+        if token < _SPECIAL
+    ).removeprefix(b" ")
+    decoded = fallback.decode(tokens)
+    text = "".join(_streamed(fallback.stream(), tokens))
+    assert len(_bytes_shown(text)) == len(given_bytes)
+    for shown, byte, whole in zip(
+        _bytes_shown(text), given_bytes, _bytes_shown(decoded), strict=True
+    ):
+        assert shown == byte or shown is whole is None
+    assert text == decoded or "\ufffd" in text
+
+
+def test_a_character_that_was_shown_stays_when_a_later_byte_of_its_run_is_invalid(fallback):
+    hello = 257
+    stream = fallback.stream()
+    tokens = [hello, *(1 + byte for byte in "日a".encode()), 1 + 0xFF, hello]
+    assert [stream.step(token) for token in tokens] == [
+        "hello",
+        "",
+        "",
+        "日",
+        "a",
+        "",
+        "\ufffd hello",
+    ]
+    assert stream.end() == ""
+
+
 @given(text=st.text(st.sampled_from("ab€é😀 ")))
 def test_file_pieces_of_a_text_join_to_it_and_are_never_half_a_character(file, text):
     pieces = _streamed(file.stream(), file.encode(text, bos=False))
