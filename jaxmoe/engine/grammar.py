@@ -5,6 +5,7 @@ a tokenizer, in which text that is a special token is that token.
 """
 
 import functools
+import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,10 @@ MAX_SCHEMA_LENGTH = 1 << 16  # characters
 MAX_SCHEMA_NUMBER = 2**53  # beyond it JSON's numbers are not the same everywhere anyway
 MAX_SCHEMA_LEVELS = 1024  # of nesting, if every reference went through all of it
 MAX_GRAMMAR_LENGTH = 1 << 18  # characters; that many compile in less than a second
+MAX_EXPRESSIONS = 250_000  # that regular expressions become before the first token: about 70 ms, in the submitting thread
+MAX_STEP_EXPRESSIONS = 50_000  # for one token later on: about 10 ms, in which all requests wait
 
+_SUSPECTS = 32  # schemas that are looked at to name the one at fault
 _REFERENCES = ("$ref", "$dynamicRef", "$recursiveRef")
 
 
@@ -272,22 +276,29 @@ def _split(
 
 
 class Grammar:
-    """Where one request's output stands in its form."""
+    """Where one request's output stands in its form.
+
+    Raises:
+      ValueError: names the schema that cannot be enforced, or takes too much work at its first token.
+    """
 
     def __init__(self, form: Form, tokenizer: ByteTokenizer | FileTokenizer, vocabulary: Any):
-        library = _library()
         split = functools.partial(_split, tokenizer=tokenizer, vocabulary=vocabulary)
-        self._matcher = _matcher(_Writer(split).write(form), vocabulary)
-        if self._matcher.is_error():
-            name, error = _blame(form, self._matcher, vocabulary)
+        self._matcher, self._mask = _matcher(_Writer(split).write(form), vocabulary)
+        error = _first_error(self._matcher, self._mask)
+        if error is not None:
+            name, error = _blame(form, vocabulary) or ("form", error)
             raise ValueError(f"{name} cannot be enforced: {error}; simplify the schema.")
-        self._mask = library.numpy.allocate_token_bitmask(1, vocabulary.vocab_size)
-        self._fill = library.numpy.fill_next_token_bitmask
+
+    @property
+    def error(self) -> str | None:
+        """Why the form can no longer be enforced; what comes from then on means nothing."""
+        return _error(self._matcher)
 
     @property
     def complete(self) -> bool:
         """Whether nothing more may come."""
-        return self._matcher.is_stopped()
+        return self._matcher.is_stopped() and self.error is None
 
     def forbid(self, bias: np.ndarray, after: Sequence[int] = ()) -> None:
         """Sets ``bias`` [V] to -inf for every token that may not come next, in place.
@@ -297,10 +308,9 @@ class Grammar:
           after: guessed tokens that are taken for granted. Behind one that may not come the result means nothing.
         """
         guessed = self._matcher.try_consume_tokens(list(after)) if after else 0
-        self._fill(self._matcher, self._mask, 0)
+        allowed = _allowed(self._matcher, self._mask)
         if guessed:
             self._matcher.rollback(guessed)
-        allowed = np.unpackbits(self._mask.view(np.uint8), bitorder="little").astype(bool)
         size = min(len(bias), len(allowed))
         bias[:size][~allowed[:size]] = -np.inf
         bias[size:] = -np.inf
@@ -310,14 +320,46 @@ class Grammar:
         self._matcher.consume_token(token)
 
 
-def _matcher(grammar: str, vocabulary: Any) -> Any:
+def _matcher(grammar: str, vocabulary: Any) -> tuple[Any, np.ndarray]:
+    """The library's state of a grammar, and room for its masks."""
     if len(grammar) > MAX_GRAMMAR_LENGTH:
         raise ValueError(
             f"Schemas must together have at most {MAX_GRAMMAR_LENGTH} characters as a grammar; got {len(grammar)}. "
             "Simplify them, or leave some out."
         )
-    matcher = _library().LLMatcher
-    return matcher(vocabulary, matcher.grammar_from_lark(grammar), log_level=0)
+    library = _library()
+    limits = library.LLParserLimits(
+        initial_lexer_fuel=MAX_EXPRESSIONS,
+        step_lexer_fuel=MAX_STEP_EXPRESSIONS,
+        verbose_errors=False,
+    )
+    lark = library.LLMatcher.grammar_from_lark(grammar)
+    matcher = library.LLMatcher(vocabulary, lark, log_level=0, limits=limits)
+    return matcher, library.numpy.allocate_token_bitmask(1, vocabulary.vocab_size)
+
+
+def _allowed(matcher: Any, mask: np.ndarray) -> np.ndarray:
+    """[V] bool: the tokens that may come next. Overwrites ``mask``."""
+    _library().numpy.fill_next_token_bitmask(matcher, mask, 0)
+    return np.unpackbits(mask.view(np.uint8), bitorder="little").astype(bool)
+
+
+def _error(matcher: Any) -> str | None:
+    if not matcher.is_error():
+        return None
+    # Below the first line the library quotes the grammar, or a backtrace.
+    return matcher.get_error().strip().splitlines()[0][:300].rstrip(":. ")
+
+
+def _first_error(matcher: Any, mask: np.ndarray) -> str | None:
+    """What is wrong up to the first token. That token's mask can be most of the work of a form."""
+    if matcher.is_error():
+        return _error(matcher)
+    first = np.flatnonzero(_allowed(matcher, mask))
+    # The library tells that a mask was too much work only when the next token comes.
+    ahead = matcher.deep_copy()
+    ahead.consume_tokens(first[:1].tolist())
+    return _error(ahead)
 
 
 def _schemas(form: Form) -> Iterator[Json]:
@@ -331,18 +373,13 @@ def _schemas(form: Form) -> Iterator[Json]:
             yield from _schemas(part)
 
 
-def _blame(form: Form, matcher: Any, vocabulary: Any) -> tuple[str, str]:
-    """The name of the schema at fault and what the library says of it."""
-    for part in _schemas(form):
-        alone = _matcher("start: " + _json_grammar(part), vocabulary)
-        if alone.is_error():
-            return part.name, _first_line(alone)
-    return "form", _first_line(matcher)
-
-
-def _first_line(matcher: Any) -> str:
-    # Below the first line the library quotes the grammar, or a backtrace.
-    return matcher.get_error().strip().splitlines()[0][:300].rstrip(":. ")
+def _blame(form: Form, vocabulary: Any) -> tuple[str, str] | None:
+    """The name of the first schema at fault and what the library says of it, if one is on its own."""
+    for part in itertools.islice(_schemas(form), _SUSPECTS):
+        error = _first_error(*_matcher("start: " + _json_grammar(part), vocabulary))
+        if error is not None:
+            return part.name, error
+    return None
 
 
 def start(

@@ -1,6 +1,7 @@
 """Output of a given form: which tokens may come, on bytes and on a tokenizer with special tokens, and what is refused."""
 
 import json
+import re
 
 import jax
 import numpy as np
@@ -218,6 +219,58 @@ def test_the_schema_that_cannot_be_enforced_is_named(engine):
     assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match="^form cannot be enforced"):
         engine.submit("Hello", SamplingParams(4, form=Text("x", least=3, most=2)))
+
+
+# A million characters of one regular expression, with nothing before it and behind one that the model chooses.
+HUGE = {"type": "string", "pattern": "^(a{1000}){1000}$"}
+HUGE_LATER = {
+    "type": "object",
+    "properties": {"n": {"enum": [1, 2]}, "s": HUGE},
+    "required": ["n", "s"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("as_form", [False, True])
+def test_a_schema_whose_first_token_takes_too_much_work_is_refused_by_submit(engine, as_form):
+    text = json.dumps(HUGE)
+    form = {"form": Chain((Literal("a"), Json(text, "mine")))} if as_form else {"json_schema": text}
+    name = "mine" if as_form else "json_schema"
+    rule = f"^{name} cannot be enforced: .*too many expressions.*; simplify the schema.$"
+    with pytest.raises(ValueError, match=rule) as caught:
+        engine.submit("Hello", SamplingParams(4, **form))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_form_that_takes_too_much_work_later_is_in_error_and_not_complete():
+    state = started(Json(json.dumps(HUGE_LATER)))
+    for byte in b'{"n":1':
+        assert byte in allowed(state) and state.error is None
+        state.take(byte)
+    for byte in b',"s":"aa':
+        allowed(state)
+        state.take(byte)
+    assert "too many expressions" in state.error and "\n" not in state.error
+    assert not state.complete
+
+
+def test_a_form_that_takes_too_much_work_later_ends_its_request_alone_and_in_error(engine):
+    other = engine.submit("Hello", SamplingParams(40, ignore_eos=True))
+    chunks = list(engine.stream("Hello", SamplingParams(40, json_schema=json.dumps(HUGE_LATER))))
+    assert chunks[-1].finish_reason == "error" and "too many expressions" in chunks[-1].error
+    text = "".join(chunk.text for chunk in chunks)
+    assert re.match(r'\{"n":[12]', text), text
+    result = other.result(60)
+    assert result.finish_reason == "length" and len(result.token_ids) == 40
+
+
+@pytest.mark.parametrize("size", [10, 50, 100])
+def test_long_patterns_that_are_little_work_are_taken(size):
+    state = started(Json(json.dumps({"type": "string", "pattern": f"^(a{{{size}}}){{{size}}}$"})))
+    for byte in b'"' + b"a" * size**2 + b'"':
+        assert byte in allowed(state)
+        state.take(byte)
+    assert state.complete and state.error is None
 
 
 def test_a_schema_and_a_form_exclude_each_other():

@@ -98,6 +98,7 @@ class Script:
     """A grammar that allows one text only. The model, its sampler and all around them stay real."""
 
     complete = False
+    error = None
 
     def __init__(self, text):
         self._left = [*text.encode(), CONFIG.eos_token_id]

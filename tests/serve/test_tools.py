@@ -480,3 +480,40 @@ def test_a_schema_that_the_library_refuses_is_a_mistake_of_its_tool(client):
     assert "uniqueItems" in caught.value.body["message"]
     # Where nothing is forced, it is only shown to the model.
     client.chat.completions.create(tools=[NOW, tool], **DRAWN | {"max_tokens": 2})
+
+
+HUGE = {"type": "string", "pattern": "^(a{1000}){1000}$"}
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "f"}}])
+def test_a_tool_whose_form_takes_too_much_work_is_refused_and_others_go_on(client, choice):
+    parameters = {"type": "object", "properties": {"s": HUGE}, "required": ["s"]}
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    with pytest.raises(openai.BadRequestError, match="too many expressions") as caught:
+        client.chat.completions.create(
+            model=MODEL, messages=HELLO, tools=[tool], tool_choice=choice, max_tokens=30
+        )
+    assert "\n" not in caught.value.body["message"]
+    assert caught.value.body["message"].startswith("tools[0].function.parameters.properties.s ")
+    client.completions.create(model=MODEL, prompt="Hello", max_tokens=2)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_form_that_takes_too_much_work_later_is_an_error_and_no_answer(client, stream):
+    parameters = {
+        "type": "object",
+        "properties": {"n": {"enum": [1, 2]}, "s": HUGE},
+        "required": ["n", "s"],
+    }
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    with pytest.raises(openai.APIError, match="The engine failed at this request"):
+        answer = client.chat.completions.create(
+            model=MODEL,
+            messages=HELLO,
+            tools=[tool],
+            tool_choice="required",
+            max_tokens=400,
+            stream=stream,
+        )
+        for chunk in answer:
+            assert not getattr(chunk, "choices", ()) or chunk.choices[0].finish_reason is None
