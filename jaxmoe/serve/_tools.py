@@ -138,8 +138,12 @@ def _call_form(index: int, function: Mapping[str, Any]) -> Form:
     if not all(isinstance(name, str) for name in required):
         raise bad(where, "must have names in required", required, "Correct it")
     parts: list[Form] = [Literal(f'{_dsml.INVOKE}{function["name"]}">\n')]
+    others = schema.get("additionalProperties", True)
     for name in dict.fromkeys([*properties, *required]):
-        argument = _argument_form(where, name, properties.get(name, True), parameters)
+        if name not in properties and others is False:
+            rule = "must have all required names in properties if additionalProperties is false"
+            raise bad(where, rule, name, "Add it to properties, or take it out of required")
+        argument = _argument_form(where, name, properties.get(name, others), parameters)
         parts.append(argument if name in required else OneOf((argument, Literal(""))))
     if len(parts) == 1:
         parts.append(Literal("\n"))  # As the released encoder does.

@@ -383,6 +383,26 @@ def test_required_arguments_come_and_optional_ones_may_in_the_order_of_the_schem
         assert not fits(form, "\n\n" + render_calls([("f", dict.fromkeys(keys, 1))])), keys
 
 
+def test_a_required_argument_without_a_property_satisfies_additional_properties():
+    others = {"$ref": "#/$defs/Count"}
+    parameters = {
+        "properties": {"b": {"type": "boolean"}},
+        "required": ["a"],
+        "additionalProperties": others,
+        "$defs": {"Count": {"type": "integer"}},
+    }
+
+    def call(*arguments):
+        return "\n\n" + render_calls([("f", dict(arguments))])
+
+    assert fits(calls_form(tools_of(parameters)), call(("a", 3)))
+    assert fits(calls_form(tools_of(parameters)), call(("b", True), ("a", 3)))
+    for wrong in (call(("a", "text")), call(("a", 1.5)), call(("a", 3), ("c", 4)), call()):
+        assert not fits(calls_form(tools_of(parameters)), wrong)
+    anything = calls_form(tools_of({"required": ["a"]}))
+    assert fits(anything, call(("a", "text"))) and fits(anything, call(("a", 3)))
+
+
 def test_a_call_that_begins_must_be_right_and_other_text_is_free_where_a_tool_is_strict():
     strict = {"type": "function", "function": ADD["function"] | {"strict": True}}
     form = answer_form(None, read_tools({"tools": [strict, NOW]}))
@@ -461,6 +481,11 @@ def test_an_end_tag_within_json_is_part_of_the_string():
         ({"properties": [1]}, ["properties must be an object"]),
         ({"required": [1]}, ["must have names in required"]),
         ({"required": "a"}, ["required must be a list"]),
+        (
+            {"required": ["a"], "properties": {"b": {}}, "additionalProperties": False},
+            ["must have all required names in properties", "'a'", "take it out of required"],
+        ),
+        ({"required": ["a"], "additionalProperties": 3}, ["properties.a must be an object"]),
         ([1], ["parameters must be an object"]),
     ],
 )
