@@ -1,5 +1,6 @@
 """``jaxmoe serve``: an OpenAI-compatible server."""
 
+import functools
 import logging
 import os
 import pathlib
@@ -57,6 +58,34 @@ def _load(
     return params, config.replace(num_nextn_predict_layers=0)
 
 
+def _engine(
+    model: str,
+    random_weights: bool,
+    seed: int,
+    dtype: Literal["float32", "bfloat16"],
+    ranks: int,
+    options: EngineOptions,
+) -> Engine:
+    """The engine to serve, over the first ``ranks`` devices."""
+    if not 1 <= ranks <= len(jax.devices()):
+        raise ValueError(f"--ranks must be in 1..{len(jax.devices())} (devices); got {ranks}.")
+    params, config = _load(model, random_weights, seed, dtype, mtp=options.speculative_tokens > 0)
+    tokenizer = load_tokenizer(None if random_weights else model)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens but the model {config.vocab_size}; put the model's own "
+            f"tokenizer.json into {model}."
+        )
+    mesh = None if ranks == 1 else make_mesh(expert=ranks, devices=jax.devices()[:ranks])
+    return Engine(params, config, tokenizer, options, mesh=mesh)
+
+
+def _announce(name: str, url: str) -> None:
+    rich.console.Console(soft_wrap=True, highlight=False).print(
+        f"serving {rich.markup.escape(name)} at {url}/v1, ready once {url}/readyz says so; dashboard at {url}"
+    )
+
+
 def serve(
     model: Annotated[str, tyro.conf.Positional],
     host: str = "127.0.0.1",
@@ -102,25 +131,10 @@ def serve(
     name = model_name or pathlib.Path(model).resolve().name
     api = ApiOptions(name, api_key or os.environ.get(KEY_VARIABLE), max_body_bytes=max_body_bytes)
     where = server.ServerOptions(host, port, drain_s, warm_up, header_timeout_s)
-    if not 1 <= ranks <= len(jax.devices()):
-        raise ValueError(f"--ranks must be in 1..{len(jax.devices())} (devices); got {ranks}.")
-    params, config = _load(model, random_weights, seed, dtype, mtp=options.speculative_tokens > 0)
-    tokenizer = load_tokenizer(None if random_weights else model)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens but the model {config.vocab_size}; put the model's own "
-            f"tokenizer.json into {model}."
-        )
+    engine = _engine(model, random_weights, seed, dtype, ranks, options)
     # force: an imported library may have set up the root logger for itself.
     form = "%(asctime)s %(levelname)s %(name)s %(message)s"
     logging.basicConfig(level=logging.INFO, format=form, force=True)
-    mesh = None if ranks == 1 else make_mesh(expert=ranks, devices=jax.devices()[:ranks])
-    engine = Engine(params, config, tokenizer, options, mesh=mesh)
-    console = rich.console.Console(soft_wrap=True, highlight=False)
-
-    def announce(url: str) -> None:
-        console.print(
-            f"serving {rich.markup.escape(name)} at {url}/v1, ready once {url}/readyz says so; dashboard at {url}"
-        )
-
-    server.run(engine, api, where, extra_routes=dashboard.routes(engine), on_listening=announce)
+    routes = dashboard.routes(engine)
+    announce = functools.partial(_announce, name)
+    server.run(engine, api, where, extra_routes=routes, on_listening=announce)

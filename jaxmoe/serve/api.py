@@ -119,12 +119,14 @@ def _error(error: ApiError) -> Response:
 
 
 async def _on_api_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, ApiError)
+    if not isinstance(error, ApiError):
+        raise error
     return _error(error)
 
 
 async def _on_http_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
+    if not isinstance(error, HTTPException):
+        raise error
     path = request.url.path[:200]
     if error.status_code == 404:
         message = f"path must be one of this server's; got {path!r}. See docs/serving.md."
@@ -277,7 +279,7 @@ async def _readyz(request: Request) -> Response:
 
 
 async def _metrics(request: Request) -> Response:
-    # In a thread: the engine keeps its counters locked while it compiles.
+    # In a thread: a model with many layers and experts has tens of thousands of lines.
     body = await asyncio.to_thread(request.app.state.service.metrics.render)
     return Response(body, headers={"content-type": CONTENT_TYPE})
 

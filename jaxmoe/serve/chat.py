@@ -208,6 +208,23 @@ def _shown(
     return shown
 
 
+def _render_all(
+    turns: Sequence[Turn], shown: set[int], wording: Wording, *, leads: bool, opens_from: int | None
+) -> str:
+    """All turns' text. leads: over to the assistant at the end, too; opens_from: the turn that begins the present reasoning."""
+    text = ""
+    for turn, following in zip(turns, [*turns[1:], None], strict=True):
+        text += _render(
+            turn,
+            wording,
+            shows=turn.index in shown,
+            leads=following is not None or leads,
+            opens=(opens_from is not None and turn.index >= opens_from)
+            or (following is not None and following.index in shown),
+        )
+    return text
+
+
 def encode(
     messages: Sequence[Message],
     *,
@@ -257,14 +274,6 @@ def encode(
         turns = [turn for turn in turns if turn.role != "developer" or turn.index == last]
     schema = json_of("response_schema", response_schema) if response_schema else ""
     turns = _with_sections(turns, tool_lines("tools", tools), schema)
-    text = BEGIN if add_bos else ""
-    for turn, following in zip(turns, [*turns[1:], None], strict=True):
-        text += _render(
-            turn,
-            wording,
-            shows=turn.index in shown,
-            leads=following is not None or add_generation_prompt,
-            opens=(thinking and turn.index >= last)
-            or (following is not None and following.index in shown),
-        )
-    return text
+    opens_from = last if thinking else None
+    text = _render_all(turns, shown, wording, leads=add_generation_prompt, opens_from=opens_from)
+    return (BEGIN if add_bos else "") + text

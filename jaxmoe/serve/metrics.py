@@ -107,7 +107,7 @@ class Metrics:
         self.close = engine.subscribe(self._on_event)
 
     def describe(self) -> Iterable[Metric]:
-        """Nothing: registering must not ask the engine, which may be compiling."""
+        """Nothing: the names are in what ``collect`` gives, and registering need not count."""
         return ()
 
     def collect(self) -> Iterable[Metric]:

@@ -1,4 +1,8 @@
-"""The process around the application: a socket, warm-up, signals, and an end that loses nothing."""
+"""The process around the application: a socket, warm-up, signals, and the end.
+
+At the end running requests have ``drain_s`` to finish, and their clients a few seconds more to take the answers.
+Slower readers are cut off.
+"""
 
 import asyncio
 import dataclasses

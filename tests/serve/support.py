@@ -110,14 +110,3 @@ class Script:
 
     def take(self, token):
         assert token == self._left.pop(0)
-
-
-def metrics_of(text):
-    """Samples of a scrape: {(name, sorted labels): value}."""
-    from prometheus_client.parser import text_string_to_metric_families
-
-    return {
-        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
-        for family in text_string_to_metric_families(text)
-        for sample in family.samples
-    }

@@ -1,4 +1,4 @@
-"""The curl examples of docs/serving.md, as they stand there but for the port."""
+"""The curl examples of README.md and docs/serving.md, as they stand there but for the port."""
 
 import json
 import pathlib
@@ -10,8 +10,15 @@ import pytest
 
 pytest.importorskip("starlette")
 
-PAGE = pathlib.Path(__file__).parents[2] / "docs" / "serving.md"
-EXAMPLES = re.findall(r"```bash\n(.*?)```", PAGE.read_text(), re.DOTALL)
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def examples(page):
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / page).read_text("utf-8"), re.DOTALL)
+    return [block for block in blocks if block.startswith("curl ")]
+
+
+README, SERVING = examples("README.md"), examples("docs/serving.md")
 
 
 def run(command, url):
@@ -52,9 +59,10 @@ def check_body(command, body):
         assert len(body["choices"]) == 2
 
 
-def test_the_page_has_examples_of_every_kind():
-    everything = "".join(EXAMPLES)
-    assert len(EXAMPLES) == 8
+def test_the_pages_have_examples_of_every_kind():
+    assert ["chat" in command for command in README] == [True, False]
+    everything = "".join(SERVING)
+    assert len(SERVING) == 8
     for word in (
         "/v1/models",
         "/v1/chat/completions",
@@ -66,7 +74,7 @@ def test_the_page_has_examples_of_every_kind():
         assert word in everything
 
 
-@pytest.mark.parametrize("command", EXAMPLES)
+@pytest.mark.parametrize("command", README + SERVING)
 def test_a_curl_example_works_as_it_stands(command, url):
     output = run(command, url)
     if "/metrics" in command:

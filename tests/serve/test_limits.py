@@ -16,16 +16,14 @@ from serve.support import (  # noqa: E402
     MODEL,
     is_idle,
     make_engine,
-    metrics_of,
     process,
     serving,
     wait_until,
 )
 
+from bench._metrics import parse  # noqa: E402
 from jaxmoe.serve.api import ApiOptions, Lifecycle  # noqa: E402
 from jaxmoe.serve.server import is_loopback, listen  # noqa: E402
-
-pytestmark = pytest.mark.slow
 
 BODY = {"model": MODEL, "prompt": "Hello", "max_tokens": 2, "temperature": 0}
 LONG = BODY | {"max_tokens": 3900, "ignore_eos": True, "stream": True}
@@ -156,6 +154,7 @@ def test_a_loopback_server_answers_to_its_own_names_only(engine):
 # -- a full queue ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_full_queue_is_429_with_a_time_to_come_back():
     with (
         make_engine(max_running=1, max_waiting=2) as engine,
@@ -178,7 +177,7 @@ def test_a_full_queue_is_429_with_a_time_to_come_back():
         streams.close()
         wait_until(lambda: is_idle(engine))
         assert client.post(completions, json=BODY).status_code == 200
-        samples = metrics_of(client.get(f"{url}/metrics").text)
+        samples = parse(client.get(f"{url}/metrics").text)
         labels = (("path", "/v1/completions"), ("status", "429"))
         assert samples[("jaxmoe_http_responses_total", labels)] == 2
 
@@ -203,6 +202,7 @@ def test_addresses_that_cannot_be_listened_on_are_one_line():
     assert is_loopback("::1") and is_loopback("localhost") and not is_loopback("0.0.0.0")
 
 
+@pytest.mark.slow
 def test_sigterm_refuses_the_new_finishes_the_old_and_exits_with_0():
     with process() as (child, url), httpx2.Client(timeout=LIMIT_S) as client:
         body = LONG | {"model": "tiny", "max_tokens": 300}

@@ -16,13 +16,13 @@ from serve.support import (  # noqa: E402
     HELLO,
     LIMIT_S,
     MODEL,
-    metrics_of,
     process,
     serving,
     wait_until,
 )
 
 import jaxmoe  # noqa: E402
+from bench._metrics import parse  # noqa: E402
 from jaxmoe import checkpoint  # noqa: E402
 from jaxmoe.cli._models import load  # noqa: E402
 from jaxmoe.engine import Engine, EngineOptions, SamplingParams  # noqa: E402
@@ -63,7 +63,7 @@ def test_two_ranks_answer_as_one_and_their_metrics_agree_with_the_client():
 
 
 def metrics(url):
-    return metrics_of(httpx2.get(f"{url}/metrics").text)
+    return parse(httpx2.get(f"{url}/metrics").text)
 
 
 # -- a directory of Hugging Face's layout ------------------------------------------------------------

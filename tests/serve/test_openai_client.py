@@ -17,10 +17,10 @@ from serve.support import (  # noqa: E402
     MODEL,
     SCRIPTED,
     is_idle,
-    metrics_of,
     wait_until,
 )
 
+from bench._metrics import parse  # noqa: E402
 from jaxmoe.serve import chat  # noqa: E402
 
 GREEDY = {"model": MODEL, "temperature": 0, "extra_body": {"ignore_eos": True}}
@@ -203,7 +203,7 @@ def test_the_client_gets_one_line_for_a_mistake(client, options, words):
 
 def test_metrics_agree_with_the_clients_counts(client, url, engine):
     def scrape():
-        return metrics_of(httpx2.get(f"{url}/metrics").text)
+        return parse(httpx2.get(f"{url}/metrics").text)
 
     wait_until(lambda: is_idle(engine))
     before = scrape()

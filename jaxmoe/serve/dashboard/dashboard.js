@@ -402,7 +402,7 @@ async function listen() {
 
 function take(event) {
   if (event.startsWith(":")) {
-    setStatus("waiting", "Waiting for the engine: it compiles or is in a long step");
+    setStatus("waiting", "Waiting for the engine: no new figures");
     return;
   }
   const fields = Object.fromEntries(event.split("\n").map((line) => line.split(/: (.*)/s)));

@@ -46,7 +46,7 @@ class Feed:
     """Samples an engine from a daemon thread, whether or not anyone looks, so that a page opens with its history.
 
     The thread ends when the feed is gone. Viewers only read the latest sample: a slow one skips samples and
-    costs no memory. An engine that compiles does not answer; viewers then get comments instead of samples.
+    costs no memory. While no sample can be taken, viewers get comments instead.
 
     Args:
       engine: the engine.
