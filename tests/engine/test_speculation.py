@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from engine.support import compiled, every_kind
 from parity.clear import sharp_params
 
 import jaxmoe
 from jaxmoe.cache import Cache, init_cache, write
-from jaxmoe.engine import Engine, EngineOptions, SamplingParams
+from jaxmoe.engine import Engine, EngineOptions, SamplingParams, sampling
 from jaxmoe.model import mtp_hidden, run
 from jaxmoe.params import path_name
 from jaxmoe.sharding import make_mesh
@@ -124,10 +125,10 @@ def test_every_kind_of_request_gets_the_tokens_that_it_gets_without(share):
 
 
 def test_right_drafts_save_steps():
-    sampling = SamplingParams(max_new_tokens=40, ignore_eos=True)
+    settings = SamplingParams(max_new_tokens=40, ignore_eos=True)
     for drafts in (0, DRAFTS):
         with _engine(0.0, drafts) as engine:
-            engine.generate([[7]], sampling)
+            engine.generate([[7]], settings)
             stats = engine.stats()
         assert stats.steps == 1 + -(-39 // (drafts + 1))  # the first has no drafts yet
         # As many as are needed, and all of them right.
@@ -136,14 +137,14 @@ def test_right_drafts_save_steps():
 
 
 def test_nobody_gives_way_to_drafts_and_a_full_step_has_none():
-    prompts, sampling = _prompts(6), SamplingParams(max_new_tokens=30, ignore_eos=True)
+    prompts, settings = _prompts(6), SamplingParams(max_new_tokens=30, ignore_eos=True)
     with _engine(0.0, DRAFTS, max_step_tokens=6, pages=200) as engine:
-        engine.generate(prompts, sampling)
+        engine.generate(prompts, settings)
         stats = engine.stats()
         assert stats.preemptions == 0 and stats.generated_tokens == 180
         _assert_empty(engine)
     with _engine(0.0, 0, max_step_tokens=6, pages=200) as plain:
-        plain.generate(prompts, sampling)
+        plain.generate(prompts, settings)
         assert stats.steps <= plain.stats().steps
 
 
@@ -159,9 +160,9 @@ def test_four_ranks_speculate_like_one_device(devices):
 def test_requests_cancelled_at_random_leave_nothing_behind():
     rng = np.random.default_rng(0)
     with _engine(0.1, DRAFTS) as engine:
-        for _ in range(20):
-            sampling = SamplingParams(max_new_tokens=int(rng.integers(1, 40)), ignore_eos=True)
-            streams = [engine.submit(prompt, sampling) for prompt in _prompts(5)]
+        for _ in range(100):  # five at a time
+            settings = SamplingParams(max_new_tokens=int(rng.integers(1, 40)), ignore_eos=True)
+            streams = [engine.submit(prompt, settings) for prompt in _prompts(5)]
             for stream in streams:
                 if rng.random() < 0.7:
                     for _, _ in zip(range(int(rng.integers(0, 5))), stream, strict=False):
@@ -173,12 +174,15 @@ def test_requests_cancelled_at_random_leave_nothing_behind():
 
 
 def test_warming_up_compiles_what_drafts_need_too():
+    sampling.choose.clear_cache()  # of what other tests have compiled
     with _engine(0.1, DRAFTS, max_step_tokens=8) as engine:
         report = engine.warmup()
-        program = engine._runner.program
-        before = [f._cache_size() for f in (program.compute, program.draft, program.commit)]
-        engine.generate(_prompts(6), SamplingParams(max_new_tokens=20, ignore_eos=True))
-        assert before == [f._cache_size() for f in (program.compute, program.draft, program.commit)]
+        warm = compiled(engine)
+        for settings in every_kind(20):
+            for count in (1, 2, 3, 6):
+                engine.generate(_prompts(count), settings)
+        engine.generate(_prompts(13), _samplings())
+        assert compiled(engine) == warm
     assert report["sizes"] == [1, 2, 4, 8] and report["executables"] > 4 * 4
 
 
