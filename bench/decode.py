@@ -66,6 +66,19 @@ def _step_loop(
     return measure
 
 
+def _rows(
+    seconds: dict[str, list[float]], args: Any, shape: dict[str, Any]
+) -> tuple[list[dict], dict[str, float]]:
+    """Report rows of each side's step and speed, and the speeds in tokens per second."""
+    rows, speed = [], {}
+    for name, values in seconds.items():
+        steps = [v / (args.new - 1) * 1e3 for v in values]
+        rows.append(_harness.row(f"{name}, decode step", steps, "ms", **shape))
+        speed[name] = args.batch / rows[-1]["value"] * 1e3
+        rows.append({"name": f"{name}, decode", "value": speed[name], "unit": "tokens/s", **shape})
+    return rows, speed
+
+
 def main() -> None:
     """Runs the bench."""
     options = _harness.parser(__doc__.splitlines()[0])
@@ -92,19 +105,8 @@ def main() -> None:
             measures[f"{name}, bare steps"] = _step_loop(model, tokens, args.new, produced)
     seconds = _harness.interleave(measures, rounds=args.rounds, warmup=1)
 
-    shape = {
-        "preset": args.preset,
-        "dtype": args.dtype,
-        "batch": args.batch,
-        "prompt": args.prompt,
-        "new": args.new,
-    }
-    rows, speed = [], {}
-    for name, values in seconds.items():
-        steps = [v / (args.new - 1) * 1e3 for v in values]
-        rows.append(_harness.row(f"{name}, decode step", steps, "ms", **shape))
-        speed[name] = args.batch / rows[-1]["value"] * 1e3
-        rows.append({"name": f"{name}, decode", "value": speed[name], "unit": "tokens/s", **shape})
+    shape = {name: getattr(args, name) for name in ("preset", "dtype", "batch", "prompt", "new")}
+    rows, speed = _rows(seconds, args, shape)
     ours = ours_generate(args.new)
     same = [np.mean(ours[:, : theirs.shape[1]] == theirs) for theirs in produced]
     same = float(np.mean(same)) if same else 1.0

@@ -7,6 +7,7 @@ One run, same weights, same prompts (pieces of Python's own library), engines ta
 How much is gained depends on how often the module is right, which random weights cannot show.
 """
 
+import dataclasses
 import pathlib
 import sysconfig
 import time
@@ -76,10 +77,10 @@ def main() -> None:
     options.add_argument("--temperature", type=float, default=0.0)
     args = options.parse_args()
     params, config = load(args.model)
-    size = EngineOptions(max_running=max(args.batch), prefix_reuse=False).__dict__
+    plain = EngineOptions(max_running=max(args.batch), prefix_reuse=False)
     engines = {
         drafts: Engine(
-            params, config, options=EngineOptions(**{**size, "speculative_tokens": drafts})
+            params, config, options=dataclasses.replace(plain, speculative_tokens=drafts)
         )
         for drafts in (0, *args.drafts)
     }
