@@ -1,6 +1,7 @@
 """Keys, sizes, full queues, request ids, and the end of a real process."""
 
 import contextlib
+import functools
 import re
 import signal
 import socket
@@ -24,6 +25,10 @@ from serve.support import (  # noqa: E402
 from bench._metrics import parse  # noqa: E402
 from jaxmoe.serve.api import ApiOptions, Lifecycle  # noqa: E402
 from jaxmoe.serve.server import is_loopback, listen  # noqa: E402
+
+# A first request compiles.
+get = functools.partial(httpx2.get, timeout=LIMIT_S)
+post = functools.partial(httpx2.post, timeout=LIMIT_S)
 
 BODY = {"model": MODEL, "prompt": "Hello", "max_tokens": 2, "temperature": 0}
 LONG = BODY | {"max_tokens": 3900, "ignore_eos": True, "stream": True}
@@ -61,25 +66,25 @@ def locked(engine):
 @pytest.mark.parametrize("path", ["/v1/models", "/v1/completions", "/v1/nothing"])
 def test_without_the_key_every_path_of_the_api_is_401(locked, path, header):
     headers = {} if header is None else {"authorization": header.encode("latin-1")}
-    response = httpx2.get(locked + path, headers=headers)
+    response = get(locked + path, headers=headers)
     assert error_of(response, 401)["type"] == "authentication_error"
     assert response.headers["www-authenticate"] == "Bearer"
 
 
 def test_with_the_key_it_works(locked):
     headers = {"authorization": "Bearer s3cret"}
-    assert httpx2.post(f"{locked}/v1/completions", json=BODY, headers=headers).status_code == 200
+    assert post(f"{locked}/v1/completions", json=BODY, headers=headers).status_code == 200
 
 
 def test_probes_need_no_key_and_metrics_take_it_as_a_password_too(locked):
-    assert httpx2.get(f"{locked}/healthz").status_code == 200
-    assert httpx2.get(f"{locked}/readyz").json() == {"status": "ready"}
-    response = httpx2.get(f"{locked}/metrics")
+    assert get(f"{locked}/healthz").status_code == 200
+    assert get(f"{locked}/readyz").json() == {"status": "ready"}
+    response = get(f"{locked}/metrics")
     error_of(response, 401)
     assert response.headers["www-authenticate"].startswith("Basic")
-    assert httpx2.get(f"{locked}/metrics", auth=("any", "s3cret")).status_code == 200
-    assert httpx2.get(f"{locked}/metrics", auth=("any", "wrong")).status_code == 401
-    assert httpx2.get(f"{locked}/v1/models", auth=("any", "s3cret")).status_code == 401
+    assert get(f"{locked}/metrics", auth=("any", "s3cret")).status_code == 200
+    assert get(f"{locked}/metrics", auth=("any", "wrong")).status_code == 401
+    assert get(f"{locked}/v1/models", auth=("any", "s3cret")).status_code == 401
 
 
 @pytest.mark.parametrize("key", ["", "a\nb", "é"])
@@ -92,16 +97,16 @@ def test_a_key_that_no_header_can_carry_is_refused(key):
 
 
 def test_unknown_paths_and_methods_are_answered_in_the_envelope(url):
-    assert error_of(httpx2.get(f"{url}/v1/nothing"), 404)["code"] == "not_found"
-    error_of(httpx2.post(f"{url}/v1/completions/", json=BODY), 404)
-    response = httpx2.get(f"{url}/v1/completions")
+    assert error_of(get(f"{url}/v1/nothing"), 404)["code"] == "not_found"
+    error_of(post(f"{url}/v1/completions/", json=BODY), 404)
+    response = get(f"{url}/v1/completions")
     assert "POST" in error_of(response, 405)["message"] and response.headers["allow"] == "POST"
 
 
 @pytest.mark.parametrize("kind", [None, "text/plain", "application/x-www-form-urlencoded"])
 def test_a_body_must_say_that_it_is_json(url, kind):
     headers = {} if kind is None else {"content-type": kind}
-    response = httpx2.post(f"{url}/v1/completions", content=b"{}", headers=headers)
+    response = post(f"{url}/v1/completions", content=b"{}", headers=headers)
     assert "content-type" in error_of(response, 415)["message"]
 
 
@@ -115,9 +120,9 @@ def test_a_body_beyond_the_limit_is_413_however_it_is_sent(engine):
 
     with serving(engine, max_body_bytes=1000) as url:
         for content in (large, pieces()):
-            response = httpx2.post(f"{url}/v1/completions", content=content, headers=json_type)
+            response = post(f"{url}/v1/completions", content=content, headers=json_type)
             assert "1000 bytes" in error_of(response, 413)["message"]
-        assert httpx2.post(f"{url}/v1/completions", json=BODY).status_code == 200
+        assert post(f"{url}/v1/completions", json=BODY).status_code == 200
 
 
 def test_a_body_that_does_not_arrive_is_408(engine):
@@ -132,23 +137,23 @@ def test_a_body_that_does_not_arrive_is_408(engine):
 
 def test_request_ids_are_taken_over_or_made_up(url):
     def sent_back(**headers):
-        return httpx2.get(f"{url}/v1/models", headers=headers).headers["x-request-id"]
+        return get(f"{url}/v1/models", headers=headers).headers["x-request-id"]
 
     assert sent_back(**{"x-request-id": "my-id.1:2_3"}) == "my-id.1:2_3"
     for bad in ("", "a b", "x" * 129, "a;b"):
         assert re.fullmatch("req_[0-9a-f]{32}", sent_back(**{"x-request-id": bad}))
     assert sent_back() != sent_back()
-    refused = httpx2.get(f"{url}/v1/nothing", headers={"x-request-id": "mine"})
+    refused = get(f"{url}/v1/nothing", headers={"x-request-id": "mine"})
     assert refused.headers["x-request-id"] == "mine"
 
 
 def test_a_loopback_server_answers_to_its_own_names_only(engine):
     with serving(engine, allowed_hosts=("localhost", "127.0.0.1", "[::1]")) as url:
-        assert httpx2.get(f"{url}/v1/models").status_code == 200
+        assert get(f"{url}/v1/models").status_code == 200
         for good in ("localhost", "LOCALHOST:1", "[::1]:80"):
-            assert httpx2.get(f"{url}/v1/models", headers={"host": good}).status_code == 200
+            assert get(f"{url}/v1/models", headers={"host": good}).status_code == 200
         for bad in ("evil.example", "127.0.0.1.evil.example", "localhost.:80"):
-            error_of(httpx2.get(f"{url}/v1/models", headers={"host": bad}), 403)
+            error_of(get(f"{url}/v1/models", headers={"host": bad}), 403)
 
 
 # -- a full queue ------------------------------------------------------------------------------------
@@ -250,6 +255,6 @@ def test_a_second_signal_does_not_wait():
 @pytest.mark.slow
 def test_a_signal_does_not_wait_for_the_warm_up():
     with process(warm_up=True) as (child, url):
-        assert error_of(httpx2.post(f"{url}/v1/completions", json=BODY), 503)
+        assert error_of(post(f"{url}/v1/completions", json=BODY), 503)
         child.send_signal(signal.SIGTERM)
         assert child.wait(LIMIT_S) == 0
