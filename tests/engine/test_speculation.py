@@ -1,5 +1,6 @@
 """Speculation with the multi-token-prediction module: fewer steps, the same tokens."""
 
+import dataclasses
 import functools
 import json
 
@@ -134,6 +135,30 @@ def test_right_drafts_save_steps():
         # As many as are needed, and all of them right.
         assert stats.accepted_tokens == stats.drafted_tokens == 40 - stats.steps
         assert stats.generated_tokens == 40
+
+
+def test_a_full_context_and_a_stop_text_inside_right_drafts_end_as_they_do_without():
+    """Wherever the end falls among the tokens of a step."""
+    letters = tuple(
+        (token, 100.0) for token in range(97, 105)
+    )  # text that a stop text can be cut from
+    settings = SamplingParams(
+        1000, ignore_eos=True, logit_bias=letters, temperature=2.0, seed=11, logprobs=1
+    )
+    requests = [([7] * length, settings) for length in (40, 41, 42)]
+    with _engine(0.0, 0) as plain:
+        full = [plain.generate([prompt], own)[0] for prompt, own in requests]
+        stops = [full[0].text[at : at + 3] for at in (9, 10, 11)]
+        stopped = [(requests[0][0], dataclasses.replace(settings, stop=(stop,))) for stop in stops]
+        full += [plain.generate([prompt], own)[0] for prompt, own in stopped]
+    assert [len(result.token_ids) for result in full[:3]] == [56, 55, 54]
+    assert [result.finish_reason for result in full] == ["length"] * 3 + ["stop"] * 3
+    with _engine(0.0, DRAFTS) as engine:
+        results = [engine.generate([prompt], own)[0] for prompt, own in requests + stopped]
+        stats = engine.stats()
+        _assert_empty(engine)
+    _same(results, full)
+    assert stats.accepted_tokens > stats.generated_tokens / 2  # steps of several tokens
 
 
 def test_nobody_gives_way_to_drafts_and_a_full_step_has_none():
