@@ -2,6 +2,8 @@
 
 from jaxmoe.elastic._chunks import chunks
 from jaxmoe.elastic._eplb import eplb
+from jaxmoe.elastic.cluster.messages import Weights
+from jaxmoe.elastic.cluster.processes import Cluster, ClusterOptions
 from jaxmoe.elastic.inventory import Bandwidths, Inventory, checksum, host_backup
 from jaxmoe.elastic.membership import Fence, Ledger, Membership, StaleMembership
 from jaxmoe.elastic.placement import CoverageLost, Placement, rebalance
@@ -17,6 +19,8 @@ from jaxmoe.elastic.repair import (
 
 __all__ = [
     "Bandwidths",
+    "Cluster",
+    "ClusterOptions",
     "CoverageLost",
     "Fence",
     "Inventory",
@@ -27,6 +31,7 @@ __all__ = [
     "Placement",
     "Plan",
     "StaleMembership",
+    "Weights",
     "checksum",
     "chunks",
     "eplb",

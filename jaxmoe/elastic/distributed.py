@@ -11,8 +11,6 @@ import socket
 from typing import Any
 
 import jax
-from jax._src import distributed
-from jax._src.lib import _jax
 
 HEARTBEAT_S = 10  # of the coordination service; the controller notices sooner, by its own means
 
@@ -24,6 +22,8 @@ def serve(address: str, processes: int) -> Any:
       address: "host:port" to listen on.
       processes: how many processes there can be, numbered from 0.
     """
+    from jax._src.lib import _jax
+
     return _jax.get_distributed_runtime_service(
         address, processes, heartbeat_timeout=HEARTBEAT_S, shutdown_timeout=1, recoverable=True
     )
@@ -35,7 +35,10 @@ def join(address: str, process: int, processes: int, *, timeout_s: int = 60) -> 
     Raises:
       RuntimeError: if the service cannot be reached within ``timeout_s``, or JAX has started already.
     """
-    if jax._src.xla_bridge.backends_are_initialized():
+    from jax._src import distributed, xla_bridge
+    from jax._src.lib import _jax
+
+    if xla_bridge.backends_are_initialized():
         raise RuntimeError("join must come before the first computation of the process.")
     jax.config.update("jax_enable_recoverability", True)
     state = distributed.global_state

@@ -8,6 +8,7 @@ such: recovery is slower then, not wrong.
 
 import dataclasses
 import io
+import logging
 import pathlib
 import pickle
 from collections.abc import Callable, Hashable, Sequence
@@ -16,6 +17,8 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import serialize_executable
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +147,9 @@ class Executables:
                 program = load(portable, devices)
                 self.counters.loaded += 1
             except Exception as error:  # private API: whatever it raises, there is the public way
-                self.counters.fallbacks.append(f"{name}: {type(error).__name__}: {error}")
+                reason = f"{name}: {type(error).__name__}: {error}"
+                logger.warning("compiled for want of loading: %s", reason)
+                self.counters.fallbacks.append(reason)
         if program is None:
             program = lower().compile()
             self.counters.compiled += 1

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import itertools
 import logging
-import secrets
 import threading
 import time
 from collections import Counter, deque
@@ -12,19 +11,17 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
-import numpy as np
 from jax.sharding import Mesh
 
 from jaxmoe.config import ModelConfig
-from jaxmoe.engine import grammar
-from jaxmoe.engine.options import DEFAULT_TOKENS_PER_REQUEST, EngineOptions
+from jaxmoe.engine.admission import Admission
+from jaxmoe.engine.options import EngineOptions
 from jaxmoe.engine.pages import PagePool
 from jaxmoe.engine.requests import Chunk, Request, Result, SamplingParams, TokenLogprobs
-from jaxmoe.engine.runner import Change, ElasticRunner, Outcome, Runner, Sizes
+from jaxmoe.engine.runner import Change, ElasticRunner, Outcome, Runner
 from jaxmoe.engine.scheduler import Limits, Scheduler
 from jaxmoe.engine.stats import EngineStats, Events, Smoothed
-from jaxmoe.engine.stream import Progress, Stream, key_data
-from jaxmoe.engine.text import StoppableText
+from jaxmoe.engine.stream import Stream
 from jaxmoe.errors import JaxMoeError
 from jaxmoe.params import Params
 from jaxmoe.tokenizer import ByteTokenizer, FileTokenizer
@@ -90,32 +87,14 @@ class Engine:
                 f"max_length ({self.max_length}) must be <= the model's max_position_embeddings "
                 f"({config.max_position_embeddings}); shorten it."
             )
-        if options.speculative_tokens and (params is None or "mtp" not in params):
-            raise ValueError(
-                f"speculative_tokens={options.speculative_tokens} needs a multi-token-prediction module, which these "
-                "parameters don't have; use 0."
-            )
-        table = -(-self.max_length // options.page_size)
-        pages = options.pages or max(
-            table, options.max_running * DEFAULT_TOKENS_PER_REQUEST // options.page_size
-        )
-        sizes = Sizes(
-            options.max_running,
-            options.max_step_tokens,
-            pages,
-            options.page_size,
-            table,
-            options.speculative_tokens,
-            options.cache_dtype,
-        )
+        sizes = options.sizes(self.max_length)
         if cluster is None:
             self._runner = Runner(params, config, sizes, mesh)
         else:
             self._runner = cluster
             cluster.start(sizes)
-            cluster.on_change = self._notice
         pools = [
-            PagePool(pages, options.page_size, reuse=options.prefix_reuse)
+            PagePool(sizes.pages, options.page_size, reuse=options.prefix_reuse)
             for _ in range(self._runner.ranks)
         ]
         limits = Limits(
@@ -125,8 +104,7 @@ class Engine:
             options.speculative_tokens,
         )
         self._scheduler = Scheduler(pools, limits)
-        eos = config.eos_token_id
-        self._eos = frozenset(() if eos is None else np.atleast_1d(np.asarray(eos)).tolist())
+        self._admission = Admission(config, self.tokenizer, self.max_length, self.cancel)
         self._requests: dict[str, Request] = {}
         self._lock = threading.RLock()
         self._wake = threading.Condition(self._lock)
@@ -137,6 +115,8 @@ class Engine:
         self._steps = self._prompt_tokens = self._cached_tokens = self._generated = 0
         self._finished: Counter[str] = Counter()
         self._step_s, self._schedule_s = Smoothed(), Smoothed()
+        if cluster is not None:
+            cluster.on_change = self._notice
 
     # -- requests ----------------------------------------------------------------------------------
 
@@ -165,35 +145,8 @@ class Engine:
           QueueFull: if too many requests wait.
           EngineClosed: while draining and after ``close``.
         """
-        ids = self._ids(prompt)
-        if len(ids) + 1 > self.max_length:
-            raise ValueError(
-                f"prompt has {len(ids)} tokens but the engine's max_length is {self.max_length}, output included; "
-                "shorten the prompt."
-            )
-        if timeout_s is not None and not timeout_s > 0:
-            raise ValueError(f"timeout_s must be > 0 or None; got {timeout_s}.")
-        room = self.max_length - len(ids)
-        if sampling.max_new_tokens > room:
-            sampling = dataclasses.replace(sampling, max_new_tokens=room)
-        for token, _ in sampling.logit_bias:
-            if token >= self.config.vocab_size:
-                raise ValueError(
-                    f"logit_bias names token {token}; ids must be below vocab_size ({self.config.vocab_size})."
-                )
-        seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        request = Request(ids, sampling, priority, deadline, request_id or "")
-        stop = frozenset(sampling.stop_token_ids) | (
-            frozenset() if sampling.ignore_eos else self._eos
-        )
-        request.progress = Progress(
-            Stream(request, self.cancel),
-            StoppableText(self.tokenizer.stream(), sampling.stop),
-            key_data(seed),
-            stop,
-            on_chunk,
-            grammar.start(sampling.output_form(), self.tokenizer, self.config, self._eos),
+        request = self._admission.request(
+            prompt, sampling, priority, timeout_s, request_id, on_chunk
         )
         with self._wake:
             if self._draining or self._closed:
@@ -206,25 +159,17 @@ class Engine:
             self._wake.notify_all()
         return request.progress.stream
 
-    def _ids(self, prompt: str | Sequence[int]) -> list[int]:
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        if not ids:
-            raise ValueError("prompt must have at least one token; got none.")
-        if not all(isinstance(i, int | np.integer) and not isinstance(i, bool) for i in ids):
-            raise TypeError("prompt must be text or integer token ids.")
-        if min(ids) < 0 or max(ids) >= self.config.vocab_size:
-            raise ValueError(
-                f"prompt ids must lie in [0, vocab_size={self.config.vocab_size}); got {min(ids)}..{max(ids)}."
-            )
-        return [int(i) for i in ids]
-
     def stream(
         self,
         prompt: str | Sequence[int],
         sampling: SamplingParams = SamplingParams(),
         **kwargs: Any,
     ) -> Iterator[Chunk]:
-        """Chunks of one request; leaving the loop early cancels it. Arguments as in ``submit``."""
+        """Chunks of one request; leaving the loop early cancels it. Arguments as in ``submit``, but for ``on_chunk``."""
+        if "on_chunk" in kwargs:
+            raise TypeError(
+                "stream hands out the chunks itself; leave on_chunk out, or use submit."
+            )
         stream = self.submit(prompt, sampling, **kwargs)
         try:
             yield from stream
@@ -238,6 +183,8 @@ class Engine:
         **kwargs: Any,
     ) -> list[Result]:
         """Results of several requests, in order. Arguments as in ``submit``; ``sampling`` one for all, or one each."""
+        if isinstance(prompts, str):
+            raise TypeError(f"prompts must be a list; got one text. Use [{prompts[:20]!r}].")
         each = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else list(sampling)
         if len(each) != len(prompts):
             raise ValueError(
@@ -246,12 +193,24 @@ class Engine:
         streams: list[Stream] = []
         try:
             for prompt, params in zip(prompts, each, strict=True):
+                self._wait_for_room()
                 streams.append(self.submit(prompt, params, **kwargs))
             return [stream.result() for stream in streams]
         except BaseException:  # nobody will ask for the others
             for stream in streams:
                 stream.cancel()
             raise
+
+    def _wait_for_room(self) -> None:
+        """Until one more request may wait."""
+        with self._wake:
+            self._wake.wait_for(
+                lambda: (
+                    self._scheduler.waiting_count < self.options.max_waiting
+                    or self._draining
+                    or self._closed
+                )
+            )
 
     def cancel(self, request_id: str) -> bool:
         """Ends a request at the next step; False if it is not there any more."""
@@ -288,9 +247,10 @@ class Engine:
                 request.progress.cancelled = True
             self._wake.notify_all()
             thread = self._thread
-        if thread is not None and thread is not threading.current_thread():
+        if thread is None:
+            self._runner.close()
+        elif thread is not threading.current_thread():
             thread.join()
-        self._runner.close()
 
     def __enter__(self) -> "Engine":
         self.start()
@@ -312,7 +272,6 @@ class Engine:
         with self._lock:
             pools = self._scheduler.pools
             ranks = self._runner.ranks
-            experts = np.arange(self.config.n_routed_experts or 0).reshape(ranks, -1)
             return EngineStats(
                 waiting=self._scheduler.waiting_count,
                 running=self._scheduler.running_count,
@@ -332,7 +291,7 @@ class Engine:
                 accepted_tokens=self._runner.accepted,
                 ranks=ranks,
                 epoch=self._runner.epoch,
-                rank_experts=experts.tolist(),
+                rank_experts=self._runner.rank_experts,
                 draining=self._draining,
             )
 
@@ -363,20 +322,22 @@ class Engine:
 
     def _run(self) -> None:
         while True:
-            with self._wake:
-                self._wake.wait_for(
-                    lambda: self._requests or self._tasks or self._closed or self._runner.pending()
-                )
-                if self._closed and not self._requests and not self._tasks:
-                    return
-                task = self._tasks.popleft() if self._tasks else None
-            if task is not None:
-                _settle(*task)
             try:
+                with self._wake:
+                    self._wake.wait_for(self._has_work)
+                    if self._closed and not self._requests and not self._tasks:
+                        break
+                    task = self._tasks.popleft() if self._tasks else None
+                if task is not None:
+                    _settle(*task)
                 self._step()
             except Exception as error:  # whatever it is, no caller may wait for ever
                 logger.exception("engine step failed")
                 self._fail(f"{type(error).__name__}: {error}")
+        self._runner.close()
+
+    def _has_work(self) -> bool:
+        return bool(self._requests or self._tasks or self._closed or self._runner.pending())
 
     def _fail(self, message: str) -> None:
         with self._wake:
@@ -396,20 +357,18 @@ class Engine:
         batch = self._runner.pack(works)
         if batch is None:
             return
-        computing = time.perf_counter()
         outcomes = self._runner.run(works, batch)
         if isinstance(outcomes, Change):
             self._adopt(outcomes)
             return
-        computed = time.perf_counter()
         with self._wake:
             for outcome in itertools.chain(*outcomes):
-                self._take(outcome)
+                self._take_or_end(outcome)
             self._steps += 1
             self._wake.notify_all()
         ended = time.perf_counter()
         self._step_s.add(ended - began)
-        self._schedule_s.add(ended - computed + computing - began)
+        self._schedule_s.add(ended - began - self._runner.computing_s)
 
     def _notice(self) -> None:
         """Something has happened to a rank."""
@@ -435,6 +394,17 @@ class Engine:
                 self._finish(request, "cancelled")
             elif request.deadline is not None and now > request.deadline:
                 self._finish(request, "deadline")
+
+    def _take_or_end(self, outcome: Outcome) -> None:
+        """``_take``; what goes wrong in it is that request's own matter, and ends no other."""
+        request = outcome.work.request
+        try:
+            self._take(outcome)
+        except Exception as error:
+            logger.exception("request failed request=%s", request.request_id)
+            if request.request_id in self._requests:
+                message = f"{type(error).__name__}: {error}"
+                self._finish(request, "error", Chunk(finish_reason="error", error=message))
 
     def _take(self, outcome: Outcome) -> None:
         """Notes what a step has computed of a request and hands out its new tokens."""
@@ -462,6 +432,12 @@ class Engine:
         self._generated += 1
         if progress.grammar is not None:
             progress.grammar.take(token)
+            if progress.grammar.error is not None:
+                message = (
+                    f"the form of the output cannot be enforced further: {progress.grammar.error}"
+                )
+                self._finish(request, "error", Chunk(finish_reason="error", error=message))
+                return
         if token in progress.stop_ids:
             self._finish(request, "stop")
             return

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Literal
 
+from jaxmoe.engine.runner import Sizes
 from pallas_kernels import cache_rows
 
 DEFAULT_TOKENS_PER_REQUEST = 1024  # of the default cache: for max_running requests of this length
@@ -27,7 +28,8 @@ class EngineOptions:
     prefix_reuse: bool = True
     """Whether prompts that begin like earlier ones reuse their cache rows."""
     speculative_tokens: int = 0
-    """Tokens that the model's multi-token-prediction module guesses ahead; they change the speed only, no token."""
+    """Tokens that the model's multi-token-prediction module guesses ahead; they change the speed and, where a token's
+    arithmetic does not depend on who shares its step (``Engine``), no token."""
     cache_dtype: Literal["float32", "bfloat16", "fp8"] | None = None
     """How the cache stores its rows; default: as the parameters. fp8: latent attention in 8 bits with scales."""
 
@@ -52,3 +54,17 @@ class EngineOptions:
                 f"cache_dtype must be one of {', '.join(cache_rows.FORMATS)}, or None for the parameters' own; "
                 f"got {self.cache_dtype!r}."
             )
+
+    def sizes(self, max_length: int) -> Sizes:
+        """The shapes of a runner whose requests may have ``max_length`` tokens."""
+        table = -(-max_length // self.page_size)
+        default = self.max_running * DEFAULT_TOKENS_PER_REQUEST // self.page_size
+        return Sizes(
+            self.max_running,
+            self.max_step_tokens,
+            self.pages or max(table, default),
+            self.page_size,
+            table,
+            self.speculative_tokens,
+            self.cache_dtype,
+        )

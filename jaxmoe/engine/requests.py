@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import math
 import secrets
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from jaxmoe.engine.grammar import Form, Json
 
 _ids = itertools.count()
+_MOST_BIAS = 1e6  # far above any logit, and sums of it stay finite in float32
 
 
 def _check(name: str, value: float, low: float, high: float, hint: str) -> None:
@@ -89,16 +89,18 @@ class SamplingParams:
         if self.top_p == 0:
             raise ValueError("top_p must be above 0; got 0. Use temperature=0 for greedy.")
         _check("min_p", self.min_p, 0, 1, "Use 0 for no cut.")
-        if not isinstance(self.top_k, int) or self.top_k < 0:
-            raise ValueError(f"top_k must be an integer >= 0; got {self.top_k!r}. Use 0 for all.")
+        if not isinstance(self.top_k, int) or not 0 <= self.top_k < 2**31:
+            raise ValueError(
+                f"top_k must be an integer >= 0 and below 2^31; got {self.top_k!r}. Use 0 for all."
+            )
         _check("repetition_penalty", self.repetition_penalty, 1e-3, 1e3, "Use 1 for none.")
         _check("presence_penalty", self.presence_penalty, -100, 100, "Use 0 for none.")
         _check("frequency_penalty", self.frequency_penalty, -100, 100, "Use 0 for none.")
         self._check_kinds()
         for token, bias in self.logit_bias:
-            if token < 0 or not math.isfinite(bias):
+            if token < 0 or not abs(bias) <= _MOST_BIAS:
                 raise ValueError(
-                    f"logit_bias takes token ids and finite numbers; got {token}: {bias}."
+                    f"logit_bias takes token ids and numbers within {_MOST_BIAS:g}; got {token}: {bias}."
                 )
         if self.logprobs is not None and not 0 <= self.logprobs <= 20:
             raise ValueError(f"logprobs must be in 0..20 or None; got {self.logprobs}.")
@@ -163,7 +165,7 @@ class TokenLogprobs:
 
 @dataclasses.dataclass(frozen=True)
 class Chunk:
-    """What one engine step added to a request.
+    """What has been added to a request: as a rule one token.
 
     Attributes:
       token_ids: new tokens.

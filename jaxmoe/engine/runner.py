@@ -1,7 +1,9 @@
 """Runs steps: packs the scheduler's work into arrays, computes, samples, verifies and makes drafts, and commits."""
 
+import contextlib
 import itertools
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -93,6 +95,8 @@ class ElasticRunner(Protocol):
     load: np.ndarray
     drafted: int
     accepted: int
+    computing_s: float
+    rank_experts: list[list[int]]
     on_change: Callable[[], None]
     """Called, on any thread, when ``pending`` may have become true."""
 
@@ -206,7 +210,18 @@ class Runner:
       mesh: ranks along its axis "expert", or None for one device.
     """
 
+    epoch = 0  # ranks of a mesh neither come nor go
+
     def __init__(self, params: Params, config: ModelConfig, sizes: Sizes, mesh: Mesh | None):
+        if sizes.drafts and "mtp" not in params:
+            raise ValueError(
+                f"speculative_tokens={sizes.drafts} needs a multi-token-prediction module, which these parameters don't "
+                "have; use 0."
+            )
+        if mesh is not None and "expert" not in mesh.shape:
+            raise ValueError(
+                f"the mesh must have an axis 'expert'; got {tuple(mesh.shape)}. Use sharding.make_mesh(expert=N)."
+            )
         self.config, self.sizes = config, sizes
         self.ranks = 1 if mesh is None else mesh.shape["expert"]
         self.program = make_program(config, mesh)
@@ -219,6 +234,9 @@ class Runner:
             (0, 0), np.int64
         )  # [layers with experts, E]: tokens that each has computed
         self.drafted = self.accepted = 0
+        self.computing_s = 0.0  # of the last step, in compiled functions
+        experts = np.arange(config.n_routed_experts or 0)
+        self.rank_experts = experts.reshape(self.ranks, -1).tolist()  # in each rank's slots
 
     def _empty(self) -> tuple[Entries, Entries | None]:
         pages = self.sizes.pages * self.ranks, self.sizes.page_size
@@ -237,8 +255,6 @@ class Runner:
         return lost
 
     # -- a step ------------------------------------------------------------------------------------
-
-    epoch = 0  # ranks of a mesh neither come nor go
 
     def close(self) -> None:
         """Nothing to end."""
@@ -265,20 +281,31 @@ class Runner:
         Returns:
           What became of every work, in the same order.
         """
-        batch, rows = _concatenate(batches), len(batches[0].rows)
-        result = self.program.compute(self._params, self._entries, batch, None)
+        batch, rows, self.computing_s = _concatenate(batches), len(batches[0].rows), 0.0
+        with self._computing():
+            result = self.program.compute(self._params, self._entries, batch, None)
         inputs = sampling.prepare([asks_of(rank) for rank in works], rows, self.config.vocab_size)
-        sampled = sampling.finish(result.logits, result.best, inputs)
+        with self._computing():
+            sampled = sampling.finish(result.logits, result.best, inputs)
+            jax.block_until_ready(result.load)
         outcomes = [outcomes_of(rank, sampled, i * rows) for i, rank in enumerate(works)]
         for outcome in itertools.chain(*outcomes):
             self.drafted += len(outcome.work.drafts)
             self.accepted += len(outcome.accepted)
         load = sum(np.split(np.asarray(result.load, np.int64), self.ranks))
         self.load = load + (self.load if self.load.size else 0)
-        self._entries = self.program.commit(self._entries, result.entries, batch)
+        with self._computing():
+            self._entries = self.program.commit(self._entries, result.entries, batch)
         if self.sizes.drafts:
             outcomes = self._draft(outcomes, batches, result.hidden)
         return outcomes
+
+    @contextlib.contextmanager
+    def _computing(self) -> Iterator[None]:
+        """Adds up the step's time in compiled functions, waiting for them included."""
+        began = time.perf_counter()
+        yield
+        self.computing_s += time.perf_counter() - began
 
     # -- drafts ------------------------------------------------------------------------------------
 
@@ -293,7 +320,8 @@ class Runner:
             if ahead:
                 batches = self._further(batches, drafts)
             batch = _concatenate(batches)
-            result = self.program.draft(self._params, self._draft_entries, hidden, batch, None)
+            with self._computing():
+                result = self.program.draft(self._params, self._draft_entries, hidden, batch, None)
             asking = [
                 [
                     Ask(o.work.request, (*o.tokens, *d))
@@ -302,8 +330,11 @@ class Runner:
                 for mine, own in zip(outcomes, drafts, strict=True)
             ]
             inputs = sampling.prepare(asking, rows, self.config.vocab_size)
-            sampled = sampling.finish(result.logits, result.best, inputs)
-            self._draft_entries = self.program.commit(self._draft_entries, result.entries, batch)
+            with self._computing():
+                sampled = sampling.finish(result.logits, result.best, inputs)
+                self._draft_entries = self.program.commit(
+                    self._draft_entries, result.entries, batch
+                )
             if sampled is None:
                 return outcomes
             hidden = result.hidden

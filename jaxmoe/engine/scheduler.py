@@ -121,28 +121,35 @@ class Scheduler:
         for rank, running in enumerate(self.running):
             # Decoding requests first: a token each for those who wait for one, whatever prompts arrive.
             decoding = sorted((r for r in running if r.length - r.computed == 1), key=_urgency)
-            for done, request in enumerate(decoding, start=1):
-                spare = max(budgets[rank] - 1 - (len(decoding) - done), 0)
-                self._add(works[rank], request, 1, budgets, rank, request.drafts[:spare])
+            for request in decoding:
+                self._add(works[rank], request, 1, budgets, rank)
             filling = sorted((r for r in running if r.length - r.computed > 1), key=_urgency)
             for request in filling:
                 self._add(works[rank], request, request.length - request.computed, budgets, rank)
         self._admit(works, budgets)
+        for rank, mine in enumerate(works):
+            works[rank] = self._with_drafts(mine, budgets[rank])
         return works
 
-    def _add(
-        self,
-        works: list[Work],
-        request: Request,
-        count: int,
-        budgets: list[int],
-        rank: int,
-        drafts: tuple[int, ...] = (),
-    ) -> None:
-        """Adds up to ``count`` of a running request's tokens, if pages can be had and it is still running.
+    def _with_drafts(self, works: list[Work], budget: int) -> list[Work]:
+        """The works with as many drafts as there is budget for, and pages that nobody else has asked for."""
+        extended = []
+        for work in works:
+            request, drafts = work.request, work.request.drafts[:budget]
+            while drafts and not self._grow(request, work.stop + len(drafts)):
+                drafts = drafts[:-1]
+            budget -= len(drafts)
+            extended.append(dataclasses.replace(work, drafts=drafts) if drafts else work)
+            if work.samples and self.limits.speculative_tokens > 1:
+                # A draft is made from the row of the one before; without a page for that it is only a poor one.
+                ahead = work.stop + len(drafts) + self.limits.speculative_tokens - 1
+                self._grow(request, min(ahead, request.most_tokens))
+        return extended
 
-        Nobody gives way to drafts: those that find no page are left out.
-        """
+    def _add(
+        self, works: list[Work], request: Request, count: int, budgets: list[int], rank: int
+    ) -> None:
+        """Adds up to ``count`` of a running request's tokens, if pages can be had and it is still running."""
         if request.rank is None or budgets[rank] == 0:
             return
         stop = request.computed + min(count, budgets[rank])
@@ -155,14 +162,8 @@ class Scheduler:
             self.preempt(victim)
             if victim is request:
                 return
-        while drafts and not self._grow(request, stop + len(drafts)):
-            drafts = drafts[:-1]
-        works.append(Work(request, request.computed, stop, drafts))
+        works.append(Work(request, request.computed, stop))
         budgets[rank] -= works[-1].size
-        if self.limits.speculative_tokens > 1:
-            # A draft is made from the row of the one before; without a page for that it is only a poor one.
-            ahead = stop + len(drafts) + self.limits.speculative_tokens - 1
-            self._grow(request, min(ahead, request.most_tokens))
 
     def _admit(self, works: list[list[Work]], budgets: list[int]) -> None:
         """Starts waiting requests in order of urgency while there is room."""

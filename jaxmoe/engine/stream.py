@@ -24,15 +24,20 @@ class Stream:
       prompt_tokens: tokens of the prompt.
     """
 
-    def __init__(self, request: Request, cancel: Callable[[str], bool]):
+    def __init__(self, request: Request, cancel: Callable[[str], bool], *, queued: bool = True):
         self.request_id, self.prompt_tokens = request.request_id, len(request.prompt)
-        self._cancel = cancel
+        self._cancel, self._queued = cancel, queued
         self._chunks: queue.SimpleQueue[Chunk] = queue.SimpleQueue()
         self._result: Result | None = None
         self._finished = threading.Event()
         self._ended = False
 
     def __iter__(self) -> Iterator[Chunk]:
+        if not self._queued:
+            raise RuntimeError("this request's chunks go to its on_chunk; use result() here.")
+        return self._take()
+
+    def _take(self) -> Iterator[Chunk]:
         while not self._ended:
             chunk = self._chunks.get()
             self._ended = chunk.finish_reason is not None

@@ -252,3 +252,42 @@ def test_impossible_options_are_refused():
         EngineOptions(cache_dtype="fp4")
     with pytest.raises(ValueError, match=r"max_length \(129\) must be <= .* \(128\); shorten"):
         new_engine(max_length=129)
+
+
+def test_more_prompts_than_may_wait_are_submitted_as_there_is_room():
+    with new_engine(max_running=1, max_waiting=2) as engine:
+        results = engine.generate(["Hello"] * 7, exactly(3))
+        assert len({result.token_ids for result in results}) == 1
+        assert_empty(engine)
+
+
+@pytest.mark.misuse
+def test_chunks_go_one_way_only():
+    with new_engine() as engine:
+        with pytest.raises(TypeError, match="stream hands out the chunks itself; leave on_chunk"):
+            next(engine.stream("Hello", exactly(2), on_chunk=print))
+        stream = engine.submit("Hello", exactly(2), on_chunk=lambda chunk: None)
+        with pytest.raises(RuntimeError, match="chunks go to its on_chunk; use result"):
+            next(iter(stream))
+        assert len(stream.result(WAIT_S).token_ids) == 2
+
+
+@pytest.mark.misuse
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda e: e.generate("Hello"), TypeError, "prompts must be a list; got one text"),
+        (lambda e: e.submit(5), TypeError, "prompt must be text or integer token ids; got 5"),
+        (lambda e: e.submit("a", timeout_s="3"), ValueError, "timeout_s must be > 0 .*; got '3'"),
+        (
+            lambda e: e.submit("a", priority=None),
+            TypeError,
+            "priority must be an integer; got None",
+        ),
+    ],
+)
+def test_arguments_of_another_kind_are_refused(call, error, message):
+    engine = new_engine()
+    with pytest.raises(error, match=message):
+        call(engine)
+    engine.close()

@@ -402,3 +402,15 @@ def test_a_pool_for_just_the_largest_request_serves_all_in_about_the_tokens_it_t
         # Alone, one after another, each with its prompt and every output recomputed once.
         assert steps <= sum(-(-(prompt + new) // budget) + new for prompt, new in sizes)
     assert [len(request.output) for request in requests] == [new for _, new in sizes]
+
+
+def test_nobody_gives_way_to_drafts_on_the_last_page():
+    """Each of two requests needs one page more for its next token; the first one's drafts would take both."""
+    scheduler = _scheduler(pages=6, size=4, max_step_tokens=16)
+    first, second = _request(8, new=9), _request(8, new=9)
+    _submit(scheduler, first, second)
+    _step(scheduler)
+    first.drafts = (1, 2, 3, 4)
+    works = [work for rank in scheduler.plan() for work in rank]
+    assert [(work.request, work.size) for work in works] == [(first, 4), (second, 1)]
+    assert works[0].drafts == (1, 2, 3) and scheduler.preemptions == 0

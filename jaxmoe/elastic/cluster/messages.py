@@ -87,11 +87,11 @@ class Install:
 
 @dataclasses.dataclass(frozen=True)
 class Compile:
-    """Programs to have ready: steps of ``size`` tokens per rank on ``ranks`` ranks."""
+    """What a step of ``size`` tokens per rank takes is to be ready: its sampling, and its program for these numbers of ranks."""
 
     epoch: int
     size: int
-    ranks: int
+    numbers: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)

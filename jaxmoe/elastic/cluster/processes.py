@@ -13,7 +13,6 @@ import logging
 import os
 import pathlib
 import secrets
-import signal
 import socket
 import subprocess
 import sys
@@ -41,7 +40,7 @@ from jaxmoe.elastic.cluster.messages import (
 )
 from jaxmoe.elastic.inventory import Bandwidths, Inventory
 from jaxmoe.elastic.membership import Ledger, Membership
-from jaxmoe.elastic.placement import Placement
+from jaxmoe.elastic.placement import CoverageLost, Placement
 from jaxmoe.elastic.repair import plan_join, plan_repair
 from jaxmoe.engine import sampling
 from jaxmoe.engine.runner import Change, Outcome, Packing, Sizes, asks_of, outcomes_of
@@ -50,6 +49,9 @@ from jaxmoe.engine.step import Batch
 from jaxmoe.errors import JaxMoeError
 
 logger = logging.getLogger(__name__)
+
+
+MOST_TRIES = 5  # of a step that fails although no rank is gone
 
 
 class RankFailed(JaxMoeError):
@@ -70,7 +72,7 @@ class ClusterOptions:
     """Copies beyond the first, over all ranks; default: one of each expert."""
     respawn: bool = True
     """Whether a rank that has died is started again."""
-    silence_s: float = 1.0
+    silence_s: float = 2.0
     """After so long without an answer to a ping a rank counts as dead."""
     deadline_s: float = 60.0
     """After so long without a step's result a rank counts as dead though it answers."""
@@ -113,6 +115,27 @@ class Member:
             self.connection.close()
 
 
+class _Phases:
+    """Seconds of a recovery by what they were spent on."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def mark(self, phase: str) -> None:
+        """What has passed since the last mark was for this."""
+        now = time.perf_counter()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
+        self._last = now
+
+
+def _environment() -> dict[str, str]:
+    """This process's, without what splits its own CPU into several devices: a rank is one device."""
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    kept = [flag for flag in flags if "host_platform_device_count" not in flag]
+    return {**os.environ, "XLA_FLAGS": " ".join(kept), "JAX_NUM_CPU_DEVICES": "1"}
+
+
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -145,7 +168,10 @@ class Cluster:
         self._placement = Placement(table[None].astype(np.int32), experts, self.ranks)
         self._ledger = Ledger(Membership.initial(self.ranks))
         self._members: dict[int, Member] = {}
+        self._starting: list[Member] = []
         self._joining: list[Member] = []
+        self._refusal: str | None = None  # why nothing can be computed at present
+        self._number = self._tries = 0
         self._lock = threading.Lock()
         self._orders: set[tuple[int, ...]] = set()
         self._epoch = -1
@@ -153,6 +179,8 @@ class Cluster:
         self._incarnations = itertools.count(1)
         self.load = np.zeros((0, 0), np.int64)
         self.drafted = self.accepted = 0
+        self.computing_s = 0.0  # of the last step, from its orders to its results
+        self.buckets: list[int] = []  # known once started
         self.events: list[dict[str, Any]] = []
         self.dropped = 0
         self.on_change: Callable[[], None] = lambda: None
@@ -160,7 +188,16 @@ class Cluster:
     # -- life --------------------------------------------------------------------------------------
 
     def start(self, sizes: Sizes) -> None:
-        """Starts the processes and puts the first placement into them."""
+        """Starts the processes and puts the first placement into them.
+
+        Raises:
+          ValueError: for sizes with drafts: ranks have no MTP module yet.
+          RankFailed: if processes do not start.
+        """
+        if sizes.drafts:
+            raise ValueError(
+                f"speculative_tokens={sizes.drafts} is not possible with a cluster yet; use 0."
+            )
         self.sizes = sizes
         self._packing = Packing(sizes, self.ranks)
         self.buckets = self._packing.buckets
@@ -180,33 +217,43 @@ class Cluster:
             self._placement.slots_per_rank,
             self.options.programs or str(pathlib.Path(self._folder.name) / "programs"),
         )
+        try:
+            self._begin()
+        except BaseException:
+            self.close()
+            raise
+
+    def _begin(self) -> None:
+        """Waits for all processes and installs the first placement."""
         starting = [self._launch(rank, 0) for rank in range(self.ranks)]
         threading.Thread(target=self._accept, daemon=True).start()
         deadline = time.monotonic() + self.options.start_s
         while len(self._joining) < len(starting):
             gone = [member.rank for member in starting if member.process.poll() is not None]
             if gone or time.monotonic() > deadline:
-                self.close()
                 raise RankFailed(gone or range(self.ranks))
             time.sleep(0.01)
         self._members = {member.rank: member for member in self._joining}
         self._joining = []
-        fills = {rank: self._fills_of(self._placement, rank) for rank in range(self.ranks)}
-        self._install(fills)
+        self._install({rank: self._fills_of(self._placement, rank) for rank in range(self.ranks)})
 
     def _launch(self, rank: int, incarnation: int) -> Member:
         command = [sys.executable, "-m", "jaxmoe.elastic.cluster.rank", self._listener.address]
         process = subprocess.Popen(
-            [*command, str(rank), str(incarnation)],
-            stdin=subprocess.PIPE,
-            env={**os.environ, "JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", "cpu")},
+            [*command, str(rank), str(incarnation)], stdin=subprocess.PIPE, env=_environment()
         )
         process.stdin.write(self._key)
         process.stdin.close()
         member = Member(rank, incarnation, process)
+        threading.Thread(target=self._watch, args=(process,), daemon=True).start()
         with self._lock:
-            self._starting = getattr(self, "_starting", []) + [member]
+            self._starting.append(member)
         return member
+
+    def _watch(self, process: subprocess.Popen) -> None:
+        """Tells of a process's end though nothing is being asked of it."""
+        process.wait()
+        self.on_change()
 
     def _accept(self) -> None:
         """Takes in processes that have started, one thread for each until it is ready."""
@@ -238,7 +285,7 @@ class Cluster:
     def close(self) -> None:
         """Ends all processes."""
         with self._lock:
-            everyone = [*self._members.values(), *self._joining, *getattr(self, "_starting", [])]
+            everyone = [*self._members.values(), *self._joining, *self._starting]
         for member in everyone:
             member.end()
         self._listener.close()
@@ -256,6 +303,12 @@ class Cluster:
     def epoch(self) -> int:
         """Of the present mesh; every change of membership and every new try has one of its own."""
         return self._epoch
+
+    @property
+    def rank_experts(self) -> list[list[int]]:
+        """Experts in each rank's slots; none for a rank that is away."""
+        by_rank = self._placement.slot_expert[0].reshape(self.ranks, -1).tolist()
+        return [[expert for expert in own if expert >= 0] for own in by_rank]
 
     def pending(self) -> bool:
         """Whether ``poll`` has something to do."""
@@ -300,50 +353,58 @@ class Cluster:
         self._mesh_order = order
 
     def _recover(self, gone: Iterable[int]) -> Change:
-        """Goes on without ``gone``, and without those that fail meanwhile."""
-        began, lost, phases = time.perf_counter(), set(), {}
-
-        def mark(phase: str) -> None:
-            phases[phase] = (
-                phases.get(phase, 0.0) + time.perf_counter() - began - sum(phases.values())
-            )
-
-        gone = set(gone)
-        while gone:
+        """Goes on without ``gone``, and without those that fail meanwhile; with nobody gone, with the same ranks once more."""
+        phases, gone, lost = _Phases(), set(gone), set()
+        self._tries += 1
+        if self._tries > MOST_TRIES:
+            raise JaxMoeError(f"a step has failed {self._tries} times; see the ranks' logs.")
+        while True:
             lost |= gone
             for rank in gone:
                 self._members.pop(rank).end()
-            mark("end")
-            current = self._ledger.current
-            self._ledger.commit(current.epoch, current.without(gone & set(current.ranks)))
+            phases.mark("end")
             try:
-                for member in self._members.values():
-                    member.send(Abort(self._epoch))
-                self._gather("aborted")
-                mark("abort")
-                inventory = Inventory.of(self._placement, 1, host=self._hosts()).without(
-                    lost, self._placement.slots_per_rank
-                )
-                plan = plan_repair(
-                    self._placement, self._ledger.current, inventory, Bandwidths.uniform(self.ranks)
-                )
-                mark("plan")
-                self._placement = plan.placement
-                self._install(_fills(plan.moves, self._placement.slots_per_rank))
-                mark("install")
-                gone = set()
+                self._repair(gone, lost, phases)
+                break
             except RankFailed as error:
                 gone = set(error.ranks)
-        self.events.append(
-            {"type": "lost", "ranks": sorted(lost), "epoch": self._epoch, "phases": phases}
-        )
+        event = {"type": "lost", "ranks": sorted(lost), "epoch": self._epoch}
+        self.events.append(event | {"phases": phases.seconds})
         logger.warning(
-            "ranks %s lost, going on with %s phases=%s", sorted(lost), self.active, phases
+            "lost ranks=%s active=%s phases=%s", sorted(lost), self.active, phases.seconds
         )
         if self.options.respawn:
             for rank in lost:
                 self._launch(rank, next(self._incarnations))
         return Change(self.active, frozenset(lost))
+
+    def _repair(self, gone: set[int], lost: set[int], phases: "_Phases") -> None:
+        """Ends what is being computed, commits the membership, covers all experts again, and begins a new epoch."""
+        current = self._ledger.current
+        leaving = gone & set(current.ranks)
+        if leaving:
+            if leaving == set(current.ranks):
+                raise CoverageLost("no rank is left.")
+            self._ledger.commit(current.epoch, current.without(leaving))
+        for member in self._members.values():
+            member.send(Abort(self._epoch))
+        self._gather("aborted")
+        phases.mark("abort")
+        inventory = Inventory.of(self._placement, 1, host=self._hosts())
+        inventory = inventory.without(lost, self._placement.slots_per_rank)
+        bandwidths = Bandwidths.uniform(self.ranks)
+        fills: dict[int, tuple[Fill, ...]] = {}
+        try:
+            plan = plan_repair(self._placement, self._ledger.current, inventory, bandwidths)
+            self._placement, self._refusal = plan.placement, None
+            fills = _fills(plan.moves, self._placement.slots_per_rank)
+        except CoverageLost as error:
+            self._placement, self._refusal = self._placement.without(sorted(lost)), str(error)
+            logger.error("cannot serve: %s", error)
+        phases.mark("plan")
+        if self._refusal is None:
+            self._install(fills)
+        phases.mark("install")
 
     def _hosts(self) -> np.ndarray:
         return np.ones((self.ranks, self._placement.layers, self._placement.experts), bool)
@@ -362,20 +423,16 @@ class Cluster:
         self._members[member.rank] = member
         before, self._placement = self._placement, plan.placement
         try:
-            self._install(_fills(plan.moves, self._placement.slots_per_rank))
+            if self._placement.min_copies:
+                self._install(_fills(plan.moves, self._placement.slots_per_rank))
+                self._refusal = None
         except RankFailed as error:
             self._placement = before
             return self._recover(error.ranks)
         seconds = time.perf_counter() - began
-        self.events.append(
-            {
-                "type": "joined",
-                "ranks": [member.rank],
-                "epoch": self._epoch,
-                "phases": {"install": seconds},
-            }
-        )
-        logger.warning("rank %d joined seconds=%.3f", member.rank, seconds)
+        event = {"type": "joined", "ranks": [member.rank], "epoch": self._epoch}
+        self.events.append(event | {"phases": {"install": seconds}})
+        logger.warning("joined rank=%d seconds=%.3f", member.rank, seconds)
         return Change(self.active, frozenset())
 
     # -- asking ------------------------------------------------------------------------------------
@@ -443,7 +500,10 @@ class Cluster:
     def run(self, works: list[list[Work]], batches: list[Batch]) -> list[list[Outcome]] | Change:
         """A step's outcomes; or, if it could not be computed, how the membership has changed: then nothing has happened."""
         rows = len(batches[0].rows)
-        self._number = getattr(self, "_number", 0) + 1
+        if self._refusal is not None:
+            raise CoverageLost(self._refusal)
+        began = time.perf_counter()
+        self._number += 1
         for rank, member in self._members.items():
             asks = asks_of(works[rank])
             inputs = sampling.prepare([asks], rows, self.config.vocab_size)
@@ -452,6 +512,7 @@ class Cluster:
             replies = self._gather("done", self._number)
         except RankFailed as error:
             return self._recover(error.ranks)
+        self._tries, self.computing_s = 0, time.perf_counter() - began
         load = sum(np.asarray(reply.value.load, np.int64) for reply in replies.values())
         self.load = load + (self.load if self.load.size else 0)
         return [
@@ -462,12 +523,13 @@ class Cluster:
     def warm_up(self, size: int) -> set[tuple]:
         """Compiles a step of ``size`` tokens for every number of ranks, each once; then runs an empty one."""
         least = -(-self._placement.experts // self._placement.slots_per_rank)
-        numbers = range(self.ranks, least - 1, -1)
+        numbers = tuple(range(least, self.ranks + 1))
         members = list(self._members.values())
-        for turn in range(0, len(numbers), len(members)):
-            for member, number in zip(members, numbers[turn : turn + len(members)], strict=False):
-                member.send(Compile(self._epoch, size, number))
-        self.run([[] for _ in range(self.ranks)], self._packing.idle(size))
+        for i, member in enumerate(members):
+            member.send(Compile(self._epoch, size, numbers[i :: len(members)]))
+        self._gather("compiled")
+        idle = [[] for _ in range(self.ranks)]
+        self.run(idle, self._packing.idle(size))
         return {("step", size, number) for number in numbers}
 
     def restore(self) -> bool:
@@ -481,8 +543,3 @@ def _fills(moves: Iterable[Any], per_rank: int) -> dict[int, tuple[Fill, ...]]:
         fill = Fill(move.slot - move.rank * per_rank, move.expert, "host")
         fills[move.rank] = (*fills.get(move.rank, ()), fill)
     return fills
-
-
-def stop_signal(process: subprocess.Popen, number: int = signal.SIGSTOP) -> None:
-    """Sends a signal to a rank's process: for faults on purpose."""
-    os.kill(process.pid, number)

@@ -36,10 +36,11 @@ from jaxmoe.elastic.cluster.messages import (
 )
 from jaxmoe.elastic.executables import Executables
 from jaxmoe.engine import sampling
-from jaxmoe.engine.runner import idle_batch
+from jaxmoe.engine.runner import Packing, idle_batch
 from jaxmoe.engine.step import Batch, make_program
 from jaxmoe.moe import ExpertTables
 from jaxmoe.sharding import make_mesh, specs
+from pallas_kernels import native
 
 logger = logging.getLogger(__name__)
 
@@ -108,6 +109,7 @@ class Rank:
 
     def __init__(self, setup: Setup, number: int):
         self.setup, self.number, self.epoch = setup, number, -1
+        native.available()  # registers the kernels, which a program that is loaded calls by name
         full = _load(setup)
         self._shard = Shard(setup, full)
         sizes = setup.sizes
@@ -152,11 +154,28 @@ class Rank:
         )
 
     def compile(self, message: Compile) -> None:
-        """Has the program ready for so many ranks; on the present mesh the rest of a step, too."""
-        others = [rank for rank in sorted(self._devices) if rank != self.number]
-        mesh = self._mesh_of((self.number, *others[: message.ranks - 1]))
-        batch = idle_batch(self.setup.sizes, message.size)
-        self._program(message.size, mesh, self._operands(mesh, batch, abstract=True))
+        """Has everything ready for steps of a size, for as many ranks as it is told."""
+        sizes, others = self.setup.sizes, [r for r in sorted(self._devices) if r != self.number]
+        batch = idle_batch(sizes, message.size)
+        for number in message.numbers:
+            mesh = self._mesh_of((self.number, *others[: number - 1]))
+            self._program(message.size, mesh, self._operands(mesh, batch, abstract=True))
+        # On the device by decree, as a step's are: JAX compiles anew for arrays that could as well be elsewhere.
+        device = self._devices[self.number]
+        logits = np.zeros((sizes.rows(message.size), self.setup.config.vocab_size), np.float32)
+        sampling.warm_up(jax.device_put(logits, device))
+        nothing = {
+            name: jax.device_put(
+                np.zeros((len(rows), message.size, 1, rows.shape[-1]), rows.dtype), device
+            )
+            for name, rows in self._entries.items()
+        }
+        self._entries = self._commit(self._entries, nothing, batch)
+
+    def warm_up(self) -> None:
+        """Everything but the programs of steps, which the others have left behind."""
+        for size in Packing(self.setup.sizes, 1).buckets:
+            self.compile(Compile(-1, size, ()))
 
     def _operands(self, mesh: Mesh, batch: Batch, *, abstract: bool = False) -> tuple:
         def over(tree: Any, spec: PartitionSpec) -> Any:
@@ -293,6 +312,8 @@ def main() -> None:
     process.spare_ports = {int(setup.coordinator.rsplit(":", 1)[1])}
     threading.Thread(target=process.listen, daemon=True).start()
     rank = Rank(setup, number)
+    if incarnation:
+        rank.warm_up()  # alone: nobody waits for a rank that returns
     process.reply("ready", -1)
     process.serve(rank)
 
