@@ -52,7 +52,7 @@ def _undisturbed() -> list[tuple[int, ...]]:
 
 @pytest.fixture(scope="module")
 def serving():
-    """One cluster for all tests; each leaves it with all ranks back."""
+    """One cluster for all tests; each leaves it with all ranks back. Three ranks have six orders, one for each return."""
     # So many copies that one rank alone has a slot for every expert.
     options = ClusterOptions(ranks=RANKS, redundant_experts=2 * CONFIG.n_routed_experts)
     cluster = Cluster(Weights(None, seed=0), CONFIG, options)
@@ -100,9 +100,9 @@ def test_without_faults_processes_give_the_tokens_of_one_device(serving):
     _under_load(engine, lambda: None)
 
 
-@pytest.mark.parametrize("rank", [0, pytest.param(2, marks=pytest.mark.slow)])
-def test_a_killed_rank_costs_no_request_no_token_and_no_compilation(serving, rank):
+def test_a_killed_rank_costs_no_request_no_token_and_no_compilation(serving):
     engine, cluster = serving
+    rank = 0
     compiled = {r: m.compiles for r, m in cluster._members.items() if r != rank}
     epoch = engine.stats().epoch
     _under_load(engine, lambda: _kill(cluster, rank))
@@ -130,6 +130,17 @@ def test_a_rank_that_stops_is_fenced_and_replaced(serving):
     _under_load(engine, lambda: _kill(cluster, 1, signal.SIGSTOP))
     assert process.poll() == -signal.SIGKILL  # it cannot come back and act on old orders
     _whole(engine, cluster)
+    _under_load(engine, lambda: None)
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_again_on_its_way_back_is_started_once_more(serving):
+    engine, cluster = serving
+    _kill(cluster, 1)
+    _until(lambda: cluster._supervisor._starting)
+    cluster._supervisor._starting[0].process.kill()
+    _whole(engine, cluster)
+    assert len(cluster.active) == RANKS
     _under_load(engine, lambda: None)
 
 

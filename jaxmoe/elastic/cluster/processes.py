@@ -10,17 +10,12 @@ not in from every rank has not happened: nothing of it counts as computed and no
 import dataclasses
 import itertools
 import logging
-import os
 import pathlib
-import secrets
 import socket
-import subprocess
-import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterable
-from multiprocessing.connection import Connection, Listener, wait
+from multiprocessing.connection import wait
 from typing import Any
 
 import numpy as np
@@ -38,6 +33,7 @@ from jaxmoe.elastic.cluster.messages import (
     Step,
     Weights,
 )
+from jaxmoe.elastic.cluster.supervisor import Member, Supervisor
 from jaxmoe.elastic.inventory import Bandwidths, Inventory
 from jaxmoe.elastic.membership import Ledger, Membership
 from jaxmoe.elastic.placement import CoverageLost, Placement
@@ -88,33 +84,6 @@ class ClusterOptions:
             raise ValueError(f"redundant_experts must be >= 0; got {self.redundant_experts}.")
 
 
-@dataclasses.dataclass
-class Member:
-    """A rank's process as the controller sees it."""
-
-    rank: int
-    incarnation: int
-    process: subprocess.Popen
-    connection: Connection | None = None
-    compiles: int = 0
-
-    def send(self, message: Any) -> bool:
-        """Whether the message is out; False if the process is gone."""
-        try:
-            self.connection.send(message)
-        except OSError:
-            return False
-        return True
-
-    def end(self) -> None:
-        """The process is dead afterwards, whatever it was doing: it is the fence against its return."""
-        if self.process.poll() is None:
-            self.process.kill()
-        self.process.wait()
-        if self.connection is not None:
-            self.connection.close()
-
-
 class _Phases:
     """Seconds of a recovery by what they were spent on."""
 
@@ -127,13 +96,6 @@ class _Phases:
         now = time.perf_counter()
         self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
         self._last = now
-
-
-def _environment() -> dict[str, str]:
-    """This process's, without what splits its own CPU into several devices: a rank is one device."""
-    flags = os.environ.get("XLA_FLAGS", "").split()
-    kept = [flag for flag in flags if "host_platform_device_count" not in flag]
-    return {**os.environ, "XLA_FLAGS": " ".join(kept), "JAX_NUM_CPU_DEVICES": "1"}
 
 
 def _free_port() -> int:
@@ -168,15 +130,11 @@ class Cluster:
         self._placement = Placement(table[None].astype(np.int32), experts, self.ranks)
         self._ledger = Ledger(Membership.initial(self.ranks))
         self._members: dict[int, Member] = {}
-        self._starting: list[Member] = []
-        self._joining: list[Member] = []
         self._refusal: str | None = None  # why nothing can be computed at present
         self._number = self._tries = 0
-        self._lock = threading.Lock()
         self._orders: set[tuple[int, ...]] = set()
         self._epoch = -1
         self._pings = itertools.count()
-        self._incarnations = itertools.count(1)
         self.load = np.zeros((0, 0), np.int64)
         self.drafted = self.accepted = 0
         self.computing_s = 0.0  # of the last step, from its orders to its results
@@ -202,21 +160,18 @@ class Cluster:
         self._packing = Packing(sizes, self.ranks)
         self.buckets = self._packing.buckets
         self._folder = tempfile.TemporaryDirectory(prefix="jaxmoe-")
-        self._key = secrets.token_bytes(32)
-        self._listener = Listener(
-            str(pathlib.Path(self._folder.name) / "control"), authkey=self._key
-        )
-        self._coordinator = f"127.0.0.1:{_free_port()}"
-        self._service = distributed.serve(self._coordinator, self.ranks)
-        self._setup = Setup(
-            self._coordinator,
+        folder, coordinator = pathlib.Path(self._folder.name), f"127.0.0.1:{_free_port()}"
+        self._service = distributed.serve(coordinator, self.ranks)
+        setup = Setup(
+            coordinator,
             self.ranks,
             self.config,
             sizes,
             self.weights,
             self._placement.slots_per_rank,
-            self.options.programs or str(pathlib.Path(self._folder.name) / "programs"),
+            self.options.programs or str(folder / "programs"),
         )
+        self._supervisor = Supervisor(folder, setup, lambda: self.on_change())
         try:
             self._begin()
         except BaseException:
@@ -225,70 +180,24 @@ class Cluster:
 
     def _begin(self) -> None:
         """Waits for all processes and installs the first placement."""
-        starting = [self._launch(rank, 0) for rank in range(self.ranks)]
-        threading.Thread(target=self._accept, daemon=True).start()
+        for rank in range(self.ranks):
+            self._supervisor.launch(rank)
         deadline = time.monotonic() + self.options.start_s
-        while len(self._joining) < len(starting):
-            gone = [member.rank for member in starting if member.process.poll() is not None]
-            if gone or time.monotonic() > deadline:
-                raise RankFailed(gone or range(self.ranks))
+        while self._supervisor.ready < self.ranks:
+            if self._supervisor.given_up or time.monotonic() > deadline:
+                raise RankFailed(self._supervisor.given_up or range(self.ranks))
             time.sleep(0.01)
-        self._members = {member.rank: member for member in self._joining}
-        self._joining = []
+        taken = [self._supervisor.take() for _ in range(self.ranks)]
+        self._members = {member.rank: member for member in taken}
+        incarnations = tuple(self._members[rank].incarnation for rank in range(self.ranks))
+        self._ledger = Ledger(Membership(0, (True,) * self.ranks, incarnations))
         self._install({rank: self._fills_of(self._placement, rank) for rank in range(self.ranks)})
-
-    def _launch(self, rank: int, incarnation: int) -> Member:
-        command = [sys.executable, "-m", "jaxmoe.elastic.cluster.rank", self._listener.address]
-        process = subprocess.Popen(
-            [*command, str(rank), str(incarnation)], stdin=subprocess.PIPE, env=_environment()
-        )
-        process.stdin.write(self._key)
-        process.stdin.close()
-        member = Member(rank, incarnation, process)
-        threading.Thread(target=self._watch, args=(process,), daemon=True).start()
-        with self._lock:
-            self._starting.append(member)
-        return member
-
-    def _watch(self, process: subprocess.Popen) -> None:
-        """Tells of a process's end though nothing is being asked of it."""
-        process.wait()
-        self.on_change()
-
-    def _accept(self) -> None:
-        """Takes in processes that have started, one thread for each until it is ready."""
-        while True:
-            try:
-                connection = self._listener.accept()
-            except OSError:
-                return  # closed
-            threading.Thread(target=self._welcome, args=(connection,), daemon=True).start()
-
-    def _welcome(self, connection: Connection) -> None:
-        try:
-            rank, incarnation = connection.recv()
-            with self._lock:
-                member = next(
-                    m for m in self._starting if (m.rank, m.incarnation) == (rank, incarnation)
-                )
-            connection.send(self._setup)
-            connection.recv()  # ready
-        except (EOFError, OSError, StopIteration):
-            connection.close()
-            return
-        member.connection = connection
-        with self._lock:
-            self._starting.remove(member)
-            self._joining.append(member)
-        self.on_change()
 
     def close(self) -> None:
         """Ends all processes."""
-        with self._lock:
-            everyone = [*self._members.values(), *self._joining, *self._starting]
-        for member in everyone:
+        self._supervisor.close()
+        for member in self._members.values():
             member.end()
-        self._listener.close()
         self._service.shutdown()
         self._folder.cleanup()
 
@@ -312,16 +221,14 @@ class Cluster:
 
     def pending(self) -> bool:
         """Whether ``poll`` has something to do."""
-        return bool(self._joining) or any(
-            member.process.poll() is not None for member in self._members.values()
-        )
+        return self._supervisor.ready > 0 or not all(m.alive for m in self._members.values())
 
     def poll(self) -> Change | None:
         """Between steps: takes note of ranks that have died, and takes in those that have returned."""
-        gone = [rank for rank, m in self._members.items() if m.process.poll() is not None]
+        gone = [rank for rank, member in self._members.items() if not member.alive]
         if gone:
             return self._recover(gone)
-        if self._joining:
+        if self._supervisor.ready:
             return self._join()
         return None
 
@@ -375,7 +282,7 @@ class Cluster:
         )
         if self.options.respawn:
             for rank in lost:
-                self._launch(rank, next(self._incarnations))
+                self._supervisor.launch(rank)
         return Change(self.active, frozenset(lost))
 
     def _repair(self, gone: set[int], lost: set[int], phases: "_Phases") -> None:
@@ -412,8 +319,7 @@ class Cluster:
     def _join(self) -> Change:
         """Takes in one rank that has returned; the others only adopt new tables."""
         began = time.perf_counter()
-        with self._lock:
-            member = self._joining.pop(0)
+        member = self._supervisor.take()
         current = self._ledger.current
         inventory = Inventory.of(self._placement, 1, host=self._hosts())
         plan = plan_join(
@@ -485,7 +391,7 @@ class Cluster:
         """A collective has failed on ``failed``: because of a peer that is dying, as a rule."""
         until = time.monotonic() + self.options.silence_s
         while time.monotonic() < until:
-            gone = {rank for rank, m in self._members.items() if m.process.poll() is not None}
+            gone = {rank for rank, member in self._members.items() if not member.alive}
             if gone:
                 return gone
             time.sleep(0.002)

@@ -312,7 +312,7 @@ def main() -> None:
     process.spare_ports = {int(setup.coordinator.rsplit(":", 1)[1])}
     threading.Thread(target=process.listen, daemon=True).start()
     rank = Rank(setup, number)
-    if incarnation:
+    if incarnation >= setup.capacity:
         rank.warm_up()  # alone: nobody waits for a rank that returns
     process.reply("ready", -1)
     process.serve(rank)
