@@ -429,8 +429,3 @@ def _further(batch: Batch, drafts: list[tuple[int, ...]], page_size: int) -> Bat
     tiles = tiles_of([1] * number, number, len(batch.tables))
     rows = np.arange(number, dtype=np.int32)
     return Batch(tokens, slots, lengths, spans, positions, batch.tables, rows, tiles)
-
-
-def idle_batch(sizes: Sizes, size: int) -> Batch:
-    """A rank's batch of ``size`` tokens without a token in it, for compilation."""
-    return Packing(sizes, 1).idle(size)[0]

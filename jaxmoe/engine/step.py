@@ -101,8 +101,8 @@ def pack(works: list[Work], size: int, rows: int, tables: np.ndarray) -> Batch:
             wanted[number : number + asked] = np.arange(end - asked, end)
             number += asked
         first = end
-    # A copy: JAX may read a NumPy argument where it lies, and the next step's pages are noted before this one has run.
     tiles = tiles_of([work.size for work in works], size, len(tables))
+    # A copy: JAX may read a NumPy argument where it lies, and the next step's pages are noted before this one has run.
     return Batch(tokens, slots, lengths, spans, positions, tables.copy(), wanted, tiles)
 
 
@@ -121,6 +121,14 @@ def _best(logits: Float[Array, "R V"]) -> Int[Array, " R"]:
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
 
+def _over(entries: Entries, batch: Batch) -> tuple[Cache, dict[str, jax.Array]]:
+    """The cache as a batch's tokens see it, each a sequence of its own, and what of each other they see."""
+    cache = Cache(entries, batch.lengths, batch.tables[batch.slots])
+    valid = batch.positions >= 0
+    seen = {"spans": batch.spans[:, None], "tiles": batch.tiles, "valid": valid[:, None]}
+    return cache, seen
+
+
 def _compute(
     params: Params,
     entries: Entries,
@@ -129,18 +137,9 @@ def _compute(
     config: ModelConfig,
     moe: MoeOptions,
 ) -> StepResult:
-    valid = batch.positions >= 0
-    output = run_step(
-        params,
-        config,
-        batch.tokens[:, None],
-        Cache(entries, batch.lengths, batch.tables[batch.slots]),
-        spans=batch.spans[:, None],
-        tiles=batch.tiles,
-        valid=valid[:, None],
-        tables=tables,
-        moe=moe,
-    )
+    cache, seen = _over(entries, batch)
+    tokens = batch.tokens[:, None]
+    output = run_step(params, config, tokens, cache, **seen, tables=tables, moe=moe)
     hidden = output.hidden[:, 0]
     logits = unembed_step(params, hidden[batch.rows])
     return StepResult(logits, _best(logits), hidden, output.entries, _loads(output.stats))
@@ -155,20 +154,9 @@ def _draft(
     config: ModelConfig,
     moe: MoeOptions,
 ) -> StepResult:
-    valid = batch.positions >= 0
-    output = run_mtp_step(
-        params["mtp"][0],
-        params,
-        config,
-        hidden[:, None],
-        batch.tokens[:, None],
-        Cache(entries, batch.lengths, batch.tables[batch.slots]),
-        spans=batch.spans[:, None],
-        tiles=batch.tiles,
-        valid=valid[:, None],
-        tables=tables,
-        moe=moe,
-    )
+    cache, seen = _over(entries, batch)
+    operands = (params["mtp"][0], params, config, hidden[:, None], batch.tokens[:, None], cache)
+    output = run_mtp_step(*operands, **seen, tables=tables, moe=moe)
     rows = output.hidden[:, 0][batch.rows]
     logits = unembed_step(params, rows)
     return StepResult(logits, _best(logits), rows, output.entries, _loads(output.stats))

@@ -10,23 +10,14 @@ from collections.abc import Callable
 import jax
 import numpy as np
 import pytest
+from engine import support
 
 import jaxmoe
 from jaxmoe.elastic.cluster.messages import Weights
 from jaxmoe.elastic.cluster.processes import Cluster, ClusterOptions
 from jaxmoe.engine import Engine, EngineOptions, SamplingParams
 
-CONFIG = jaxmoe.presets["tiny"].replace(
-    num_nextn_predict_layers=0,
-    num_hidden_layers=2,
-    hidden_size=64,
-    intermediate_size=64,
-    moe_intermediate_size=32,
-    num_attention_heads=2,
-    index_n_heads=4,
-    index_topk=16,
-    max_position_embeddings=128,
-)
+CONFIG = support.CONFIG.replace(num_hidden_layers=2)
 RANKS = 3
 OPTIONS = EngineOptions(max_running=4, max_step_tokens=8, page_size=4, pages=40, max_length=96)
 WAIT_S = 120  # a hang is a failure

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from engine import support
 from engine.support import compiled, every_kind
 from parity.clear import sharp_params
 
-import jaxmoe
 from jaxmoe.cache import Cache, init_cache, write
 from jaxmoe.engine import Engine, EngineOptions, SamplingParams, sampling
 from jaxmoe.model import mtp_hidden, run
@@ -19,16 +19,7 @@ from jaxmoe.params import path_name
 from jaxmoe.sharding import make_mesh
 from jaxmoe.steps import run_mtp_step
 
-CONFIG = jaxmoe.presets["tiny"].replace(
-    num_hidden_layers=2,
-    hidden_size=64,
-    intermediate_size=64,
-    moe_intermediate_size=32,
-    num_attention_heads=2,
-    index_n_heads=4,
-    index_topk=16,
-    max_position_embeddings=128,
-)
+CONFIG = support.CONFIG.replace(num_hidden_layers=2, num_nextn_predict_layers=1)
 OPTIONS = {"max_running": 6, "max_step_tokens": 16, "page_size": 4, "pages": 24, "max_length": 96}
 DRAFTS = 2  # the second is made from the first
 SCHEMA = {"type": "object", "properties": {"n": {"enum": [1, 2]}, "on": {"type": "boolean"}}}

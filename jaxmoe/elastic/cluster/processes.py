@@ -156,7 +156,6 @@ class Cluster:
             raise ValueError(
                 f"speculative_tokens={sizes.drafts} is not possible with a cluster yet; use 0."
             )
-        self.sizes = sizes
         self._packing = Packing(sizes, self.ranks)
         self.buckets = self._packing.buckets
         self._folder = tempfile.TemporaryDirectory(prefix="jaxmoe-")
@@ -257,7 +256,6 @@ class Cluster:
         for rank, member in self._members.items():
             member.send(Install(self._epoch, order, experts, fills.get(rank, ())))
         self._gather("installed")
-        self._mesh_order = order
 
     def _recover(self, gone: Iterable[int]) -> Change:
         """Goes on without ``gone``, and without those that fail meanwhile; with nobody gone, with the same ranks once more."""

@@ -36,7 +36,7 @@ from jaxmoe.elastic.cluster.messages import (
 )
 from jaxmoe.elastic.executables import Executables
 from jaxmoe.engine import sampling
-from jaxmoe.engine.runner import Packing, idle_batch
+from jaxmoe.engine.runner import Packing
 from jaxmoe.engine.step import Batch, make_program
 from jaxmoe.moe import ExpertTables
 from jaxmoe.sharding import make_mesh, specs
@@ -58,10 +58,8 @@ class Shard:
         self.local = jax.tree.map(
             lambda leaf, spec: jax.device_put(self._take(leaf, spec, empty)), self._full, self.specs
         )
-        self.experts = [-1] * setup.slots
         self._put = jax.jit(_put, static_argnums=3, donate_argnums=0)
         self.fill([Fill(0, 0, "host")])  # compiles the writing of a slot
-        self.experts = [-1] * setup.slots
 
     @staticmethod
     def _take(leaf: np.ndarray, spec: PartitionSpec, experts: list[int]) -> np.ndarray:
@@ -79,22 +77,25 @@ class Shard:
                 return self._put(local, rows, np.int32(fill.slot), axis)
 
             self.local = jax.tree.map(put, self.local, self._full, self.specs)
-            self.experts[fill.slot] = fill.expert
 
 
 def _put(local: jax.Array, rows: jax.Array, slot: jax.Array, axis: int) -> jax.Array:
     return jax.lax.dynamic_update_slice_in_dim(local, rows.astype(local.dtype), slot, axis)
 
 
+def _global_shape(mesh: Mesh, spec: PartitionSpec, local: Any) -> tuple[int, ...]:
+    shape = list(local.shape)
+    if AXIS in spec:
+        shape[spec.index(AXIS)] *= mesh.shape[AXIS]
+    return tuple(shape)
+
+
 def _globalise(mesh: Mesh, spec: PartitionSpec, local: Any) -> jax.Array:
     """The mesh's array of which ``local`` is this rank's part."""
     if not isinstance(local, jax.Array):
         local = jax.device_put(local)
-    shape = list(local.shape)
-    if AXIS in spec:
-        shape[spec.index(AXIS)] *= mesh.shape[AXIS]
-    sharding = NamedSharding(mesh, spec)
-    return jax.make_array_from_single_device_arrays(tuple(shape), sharding, [local])
+    shape = _global_shape(mesh, spec, local)
+    return jax.make_array_from_single_device_arrays(shape, NamedSharding(mesh, spec), [local])
 
 
 def _own(array: jax.Array) -> jax.Array:
@@ -108,7 +109,8 @@ class Rank:
     """The state of the process and what it does with each message."""
 
     def __init__(self, setup: Setup, number: int):
-        self.setup, self.number, self.epoch = setup, number, -1
+        self.setup, self.number = setup, number
+        self._packing = Packing(setup.sizes, 1)
         native.available()  # registers the kernels, which a program that is loaded calls by name
         full = _load(setup)
         self._shard = Shard(setup, full)
@@ -126,14 +128,12 @@ class Rank:
         self._shard.fill(list(message.fills))
         self._mesh = self._mesh_of(message.order)
         self._params = jax.tree.map(
-            lambda spec, local: _globalise(self._mesh, spec, local),
-            self._shard.specs,
+            lambda local, spec: _globalise(self._mesh, spec, local),
             self._shard.local,
-            is_leaf=lambda x: isinstance(x, PartitionSpec),
+            self._shard.specs,
         )
         self._tables = self._tables_of(message.experts)
         self._programs.forget(list(self._mesh.devices.flat))
-        self.epoch = message.epoch
 
     def _mesh_of(self, order: tuple[int, ...]) -> Mesh:
         return make_mesh(expert=len(order), devices=[self._devices[rank] for rank in order])
@@ -156,7 +156,7 @@ class Rank:
     def compile(self, message: Compile) -> None:
         """Has everything ready for steps of a size, for as many ranks as it is told."""
         sizes, others = self.setup.sizes, [r for r in sorted(self._devices) if r != self.number]
-        batch = idle_batch(sizes, message.size)
+        (batch,) = self._packing.idle(message.size)
         for number in message.numbers:
             mesh = self._mesh_of((self.number, *others[: number - 1]))
             self._program(message.size, mesh, self._operands(mesh, batch, abstract=True))
@@ -174,7 +174,7 @@ class Rank:
 
     def warm_up(self) -> None:
         """Everything but the programs of steps, which the others have left behind."""
-        for size in Packing(self.setup.sizes, 1).buckets:
+        for size in self._packing.buckets:
             self.compile(Compile(-1, size, ()))
 
     def _operands(self, mesh: Mesh, batch: Batch, *, abstract: bool = False) -> tuple:
@@ -184,21 +184,12 @@ class Rank:
         def place(local: Any, spec: PartitionSpec) -> Any:
             if not abstract:
                 return _globalise(mesh, spec, local)
-            shape = list(local.shape)
-            if AXIS in spec:
-                shape[spec.index(AXIS)] *= mesh.shape[AXIS]
-            return jax.ShapeDtypeStruct(
-                tuple(shape), local.dtype, sharding=NamedSharding(mesh, spec)
-            )
+            shape = _global_shape(mesh, spec, local)
+            return jax.ShapeDtypeStruct(shape, local.dtype, sharding=NamedSharding(mesh, spec))
 
         if not abstract:
             return self._params, over(self._entries, BY_PAGE), over(batch, BY_RANK), self._tables
-        params = jax.tree.map(
-            lambda spec, local: place(local, spec),
-            self._shard.specs,
-            self._shard.local,
-            is_leaf=lambda x: isinstance(x, PartitionSpec),
-        )
+        params = jax.tree.map(place, self._shard.local, self._shard.specs)
         number = self.setup.config.n_routed_experts
         slots = np.zeros((number, self.setup.capacity), np.int32)
         tables = over(ExpertTables(slots, np.zeros(number, np.int32)), EVERYWHERE)
