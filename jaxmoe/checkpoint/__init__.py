@@ -1,5 +1,6 @@
 """Checkpoints: Hugging Face safetensors both ways, and native ones for training and recovery."""
 
+from jaxmoe.checkpoint.directory import is_hf, load, load_config, locate
 from jaxmoe.checkpoint.hf import load_hf, save_hf
 from jaxmoe.checkpoint.native import (
     Restored,
@@ -12,8 +13,12 @@ from jaxmoe.checkpoint.native import (
 
 __all__ = [
     "Restored",
+    "is_hf",
     "latest_step",
+    "load",
+    "load_config",
     "load_hf",
+    "locate",
     "restore",
     "restore_config",
     "restore_experts",

@@ -8,7 +8,7 @@ import rich.console
 import tyro
 
 from jaxmoe import checkpoint
-from jaxmoe.cli._models import dtype_of, is_hf, load
+from jaxmoe.cli._models import dtype_of, load
 from jaxmoe.params import param_count
 from jaxmoe.report import make_report, write_report
 
@@ -44,11 +44,8 @@ def convert(
         raise ValueError(
             f"target {target} exists and is not an empty directory; choose another, or remove it."
         )
-    to = to or ("native" if is_hf(source) else "hf")
-    params, config = load(str(source), dtype_of(dtype), mtp=None if mtp else False)
-    if not mtp and "mtp" in params:
-        params = {name: value for name, value in params.items() if name != "mtp"}
-        config = config.replace(num_nextn_predict_layers=0)
+    to = to or ("native" if checkpoint.is_hf(source) else "hf")
+    params, config = load(str(source), dtype_of(dtype), mtp=mtp)
     if to == "hf":
         checkpoint.save_hf(target, params, config)
     else:

@@ -51,11 +51,7 @@ def _load(
         raise ValueError(
             f"a preset has no weights; got {name!r}. Train it with `jaxmoe train`, or add --random-weights for a trial."
         )
-    params, config = load(name, dtype_of(dtype), mtp=None if mtp else False)
-    if mtp:
-        return params, config
-    params = {name: value for name, value in params.items() if name != "mtp"}
-    return params, config.replace(num_nextn_predict_layers=0)
+    return load(name, dtype_of(dtype), mtp=mtp)
 
 
 def _engine(

@@ -20,7 +20,8 @@ class Weights:
     """Where a rank gets the model from.
 
     Attributes:
-      path: a native checkpoint; None for random weights.
+      path: a checkpoint, as ``checkpoint.locate`` gives it: a rank that returns must load what the others did. None for random
+        weights.
       seed: of random weights.
       dtype: of the parameters.
     """

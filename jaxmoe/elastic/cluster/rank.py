@@ -216,8 +216,7 @@ def _load(setup: Setup) -> Any:
         return init_params(
             setup.config, jax.random.key(weights.seed), dtype=jnp.dtype(weights.dtype)
         )
-    params = checkpoint.restore(weights.path, dtype=jnp.dtype(weights.dtype)).params
-    return {name: value for name, value in params.items() if name != "mtp"}
+    return checkpoint.load(weights.path, jnp.dtype(weights.dtype), mtp=False)[0]
 
 
 class Process:

@@ -1,0 +1,73 @@
+"""A model's directory of whatever kind: Hugging Face's, a native checkpoint's, or a training run's."""
+
+import os
+import pathlib
+from typing import Any
+
+import jax.numpy as jnp
+
+from jaxmoe.checkpoint import hf, native
+from jaxmoe.config import ModelConfig
+from jaxmoe.params import Params
+
+
+def is_hf(directory: str | os.PathLike[str]) -> bool:
+    """Whether a directory holds a Hugging Face checkpoint."""
+    return (pathlib.Path(directory) / "config.json").is_file()
+
+
+def locate(directory: str | os.PathLike[str]) -> pathlib.Path:
+    """What ``load`` reads: a Hugging Face directory, or one step of a native checkpoint, the latest unless one is named.
+
+    Processes that load the same weights at different times must load what one ``locate`` has found: a training run goes on
+    saving.
+
+    Args:
+      directory: of either kind, of a training run (with its "checkpoints" below), or of one native step.
+
+    Raises:
+      ValueError: neither a checkpoint nor a training run.
+    """
+    path = pathlib.Path(directory).absolute()
+    if is_hf(path):
+        return path
+    for candidate in (path, path / "checkpoints"):
+        step = native.latest_step(candidate)
+        if step is not None:
+            return candidate / str(step)
+    if path.name.isdecimal() and native.latest_step(path.parent) is not None:
+        return path
+    raise ValueError(
+        f"no checkpoint in {str(directory)!r}: neither a Hugging Face config.json nor a native step; check the path."
+    )
+
+
+def load_config(directory: str | os.PathLike[str]) -> ModelConfig:
+    """The config of a checkpoint; reads no arrays. Argument and errors as of ``load``."""
+    path = locate(directory)
+    if is_hf(path):
+        return ModelConfig.from_hf(path)
+    return native.restore_config(path.parent, int(path.name))
+
+
+def load(
+    directory: str | os.PathLike[str], dtype: Any = jnp.float32, *, mtp: bool = True
+) -> tuple[Params, ModelConfig]:
+    """Parameters and config of a checkpoint.
+
+    Args:
+      directory: as for ``locate``.
+      dtype: of the parameters.
+      mtp: whether to keep multi-token-prediction layers, if there are any.
+
+    Raises:
+      ValueError: no checkpoint; otherwise as ``load_hf`` and ``restore``.
+    """
+    path = locate(directory)
+    if is_hf(path):
+        return hf.load_hf(path, dtype, mtp=None if mtp else False)
+    params, config, *_ = native.restore(path.parent, dtype=dtype, step=int(path.name))
+    if mtp:
+        return params, config
+    kept = {name: value for name, value in params.items() if name != "mtp"}
+    return kept, config.replace(num_nextn_predict_layers=0)
