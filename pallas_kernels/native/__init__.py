@@ -44,7 +44,7 @@ _FLAGS = (
 logger = logging.getLogger(__name__)
 
 
-def _processor() -> str:
+def processor() -> str:
     """What -march=native depends on: a home directory may be shared by different machines."""
     try:
         lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
@@ -64,7 +64,7 @@ def _library_path(compiler: list[str]) -> pathlib.Path:
         [*compiler, "--version"], capture_output=True, check=True, timeout=30, text=True
     )
     digest = hashlib.sha256()
-    for part in (version.stdout, platform.machine(), _processor(), jaxlib.__version__, *_FLAGS):
+    for part in (version.stdout, platform.machine(), processor(), jaxlib.__version__, *_FLAGS):
         digest.update(part.encode())
     for source in sorted((*_HERE.glob("*.cc"), *_HERE.glob("*.h"))):
         digest.update(source.read_bytes())
