@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxmoe.config import LayerKind, ModelConfig
 from jaxmoe.layers import core_attention
@@ -133,11 +133,12 @@ def sequence_layer(
     options: PassOptions,
     tables: ExpertTables | None = None,
     selection: jax.Array | None = None,
+    valid: jax.Array | None = None,
     *,
     kind: LayerKind,
     keep_selection: bool = False,
 ) -> tuple[jax.Array, Entries, LayerStats, jax.Array | None]:
-    """One decoder layer over whole sequences, x [B, T, D]."""
+    """One decoder layer over whole sequences, x [B, T, D]; of those that are not ``valid`` [B] nothing is counted."""
     core_options = core_attention.Options(
         scale=config.softmax_scale,
         topk=config.index_topk if options.attention == "sparse" else None,
@@ -148,13 +149,14 @@ def sequence_layer(
     with jax.named_scope("attention"):
         if config.is_mla:
             shared = selection if kind.indexer == "shared" else None
-            h, entries, core = mla_sequence(p, config, h, r, core_options, shared)
+            h, entries, core = mla_sequence(p, config, h, r, core_options, shared, valid)
         else:
             h, entries, core = gqa_sequence(p, config, h, r, core_options)
     x = x + h
     h = rms_norm(x, p["mlp_norm"], config.rms_norm_eps)
     with jax.named_scope("mlp"):
-        h, stats = feed_forward(p, config, h, tables, options.moe)
+        of_token = None if valid is None else jnp.broadcast_to(valid[:, None], h.shape[:2])
+        h, stats = feed_forward(p, config, h, tables, options.moe, of_token)
     return x + h, entries, stats._replace(index_loss=core.index_loss), core.selection
 
 
@@ -193,6 +195,7 @@ def run(
     *,
     positions: Int[Array, "B T"] | None = None,
     tables: ExpertTables | None = None,
+    valid: Bool[Array, " B"] | None = None,
     options: PassOptions = PassOptions(),
 ) -> Output:
     """A whole-sequence pass; everything that prefill, training and ``forward`` need.
@@ -203,6 +206,7 @@ def run(
       tokens: token ids.
       positions: positions for the rotary embedding; default 0..T-1. Causality follows array order.
       tables: expert placement; None means expert e in slot e.
+      valid: sequences that count in the statistics; others, such as padding, use no expert. Default all.
       options: static choices.
     """
     batch, length = tokens.shape
@@ -223,7 +227,7 @@ def run(
                 layer = functools.partial(sequence_layer, kind=kind, keep_selection=keep)
                 if options.remat:
                     layer = _remat(layer)
-                x, e, s, chosen = layer(p, config, x, r, options, tables, selection)
+                x, e, s, chosen = layer(p, config, x, r, options, tables, selection, valid)
                 selection = chosen if keep else None
                 entries.append(e)
                 stats.append(s)
@@ -257,6 +261,7 @@ def mtp_hidden(
     *,
     options: PassOptions = PassOptions(),
     tables: ExpertTables | None = None,
+    valid: Bool[Array, " B"] | None = None,
 ) -> tuple[Float[Array, "B T D"], LayerStats]:
     """One multi-token-prediction module (spec 6): normalised hidden states that predict one token further.
 
@@ -268,6 +273,7 @@ def mtp_hidden(
       next_tokens: the token after each position (t_{i+1}).
       options: static choices.
       tables: expert placement.
+      valid: as of ``run``.
 
     Returns:
       (hidden states that predict t_{i+2} through the shared head, statistics of the module's layer).
@@ -283,7 +289,8 @@ def mtp_hidden(
     layer = functools.partial(sequence_layer, kind=config.mtp_kind)
     if options.remat:
         layer = _remat(layer)
-    x, _, stats, _ = layer(p["layer"], config, x, rotation(config, positions), options, tables)
+    r = rotation(config, positions)
+    x, _, stats, _ = layer(p["layer"], config, x, r, options, tables, None, valid)
     return rms_norm(x, p["norm"], config.rms_norm_eps), stats
 
 

@@ -81,6 +81,7 @@ def mla_sequence(
     r: Rotation,
     options: core_attention.Options,
     selection: jax.Array | None,
+    valid: jax.Array | None = None,
 ) -> tuple[jax.Array, Entries, core_attention.Result]:
     """MLA in expanded (MHA) form over a whole sequence.
 
@@ -91,6 +92,7 @@ def mla_sequence(
       r: rotation at the tokens' positions.
       options: static choices of the core.
       selection: an earlier layer's selection, for a layer that shares it.
+      valid: [B] bool, sequences that count in the index loss; default all.
 
     Returns:
       (output [B, T, D], rows to cache, core result).
@@ -110,6 +112,7 @@ def mla_sequence(
         options,
         index=index,
         selection=selection,
+        valid=valid,
     )
     return linear(core.out, a["o"], contract=2), _entries(projected, index), core
 

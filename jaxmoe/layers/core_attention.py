@@ -53,6 +53,7 @@ class _Operands(NamedTuple):
     v: jax.Array  # [B, G, T, V]
     index: IndexInputs | None  # q [B, P, I, K], k [B, T, K], weights [B, P, I]
     selection: jax.Array | None  # [B, P, T]
+    valid: jax.Array | None  # [B]
 
 
 def _pad(x: jax.Array, axis: int, size: int) -> jax.Array:
@@ -154,6 +155,8 @@ def _block(
     loss = jnp.zeros((), jnp.float32)
     if options.index_loss and index is not None:
         real = (position < x.k.shape[2])[None, :, None]  # padding rows are no queries
+        if x.valid is not None:
+            real = real & x.valid[:, None, None]
         with jax.named_scope("index_loss"):
             loss = indexer_kl(mean, index, mask & real)
     return out, mask if options.keep_selection else None, loss
@@ -185,6 +188,7 @@ def causal_attention(
     *,
     index: IndexInputs | None = None,
     selection: jax.Array | None = None,
+    valid: jax.Array | None = None,
 ) -> Result:
     """Causal softmax attention in query blocks: memory is one block of rows times the keys before it.
 
@@ -195,6 +199,7 @@ def causal_attention(
       options: static choices.
       index: this layer's indexer inputs, if it has an indexer.
       selection: [B, T, T] bool, an earlier layer's selection to reuse instead of selecting.
+      valid: [B] bool, sequences that count in the index loss; default all.
 
     Returns:
       ``Result``.
@@ -209,7 +214,7 @@ def causal_attention(
         index = IndexInputs(_pad(index.q, 1, padded), index.k, _pad(index.weights, 1, padded))
     selection = None if selection is None else _pad(selection, 1, padded)
     operands = _Operands(
-        q.transpose(0, 2, 3, 1, 4), k.swapaxes(1, 2), v.swapaxes(1, 2), index, selection
+        q.transpose(0, 2, 3, 1, 4), k.swapaxes(1, 2), v.swapaxes(1, 2), index, selection, valid
     )
     step = -(-blocks // MAX_GROUPS)
     parts = [

@@ -30,8 +30,8 @@ from jaxmoe.train.loss import cross_entropy
 from jaxmoe.train.step import (
     TrainState,
     abstract_state,
-    batch_sharding,
     init_state,
+    place_batch,
     state_shardings,
     train_step,
 )
@@ -111,16 +111,12 @@ def evaluate(
     short = -len(windows) % batch_size
     windows = np.pad(windows, ((0, short), (0, 0)))
     mask = np.pad(mask, ((0, short), (0, 0)))
-    place = jnp.asarray if mesh is None else _placer(mesh, batch_size)
+    place = jnp.asarray if mesh is None else functools.partial(place_batch, mesh)
     nats = 0.0
     for i in range(0, len(windows), batch_size):
         piece = place(windows[i : i + batch_size]), place(mask[i : i + batch_size])
         nats += float(_scored_nats(params, *piece, config, mesh))
     return nats / n_bytes / math.log(2)
-
-
-def _placer(mesh: Mesh, batch_size: int) -> Callable[[np.ndarray], jax.Array]:
-    return functools.partial(jax.device_put, device=batch_sharding(mesh, batch_size))
 
 
 def _drop_after(path: pathlib.Path, step: int) -> None:
@@ -191,7 +187,7 @@ class _Run:
         self.config, self.train_config, self.directory = config, train_config, directory
         self.corpus, self.mesh = corpus, mesh
         self.checkpoints = directory / CHECKPOINTS
-        self.place = jnp.asarray if mesh is None else _placer(mesh, train_config.batch_size)
+        self.place = jnp.asarray if mesh is None else functools.partial(place_batch, mesh)
         # As JSON gives them back.
         self.identity = json.loads(
             json.dumps(
@@ -296,7 +292,7 @@ def train(
       data: a file or directory of text; default the standard library's sources.
       on_progress: called after every step.
       resume: go on with a run found in ``directory``; otherwise finding one is an error.
-      mesh: devices to train on (``sharding.make_mesh``); default: one.
+      mesh: devices to train on (``sharding.make_mesh``); default: one. A batch that does not divide over them is padded.
 
     Returns:
       ``Summary`` with the final parameters and held-out bits per byte.
@@ -307,8 +303,6 @@ def train(
       LossNotFinite: the checkpoint before it is intact.
     """
     train_config.check(config)
-    if mesh is not None:
-        batch_sharding(mesh, train_config.batch_size)
     directory = pathlib.Path(directory)
     this = _Run(config, train_config, directory, load_corpus(data), mesh)
     if not resume and checkpoint.latest_step(this.checkpoints) is not None:

@@ -40,6 +40,8 @@ def loss(
 ) -> tuple[Float[Array, ""], dict]:
     """Total loss and its parts on windows of ``seq_len + 2`` tokens.
 
+    Windows beyond ``train_config.batch_size`` are padding, with which a batch divides over the mesh; nothing of them counts.
+
     The model attends densely and the indexer learns to imitate it (KL over all visible keys, on detached inputs);
     the two gradients touch disjoint parameters. Evaluation and inference attend sparsely.
 
@@ -50,20 +52,31 @@ def loss(
     """
     options = pass_options(config, train_config, mesh)
     inputs, targets, targets_mtp = tokens[:, :-2], tokens[:, 1:-1], tokens[:, 2:]
-    output = run(params, config, inputs, options=options)
-    lm = cross_entropy(unembed(params, output.hidden), targets).mean()
+    rows, size = len(tokens), min(len(tokens), train_config.batch_size)
+    valid = None if rows == size else jnp.arange(rows, dtype=jnp.int32) < size
+
+    def mean(nats: jax.Array) -> jax.Array:
+        counted = nats if valid is None else jnp.where(valid[:, None], nats, 0.0)
+        return counted.mean() * (rows / size)
+
+    output = run(params, config, inputs, valid=valid, options=options)
+    lm = mean(cross_entropy(unembed(params, output.hidden), targets))
     stats = [s for segment in output.stats for s in segment]
     mtp, hidden, mtp_stats = jnp.zeros((), jnp.float32), output.hidden, []
     # With one module (the released depth) this is the report's loss; deeper ones would shift by one more each.
     for module in params.get("mtp", [])[:1]:
-        hidden, module_stats = mtp_hidden(module, params, config, hidden, targets, options=options)
-        mtp = mtp + cross_entropy(unembed(params, hidden), targets_mtp).mean()
+        hidden, module_stats = mtp_hidden(
+            module, params, config, hidden, targets, valid=valid, options=options
+        )
+        mtp = mtp + mean(cross_entropy(unembed(params, hidden), targets_mtp))
         mtp_stats.append(module_stats)
     every = [*stats, *mtp_stats]
     kinds = (*config.layer_kinds, *[config.mtp_kind] * len(mtp_stats))
     layers = max(1, sum(kind.indexer == "full" for kind in kinds))
-    balance = _sum(every, "balance_loss")
-    index = _sum(every, "index_loss") / (layers * inputs.size)
+    balance = _sum(every, "balance_loss") * (
+        rows / size
+    )  # a mean over sequences, where padding counts as zero
+    index = _sum(every, "index_loss") / (layers * size * inputs.shape[1])
     c = train_config
     total = lm + c.mtp_weight * mtp + c.balance_weight * balance + c.index_weight * index
     aux = {

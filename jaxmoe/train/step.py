@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct
 from jax import lax
@@ -107,21 +108,25 @@ def state_shardings(config: ModelConfig, train_config: TrainConfig, mesh: Mesh) 
     return TrainState(everywhere, by_param, optimizer)
 
 
-def batch_sharding(mesh: Mesh, batch_size: int) -> NamedSharding:
-    """Sequences split over the mesh's data and expert axes.
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Sequences split over the mesh's data and expert axes."""
+    return NamedSharding(mesh, PartitionSpec(_batch_axes(mesh)))
 
-    Raises:
-      ValueError: if the batch is not divisible, naming both numbers.
-    """
-    axes = {axis: mesh.shape[axis] for axis in MoeOptions().token_axes if axis in mesh.shape}
-    shards = math.prod(axes.values())
-    if batch_size % shards:
-        named = " x ".join(f"{axis}={size}" for axis, size in axes.items())
-        raise ValueError(
-            f"batch_size ({batch_size}) must be divisible by the mesh's {named} ({shards} shards); use a multiple "
-            f"of {shards}, or a smaller mesh."
-        )
-    return NamedSharding(mesh, PartitionSpec(tuple(axes)))
+
+def _batch_axes(mesh: Mesh) -> tuple[str, ...]:
+    return tuple(axis for axis in MoeOptions().token_axes if axis in mesh.shape)
+
+
+def padded_rows(mesh: Mesh, rows: int) -> int:
+    """The number of sequences at which ``rows`` divide over the mesh; the last ones are padding."""
+    return rows + -rows % math.prod(mesh.shape[axis] for axis in _batch_axes(mesh))
+
+
+def place_batch(mesh: Mesh, rows: np.ndarray) -> jax.Array:
+    """Rows [B, ...] over the mesh, with rows of zeros where they don't divide. Every process gives the same."""
+    short = padded_rows(mesh, len(rows)) - len(rows)
+    rows = np.pad(rows, ((0, short), *[(0, 0)] * (rows.ndim - 1)))
+    return jax.make_array_from_callback(rows.shape, batch_sharding(mesh), rows.__getitem__)
 
 
 def init_state(
@@ -185,10 +190,10 @@ def train_step(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One step on windows [B, seq_len + 2]; donates ``state``.
 
-    On a mesh, ``state`` lies as ``state_shardings`` says (and stays so) and ``tokens`` as ``batch_sharding``.
+    On a mesh, ``state`` lies as ``state_shardings`` says (and stays so) and ``tokens`` as ``place_batch`` puts them.
 
     Returns:
-      (new state, metrics): float32 scalars, and "load", int32 [layers, E], the choices per expert.
+      (new state, metrics): float32 scalars, and "load", int32 [layers, E], the choices per expert; on a mesh, everywhere.
     """
     gradient = jax.value_and_grad(loss, has_aux=True)
     (total, aux), grads = gradient(state.params, config, train_config, tokens, mesh)
@@ -214,4 +219,5 @@ def train_step(
     after = TrainState(state.step + 1, params, opt_state)
     if mesh is not None:
         after = lax.with_sharding_constraint(after, state_shardings(config, train_config, mesh))
+        metrics = lax.with_sharding_constraint(metrics, NamedSharding(mesh, PartitionSpec()))
     return after, metrics

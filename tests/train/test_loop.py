@@ -200,12 +200,6 @@ def test_a_vocabulary_too_small_for_bytes_names_both_numbers(corpus, tmp_path):
         train(MODEL.replace(vocab_size=100), RUN, tmp_path / "run", data=corpus)
 
 
-def test_a_batch_that_does_not_divide_over_the_mesh_names_both(corpus, tmp_path, devices):
-    mesh = make_mesh(data=8, devices=devices)
-    with pytest.raises(ValueError, match=r"batch_size \(4\).*data=8"):
-        train(MODEL, RUN, tmp_path / "run", data=corpus, mesh=mesh)
-
-
 @pytest.mark.parametrize(
     ("field", "value"), [("steps", 0), ("learning_rate", -1.0), ("mtp_weight", -0.1), ("keep", 0)]
 )

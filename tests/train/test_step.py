@@ -1,6 +1,7 @@
 """One training step: what each loss reaches, the optimiser, the balance of experts."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +16,11 @@ from jaxmoe.params import flatten
 from jaxmoe.sharding import make_mesh
 from jaxmoe.train.loss import cross_entropy, loss
 from jaxmoe.train.step import (
-    batch_sharding,
     group_norms,
     init_state,
     learning_rate,
     make_optimizer,
+    place_batch,
     state_shardings,
     train_step,
 )
@@ -170,23 +171,18 @@ def test_cross_entropy_is_the_log_of_the_softmax():
     np.testing.assert_allclose(cross_entropy(logits, targets), expected[..., 0], rtol=1e-5)
 
 
-def test_a_batch_that_does_not_divide_names_both_numbers(devices):
-    mesh = make_mesh(data=2, expert=2, devices=devices[:4])
-    with pytest.raises(ValueError, match=r"batch_size \(6\).*data=2 x expert=2 \(4 shards\)"):
-        batch_sharding(mesh, 6)
-
-
-def test_a_mesh_gives_the_losses_of_one_device(devices):
+@pytest.mark.parametrize("shape", [{"data": 2, "expert": 2}, {"data": 3}])  # 3 do not divide 4
+def test_a_mesh_gives_the_losses_of_one_device(devices, shape):
     options = with_options(steps=3)
-    mesh = make_mesh(data=2, expert=2, devices=devices[:4])
+    mesh = make_mesh(**shape, devices=devices[: math.prod(shape.values())])
     alone, spread = init_state(MODEL, options), init_state(MODEL, options, mesh)
     wanted = state_shardings(MODEL, options, mesh)
     for step in range(3):
         batch = tokens(step)
         alone, expected = train_step(alone, batch, MODEL, options)
-        placed = jax.device_put(batch, batch_sharding(mesh, 4))
+        placed = place_batch(mesh, np.asarray(batch))
         spread, metrics = train_step(spread, placed, MODEL, options, mesh)
-        for name in ("loss", "mtp_loss", "index_loss", "grad_norm"):
+        for name in ("loss", "mtp_loss", "index_loss", "balance_loss", "grad_norm"):
             # Sums in another order, then three Adam steps.
             np.testing.assert_allclose(metrics[name], expected[name], rtol=1e-4, err_msg=name)
         np.testing.assert_array_equal(metrics["load"], expected["load"])
