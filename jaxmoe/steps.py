@@ -33,7 +33,7 @@ class _StepState(NamedTuple):
     valid: jax.Array | None
 
 
-def _step_layer(p, config, x, state, layer, index_layer, selection):
+def _step_layer(p, config, x, state, layer, index_layer, tables, selection):
     """One decoder layer of a step; returns x, entries, stats, selection."""
     h = rms_norm(x, p["attention_norm"], config.rms_norm_eps)
     operands = (p, config, h, state.rotation, state.entries, state.sight, layer)
@@ -45,7 +45,7 @@ def _step_layer(p, config, x, state, layer, index_layer, selection):
     x = x + h
     h = rms_norm(x, p["mlp_norm"], config.rms_norm_eps)
     with jax.named_scope("mlp"):
-        h, stats = feed_forward(p, config, h, state.tables, state.moe, state.valid)
+        h, stats = feed_forward(p, config, h, tables, state.moe, state.valid)
     return x + h, entries, stats, selection
 
 
@@ -54,19 +54,41 @@ def _layer_of(member: dict, repeat: jax.Array) -> dict:
     return jax.tree.map(lambda leaf: Stacked(leaf, repeat), member)
 
 
-def _run_step_segment(segment, members, config, x, state, first_layer, first_index, selection):
+class _Layers(NamedTuple):
+    """How many layers there are: of all kinds, with an indexer, with experts."""
+
+    all: int = 0
+    indexed: int = 0
+    routed: int = 0
+
+    def after(self, kinds, repeats=1):
+        """The counts after layers of these kinds, all ``repeats`` times."""
+        return _Layers(
+            self.all + repeats * len(kinds),
+            self.indexed + repeats * sum(kind.indexer == "full" for kind in kinds),
+            self.routed + repeats * sum(kind.mlp == "moe" for kind in kinds),
+        )
+
+
+def _tables_of(tables, layer):
+    """The placement of the ``layer``-th layer with experts."""
+    if tables is None or tables.copies.ndim == 1:
+        return tables
+    return jax.tree.map(lambda table: table[layer], tables)
+
+
+def _run_step_segment(segment, members, config, x, state, first, selection):
     """Scans one segment; returns x, entries, stats, selection."""
-    full = [kind.indexer == "full" for kind in segment.kinds]
-    width = len(segment.kinds)
 
     def body(carry, repeat):
         x, selection = carry
         entries, stats = [], []
         for j, member in enumerate(members):
-            layer = first_layer + repeat * width + j
-            index_layer = first_index + repeat * sum(full) + sum(full[:j])
-            p = _layer_of(member, repeat)
-            x, e, s, selection = _step_layer(p, config, x, state, layer, index_layer, selection)
+            at = first.after(segment.kinds, repeat).after(segment.kinds[:j])
+            p, tables = _layer_of(member, repeat), _tables_of(state.tables, at.routed)
+            x, e, s, selection = _step_layer(
+                p, config, x, state, at.all, at.indexed, tables, selection
+            )
             entries.append(e)
             stats.append(s)
         return (x, selection), (entries, stats)
@@ -135,20 +157,19 @@ def run_step(
       tiles: with flat tokens (T = 1), every valid one once, in rows of tokens of one sequence; -1 for none. Attention that
         has to copy what a token sees copies it once for each row. Default: once for each token.
       valid: false for padding, which then uses no expert; default all true.
-      tables: expert placement.
+      tables: expert placement, of all layers or with a leading axis of those with experts.
       moe: how experts are computed.
     """
     x = params["embed"]["weight"][tokens]
     state, selection = _begin(config, x, cache, spans, valid, tables, moe, tiles)
-    parts, all_stats, first_layer, first_index = [], [], 0, 0
+    parts, all_stats, first = [], [], _Layers()
     for segment, members in zip(config.segments, params["segments"], strict=True):
         x, entries, stats, selection = _run_step_segment(
-            segment, members, config, x, state, first_layer, first_index, selection
+            segment, members, config, x, state, first, selection
         )
         parts.append(entries)
         all_stats.append(stats)
-        first_layer += segment.repeats * len(segment.kinds)
-        first_index += segment.repeats * sum(kind.indexer == "full" for kind in segment.kinds)
+        first = first.after(segment.kinds, segment.repeats)
     hidden = rms_norm(x, {"weight": whole(params["norm"]["weight"])}, config.rms_norm_eps)
     return StepOutput(hidden, concatenate(parts), all_stats)
 
@@ -195,7 +216,9 @@ def run_mtp_step(
     # Embedding first: the checkpoint's order, not the report's equation 21.
     x = linear(jnp.concatenate([embedded, previous], axis=-1), p["proj"])
     first = jnp.zeros((), jnp.int32)
-    x, entries, stats, _ = _step_layer(p["layer"], config, x, state, first, first, selection)
+    x, entries, stats, _ = _step_layer(
+        p["layer"], config, x, state, first, first, tables, selection
+    )
     entries = {name: rows[None] for name, rows in entries.items()}
     return StepOutput(rms_norm(x, p["norm"], config.rms_norm_eps), entries, [[stats]])
 

@@ -2,8 +2,10 @@
 
 from jaxmoe.elastic._chunks import chunks
 from jaxmoe.elastic._eplb import eplb
-from jaxmoe.elastic.cluster.messages import Weights
-from jaxmoe.elastic.cluster.processes import Cluster, ClusterOptions
+from jaxmoe.elastic.cluster.messages import Fault, Weights
+from jaxmoe.elastic.cluster.options import ClusterOptions
+from jaxmoe.elastic.cluster.processes import Cluster
+from jaxmoe.elastic.cluster.status import ClusterStatus, Event, RankStatus, Verification
 from jaxmoe.elastic.inventory import Bandwidths, Inventory, checksum, host_backup
 from jaxmoe.elastic.membership import Fence, Ledger, Membership, StaleMembership
 from jaxmoe.elastic.placement import CoverageLost, Placement, rebalance
@@ -21,7 +23,10 @@ __all__ = [
     "Bandwidths",
     "Cluster",
     "ClusterOptions",
+    "ClusterStatus",
     "CoverageLost",
+    "Event",
+    "Fault",
     "Fence",
     "Inventory",
     "Ledger",
@@ -30,7 +35,9 @@ __all__ = [
     "Move",
     "Placement",
     "Plan",
+    "RankStatus",
     "StaleMembership",
+    "Verification",
     "Weights",
     "checksum",
     "chunks",

@@ -158,10 +158,10 @@ class Executables:
         self._ready[name, ids] = program
         return program
 
-    def forget(self, keep: Sequence[jax.Device]) -> None:
-        """Unloads programs for other devices than ``keep``."""
-        ids = tuple(device.id for device in keep)
-        self._ready = {key: program for key, program in self._ready.items() if key[1] == ids}
+    def forget(self, *keep: Sequence[jax.Device]) -> None:
+        """Unloads programs for all but these sets of devices."""
+        kept = [tuple(device.id for device in devices) for devices in keep]
+        self._ready = {key: program for key, program in self._ready.items() if key[1] in kept}
 
     def _path(self, name: str, number: int) -> pathlib.Path | None:
         return None if self._folder is None else self._folder / f"{name}.{number}"

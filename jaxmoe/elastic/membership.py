@@ -107,6 +107,10 @@ class Membership:
         active[rank], incarnations[rank] = True, incarnation
         return Membership(self.epoch + 1, tuple(active), tuple(incarnations))
 
+    def renewed(self) -> "Membership":
+        """The next epoch, of the same processes: what was under way in the old one is void."""
+        return dataclasses.replace(self, epoch=self.epoch + 1)
+
     def refusal(self, epoch: int, rank: int, incarnation: int) -> str | None:
         """Why a message with this stamp doesn't count in this epoch; None if it does."""
         if not (0 <= rank < self.capacity):

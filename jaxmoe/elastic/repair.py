@@ -8,6 +8,7 @@ source slot may be the target of another move.
 import dataclasses
 import hashlib
 from collections import defaultdict
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -292,6 +293,7 @@ def plan_repair(
     inventory: Inventory,
     bandwidths: Bandwidths,
     *,
+    leaving: Iterable[int] = (),
     load: Shaped[np.ndarray, "L E"] | None = None,
 ) -> Plan:
     """Covers every expert again on the active ranks, moving only those that have no live copy left.
@@ -305,6 +307,7 @@ def plan_repair(
       membership: the new one.
       inventory: which memory holds what.
       bandwidths: of the links.
+      leaving: inactive ranks that can still be read: they go on purpose.
       load: per layer and expert; default even.
 
     Raises:
@@ -318,7 +321,9 @@ def plan_repair(
     check_slots(membership, placement.slots_per_rank, placement.experts, named)
     slots.assign(orphans.astype(np.int64), keep=1)
     new = placement.replace_slots(slots.table)
-    return _plan(placement, new, membership, alive, inventory, bandwidths)
+    readable = alive.copy()
+    readable[list(leaving)] = True
+    return _plan(placement, new, membership, readable, inventory, bandwidths)
 
 
 def restore_floor(

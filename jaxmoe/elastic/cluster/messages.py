@@ -38,17 +38,25 @@ class Setup:
     Attributes:
       coordinator: address of the coordination service.
       capacity: how many ranks there can be.
+      devices: of each process, of which it uses one at a time (``orders``).
       config, sizes, weights: the model and the shapes.
-      slots: experts that a rank has slots for.
+      slots: of a layer with experts, on one rank.
+      initial: [layers, capacity * slots] experts to begin with, -1 for none; None for a rank that joins later.
+      backup: [capacity, layers, experts] bool, the experts that each rank's host memory keeps.
+      folder: for sockets, of one user.
       programs: folder of compiled programs that all ranks of the machine share.
     """
 
     coordinator: str
     capacity: int
+    devices: int
     config: ModelConfig
     sizes: Sizes
     weights: Weights
     slots: int
+    initial: np.ndarray | None
+    backup: np.ndarray
+    folder: str
     programs: str
 
 
@@ -57,16 +65,30 @@ class Fill:
     """An expert to be put into one of a rank's slots.
 
     Attributes:
-      slot: of the rank, from 0.
+      layer: of those with experts.
       expert: which.
-      kind: where it is taken from: "place" (another slot of the rank), "peer", "host" or "checkpoint".
-      peer: address of the rank that has it, with kind "peer".
+      slot: of the rank, from 0.
+      source: kind of its source, one of ``inventory.SOURCES``.
+      address: of the rank that has it; None if that is this one.
+      source_slot: of the rank that has it on its device.
+      canary: the checksum that its weights must have.
     """
 
-    slot: int
+    layer: int
     expert: int
-    kind: str
-    peer: str | None = None
+    slot: int
+    source: str
+    address: str | None
+    source_slot: int | None
+    canary: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Fetch:
+    """Get these experts' weights, check them, and keep them until they are installed."""
+
+    epoch: int
+    fills: tuple[Fill, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,41 +97,58 @@ class Install:
 
     Attributes:
       epoch: its number.
-      order: ranks in the order of the mesh, one not used before.
-      experts: [ranks of the mesh * slots] the expert in each slot, -1 for none, in the order of the mesh.
-      fills: the rank's own.
+      order: (rank, its device) in the order of the mesh.
+      experts: [layers, ranks of the mesh * slots] the expert in each slot, -1 for none, in the order of the mesh.
+      fills: the rank's own, all fetched before.
+      sizes: of steps whose programs shall be ready at once.
     """
 
     epoch: int
-    order: tuple[int, ...]
+    order: tuple[tuple[int, int], ...]
     experts: np.ndarray
     fills: tuple[Fill, ...] = ()
+    sizes: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class Compile:
-    """What a step of ``size`` tokens per rank takes is to be ready: its sampling, and its program for these numbers of ranks."""
+    """What a step of ``size`` tokens per rank takes is to be ready.
+
+    Attributes:
+      numbers: of ranks, for each of which there shall be a program.
+      local: whether also what a rank does on its own, sampling above all, shall be ready.
+    """
 
     epoch: int
     size: int
     numbers: tuple[int, ...]
+    local: bool
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """A step to compute."""
+    """A step to compute; its rows are committed if its results are finite numbers, or if they are to be trusted anyway."""
 
     epoch: int
     number: int
     batch: Batch
     inputs: Inputs | None
+    trust: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class Abort:
-    """Give up the step of this epoch that is being computed, if one is."""
+    """Give up what is being computed; nothing of an older epoch is to be begun."""
 
     epoch: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Verify:
+    """Which tables hold, and which slots' weights are not what they should be: ``canaries`` [layers, slots], -1 for none."""
+
+    epoch: int
+    canaries: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,15 +166,62 @@ class Stop:
     epoch: int = -1
 
 
+POINTS = ("now", "step", "computed", "committed", "fetch", "install")
+ACTIONS = (
+    "kill",
+    "stop",
+    "sleep",
+    "raise",
+    "nan",
+    "flip",
+    "flip_host",
+    "cut",
+    "mute",
+    "replay",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Fault:
+    """Something that goes wrong in a rank, once: for experiments.
+
+    Attributes:
+      point: "now"; "step", with the collectives under way; "computed", before the rows are committed; "committed", before the
+        answer; "fetch" of weights; "install" of an epoch.
+      action: "kill" or "stop" the process; "sleep"; "raise" an error; weights of a slot become "nan", or one bit of them does
+        "flip"; "flip_host", of a copy in host memory; "cut" the collectives' connections; "mute", so that answers are lost;
+        "replay" the last answer.
+      seconds: of sleeping or silence; for kill, stop and cut at "step": after its beginning.
+      index: of the slot or of the host's copy, counted over all layers.
+    """
+
+    point: str
+    action: str
+    seconds: float = 0.0
+    index: int = 0
+
+    def __post_init__(self):
+        for name, value, known in (
+            ("point", self.point, POINTS),
+            ("action", self.action, ACTIONS),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}; got {value!r}.")
+        if not 0 <= self.seconds < float("inf"):
+            raise ValueError(f"seconds must be >= 0; got {self.seconds}.")
+        if self.index < 0:
+            raise ValueError(f"index must be >= 0; got {self.index}.")
+
+
 @dataclasses.dataclass(frozen=True)
 class Reply:
     """A rank's answer.
 
     Attributes:
-      kind: "ready", "installed", "compiled", "done", "failed", "aborted" or "pong".
+      kind: "ready", "fetched", "installed", "compiled", "done", "verified", "failed", "aborted" or "pong".
       rank, incarnation, epoch: whose and of when.
       number: of the step or ping.
-      value: with "done" a ``StepValue``; with "failed" the error's text; with "ready" the address for peers.
+      value: one of the classes below, by kind.
       compiles: programs that XLA has compiled in this process so far.
     """
 
@@ -149,8 +235,50 @@ class Reply:
 
 
 @dataclasses.dataclass(frozen=True)
+class ReadyValue:
+    """With "ready": the address for other ranks, [layers, experts] checksums of the experts' weights, and that of all other weights."""
+
+    address: str
+    canaries: np.ndarray
+    trunk: int
+
+
+@dataclasses.dataclass(frozen=True)
+class FetchValue:
+    """With "fetched": which fills could not be had whole, by their index; seconds by kind of source."""
+
+    failed: tuple[int, ...]
+    seconds: dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class InstallValue:
+    """With "installed": a hash of the tables, and seconds by what they were spent on."""
+
+    digest: str
+    seconds: dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
 class StepValue:
-    """Of a rank's step: what its rows have sampled, and [layers, E] tokens per expert of its own tokens."""
+    """Of a rank's step: what its rows have sampled, [layers, E] tokens per expert of its own tokens, whether all is finite."""
 
     sampled: Sampled | None
     load: np.ndarray
+    finite: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class VerifyValue:
+    """With "verified": a hash of the tables, and the (layer, slot) whose weights fail their checksum."""
+
+    digest: str
+    wrong: tuple[tuple[int, int], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class FailureValue:
+    """With "failed": the error, and whether it is this rank's own, not that of a collective with others."""
+
+    error: str
+    own: bool

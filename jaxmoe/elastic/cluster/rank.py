@@ -1,17 +1,19 @@
-"""A rank: one process, one device, some experts, the cache pages of its own requests.
+"""A rank: one process, one device at a time, some experts, the cache pages of its own requests.
 
 It does what the controller says (``messages``), one thing after another; a second thread listens meanwhile, so that it can be
 asked whether it lives and be told to give up. It commits a step's rows at once: they lie beyond what the controller counts as
 computed until all ranks have answered, and a step that is run again writes them again.
 """
 
+import functools
 import logging
 import os
 import pathlib
 import queue
 import sys
 import threading
-from multiprocessing.connection import Client, Connection
+import time
+from multiprocessing.connection import Client, Connection, Listener
 from typing import Any
 
 import jax
@@ -22,65 +24,49 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxmoe.cache import init_cache
 from jaxmoe.elastic import distributed
+from jaxmoe.elastic.cluster.faults import Faults
 from jaxmoe.elastic.cluster.messages import (
     Abort,
     Compile,
-    Fill,
+    FailureValue,
+    Fault,
+    Fetch,
+    FetchValue,
     Install,
+    InstallValue,
     Ping,
+    ReadyValue,
     Reply,
     Setup,
     Step,
     StepValue,
     Stop,
+    Verify,
+    VerifyValue,
 )
+from jaxmoe.elastic.cluster.shard import AXIS, Shard, serve
 from jaxmoe.elastic.executables import Executables
+from jaxmoe.elastic.placement import Placement
 from jaxmoe.engine import sampling
 from jaxmoe.engine.runner import Packing
-from jaxmoe.engine.step import Batch, make_program
+from jaxmoe.engine.step import Batch, StepResult, make_program
 from jaxmoe.moe import ExpertTables
-from jaxmoe.sharding import make_mesh, specs
+from jaxmoe.params import Params
+from jaxmoe.sharding import make_mesh
 from pallas_kernels import native
 
 logger = logging.getLogger(__name__)
 
-AXIS = "expert"
 _ABORT_AGAIN_S = 0.01
+BY_RANK, BY_PAGE, EVERYWHERE = PartitionSpec(AXIS), PartitionSpec(None, AXIS), PartitionSpec()
 
 
-class Shard:
-    """This rank's part of the model: every parameter as an array on its device, of the experts those in its slots."""
-
-    def __init__(self, setup: Setup, full: Any):
-        self.specs = specs(setup.config)
-        self._full = jax.tree.map(np.asarray, full)  # the host's copy: any expert can be had again
-        empty = [0] * setup.slots
-        self.local = jax.tree.map(
-            lambda leaf, spec: jax.device_put(self._take(leaf, spec, empty)), self._full, self.specs
-        )
-        self._put = jax.jit(_put, static_argnums=3, donate_argnums=0)
-        self.fill([Fill(0, 0, "host")])  # compiles the writing of a slot
-
-    @staticmethod
-    def _take(leaf: np.ndarray, spec: PartitionSpec, experts: list[int]) -> np.ndarray:
-        return np.take(leaf, experts, spec.index(AXIS)) if AXIS in spec else leaf
-
-    def fill(self, fills: list[Fill]) -> None:
-        """Puts experts into slots."""
-        for fill in fills:
-
-            def put(local: jax.Array, full: np.ndarray, spec: PartitionSpec, fill: Fill = fill):
-                if AXIS not in spec:
-                    return local
-                axis = spec.index(AXIS)
-                rows = np.take(full, [fill.expert], axis)
-                return self._put(local, rows, np.int32(fill.slot), axis)
-
-            self.local = jax.tree.map(put, self.local, self._full, self.specs)
+class Overtaken(RuntimeError):
+    """What was asked for belongs to an epoch that has been given up."""
 
 
-def _put(local: jax.Array, rows: jax.Array, slot: jax.Array, axis: int) -> jax.Array:
-    return jax.lax.dynamic_update_slice_in_dim(local, rows.astype(local.dtype), slot, axis)
+class CollectiveFailed(RuntimeError):
+    """A computation with other ranks has ended without a result."""
 
 
 def _global_shape(mesh: Mesh, spec: PartitionSpec, local: Any) -> tuple[int, ...]:
@@ -90,124 +76,200 @@ def _global_shape(mesh: Mesh, spec: PartitionSpec, local: Any) -> tuple[int, ...
     return tuple(shape)
 
 
-def _globalise(mesh: Mesh, spec: PartitionSpec, local: Any) -> jax.Array:
-    """The mesh's array of which ``local`` is this rank's part."""
-    if not isinstance(local, jax.Array):
-        local = jax.device_put(local)
-    shape = _global_shape(mesh, spec, local)
-    return jax.make_array_from_single_device_arrays(shape, NamedSharding(mesh, spec), [local])
-
-
 def _own(array: jax.Array) -> jax.Array:
     return array.addressable_shards[0].data
 
 
-BY_RANK, BY_PAGE, EVERYWHERE = PartitionSpec(AXIS), PartitionSpec(None, AXIS), PartitionSpec()
-
-
 class Rank:
-    """The state of the process and what it does with each message."""
+    """The state of the process and what it does with each message.
 
-    def __init__(self, setup: Setup, number: int):
+    Args:
+      setup: the model and the shapes.
+      number: the rank's.
+      key: proves to other ranks that this is one.
+      faults: what shall go wrong.
+    """
+
+    def __init__(self, setup: Setup, number: int, key: bytes, faults: Faults):
         self.setup, self.number = setup, number
         self._packing = Packing(setup.sizes, 1)
         native.available()  # registers the kernels, which a program that is loaded calls by name
-        full = _load(setup)
-        self._shard = Shard(setup, full)
-        sizes = setup.sizes
-        dtype = sizes.cache_dtype or full["embed"]["weight"].dtype
-        self._entries = init_cache(setup.config, sizes.pages, sizes.page_size, dtype).entries
         self._programs = Executables(pathlib.Path(setup.programs))
-        self._devices = {device.process_index: device for device in jax.devices()}
-        self._commit = make_program(setup.config, None).commit
+        self.shard = Shard(setup, number, functools.partial(_load, setup), self._programs, key)
+        sizes = setup.sizes
+        dtype = sizes.cache_dtype or self.shard.local["embed"]["weight"].dtype
+        self._entries = init_cache(setup.config, sizes.pages, sizes.page_size, dtype).entries
+        self._devices: dict[int, list[jax.Device]] = {}
+        for device in sorted(jax.devices(), key=lambda d: d.id):
+            self._devices.setdefault(device.process_index, []).append(device)
+        self._first = self._home = self._devices[number][0]
+        self._entries = jax.device_put(self._entries, self._home)
+        self._faults, self._digest = faults, ""
+        faults.damage = self._damage
 
     # -- epochs ------------------------------------------------------------------------------------
 
-    def install(self, message: Install) -> None:
+    def fetch(self, message: Fetch) -> FetchValue:
+        """Gets experts' weights ready for ``install``."""
+        self._faults.at("fetch")
+        return self.shard.fetch(message.fills)
+
+    def install(self, message: Install) -> InstallValue:
         """Fills slots, then puts the arrays together over the new mesh; nothing is copied for that."""
-        self._shard.fill(list(message.fills))
+        self._faults.at("install")
+        began = time.perf_counter()
+        self._go_to(dict(message.order)[self.number])
+        self.shard.fill(message.fills)
         self._mesh = self._mesh_of(message.order)
+        self._assemble()
+        placement = Placement(
+            message.experts, self.setup.config.n_routed_experts, len(message.order)
+        )
+        self._tables, self._digest = self._tables_of(placement), placement.digest
+        written = time.perf_counter()
+        self._programs.forget([self._home], list(self._mesh.devices.flat))
+        for size in message.sizes:
+            (batch,) = self._packing.idle(size)
+            self._program(size, self._mesh, self._operands(self._mesh, batch, abstract=True))
+        seconds = {"write": written - began, "executable": time.perf_counter() - written}
+        return InstallValue(self._digest, seconds)
+
+    def _assemble(self) -> None:
+        """The mesh's arrays of parameters, of which the shard's are this rank's parts."""
         self._params = jax.tree.map(
-            lambda local, spec: _globalise(self._mesh, spec, local),
-            self._shard.local,
-            self._shard.specs,
+            functools.partial(self._globalise, self._mesh), self.shard.specs, self.shard.local
         )
-        self._tables = self._tables_of(message.experts)
-        self._programs.forget(list(self._mesh.devices.flat))
 
-    def _mesh_of(self, order: tuple[int, ...]) -> Mesh:
-        return make_mesh(expert=len(order), devices=[self._devices[rank] for rank in order])
+    def _damage(self, fault: Fault) -> None:
+        if fault.action == "flip_host":
+            self.shard.damage_backup(fault.index)
+            return
+        self.shard.damage(fault.index, nan=fault.action == "nan")
+        self._assemble()
 
-    def _tables_of(self, experts: np.ndarray) -> ExpertTables:
-        tables = ExpertTables.from_slots(
-            experts, self.setup.config.n_routed_experts, max_copies=self.setup.capacity
-        )
-        return jax.tree.map(lambda x: _globalise(self._mesh, EVERYWHERE, np.asarray(x)), tables)
+    def _go_to(self, index: int) -> None:
+        """Moves to another device of the process."""
+        home = self._devices[self.number][index]
+        if home != self._home:
+            self.shard.move(home)
+            self._entries, self._home = jax.device_put(self._entries, home), home
 
-    # -- steps -------------------------------------------------------------------------------------
+    def _mesh_of(self, order: tuple[tuple[int, int], ...]) -> Mesh:
+        devices = [self._devices[rank][index] for rank, index in order]
+        return make_mesh(expert=len(order), devices=devices)
+
+    def _tables_of(self, placement: Placement) -> ExpertTables:
+        # A rank holds an expert once: so many ranks, so many copies at most.
+        width = self.setup.capacity
+        tables = (placement.expert_slots(width), placement.copies)
+        return ExpertTables(*(self._globalise(self._mesh, EVERYWHERE, x) for x in tables))
+
+    def verify(self, message: Verify) -> VerifyValue:
+        """Compares all slots' weights with their checksums."""
+        return VerifyValue(self._digest, self.shard.wrong(message.canaries))
+
+    # -- arrays ------------------------------------------------------------------------------------
+
+    def _globalise(self, mesh: Mesh, spec: PartitionSpec, local: Any) -> jax.Array:
+        """The mesh's array of which ``local`` is this rank's part."""
+        if not isinstance(local, jax.Array):
+            local = jax.device_put(local, self._home)
+        shape = _global_shape(mesh, spec, local)
+        return jax.make_array_from_single_device_arrays(shape, NamedSharding(mesh, spec), [local])
+
+    def _operands(self, mesh: Mesh, batch: Batch, *, abstract: bool = False) -> tuple:
+        def place(spec: PartitionSpec, local: Any) -> Any:
+            if not abstract:
+                return self._globalise(mesh, spec, local)
+            shape = _global_shape(mesh, spec, local)
+            return jax.ShapeDtypeStruct(shape, local.dtype, sharding=NamedSharding(mesh, spec))
+
+        def over(tree: Any, spec: PartitionSpec) -> Any:
+            return jax.tree.map(functools.partial(place, spec), tree)
+
+        entries, rows = over(self._entries, BY_PAGE), over(batch, BY_RANK)
+        if not abstract:
+            return self._params, entries, rows, self._tables
+        params = jax.tree.map(place, self.shard.specs, self.shard.local)
+        layers, number = self.shard.canaries.shape
+        slots = np.zeros((layers, number, self.setup.capacity), np.int32)
+        tables = ExpertTables(slots, np.zeros((layers, number), np.int32))
+        return params, entries, rows, over(tables, EVERYWHERE)
+
+    # -- programs ----------------------------------------------------------------------------------
 
     def _program(self, size: int, mesh: Mesh, operands: tuple) -> Any:
         program = make_program(self.setup.config, mesh)
-        name = f"step-{size}"
         return self._programs.get(
-            name, list(mesh.devices.flat), lambda: program.compute.lower(*operands)
+            f"step-{size}", list(mesh.devices.flat), lambda: program.compute.lower(*operands)
         )
+
+    def _commit(self, new: dict[str, jax.Array], batch: Batch) -> None:
+        program = make_program(self.setup.config, None)
+        size = len(batch.tokens)
+        operands = self._entries, new, batch
+        commit = self._programs.get(
+            f"commit-{size}", [self._home], lambda: program.commit.lower(*operands)
+        )
+        self._entries = commit(*operands)
 
     def compile(self, message: Compile) -> None:
         """Has everything ready for steps of a size, for as many ranks as it is told."""
-        sizes, others = self.setup.sizes, [r for r in sorted(self._devices) if r != self.number]
+        others = [r for r in sorted(self._devices) if r != self.number]
         (batch,) = self._packing.idle(message.size)
         for number in message.numbers:
-            mesh = self._mesh_of((self.number, *others[: number - 1]))
+            mesh = self._mesh_of(tuple((r, 0) for r in (self.number, *others[: number - 1])))
             self._program(message.size, mesh, self._operands(mesh, batch, abstract=True))
+        if not message.local:
+            return
         # On the device by decree, as a step's are: JAX compiles anew for arrays that could as well be elsewhere.
-        device = self._devices[self.number]
-        logits = np.zeros((sizes.rows(message.size), self.setup.config.vocab_size), np.float32)
-        sampling.warm_up(jax.device_put(logits, device))
+        rows, vocab = self.setup.sizes.rows(message.size), self.setup.config.vocab_size
+        sampling.warm_up(jax.device_put(np.zeros((rows, vocab), np.float32), self._first))
         nothing = {
-            name: jax.device_put(
-                np.zeros((len(rows), message.size, 1, rows.shape[-1]), rows.dtype), device
-            )
+            name: np.zeros((len(rows), message.size, 1, rows.shape[-1]), rows.dtype)
             for name, rows in self._entries.items()
         }
-        self._entries = self._commit(self._entries, nothing, batch)
+        self._commit(jax.device_put(nothing, self._home), batch)
+        self.shard.warm_up()
 
     def warm_up(self) -> None:
         """Everything but the programs of steps, which the others have left behind."""
         for size in self._packing.buckets:
-            self.compile(Compile(-1, size, ()))
+            self.compile(Compile(-1, size, (), True))
 
-    def _operands(self, mesh: Mesh, batch: Batch, *, abstract: bool = False) -> tuple:
-        def over(tree: Any, spec: PartitionSpec) -> Any:
-            return jax.tree.map(lambda x: place(x, spec), tree)
-
-        def place(local: Any, spec: PartitionSpec) -> Any:
-            if not abstract:
-                return _globalise(mesh, spec, local)
-            shape = _global_shape(mesh, spec, local)
-            return jax.ShapeDtypeStruct(shape, local.dtype, sharding=NamedSharding(mesh, spec))
-
-        if not abstract:
-            return self._params, over(self._entries, BY_PAGE), over(batch, BY_RANK), self._tables
-        params = jax.tree.map(place, self._shard.local, self._shard.specs)
-        number = self.setup.config.n_routed_experts
-        slots = np.zeros((number, self.setup.capacity), np.int32)
-        tables = over(ExpertTables(slots, np.zeros(number, np.int32)), EVERYWHERE)
-        return params, over(self._entries, BY_PAGE), over(batch, BY_RANK), tables
+    # -- steps -------------------------------------------------------------------------------------
 
     def step(self, message: Step) -> StepValue:
         """Computes, samples this rank's rows, commits its cache rows."""
+        self._faults.at("step")
         operands = self._operands(self._mesh, message.batch)
-        program = self._program(len(message.batch.tokens), self._mesh, operands)
-        result = jax.block_until_ready(program(*operands))
+        result = self._compute(message, operands)
+        self._faults.at("computed")
         logits, best = _own(result.logits), _own(result.best)
+        if self._home != self._first:
+            logits = jax.device_put(logits, self._first)
         sampled = sampling.finish(logits, best, message.inputs)
-        entries = {name: _own(rows) for name, rows in result.entries.items()}
-        self._entries = self._commit(self._entries, entries, message.batch)
-        return StepValue(sampled, np.asarray(_own(result.load)))
+        valid = message.batch.positions >= 0
+        finite = bool(np.isfinite(np.asarray(_own(result.hidden))[valid]).all())
+        if finite or message.trust:
+            entries = {name: _own(rows) for name, rows in result.entries.items()}
+            self._commit(entries, message.batch)
+        self._faults.at("committed")
+        return StepValue(sampled, np.asarray(_own(result.load)), finite)
+
+    def _compute(self, message: Step, operands: tuple) -> StepResult:
+        program = self._program(len(message.batch.tokens), self._mesh, operands)
+        if self._mesh.size == 1:
+            return jax.block_until_ready(program(*operands))  # its errors are nobody else's
+        try:
+            return jax.block_until_ready(program(*operands))
+        except Exception as error:
+            if "RESOURCE_EXHAUSTED" in str(error):
+                raise
+            raise CollectiveFailed(f"{type(error).__name__}: {error}") from error
 
 
-def _load(setup: Setup) -> Any:
+def _load(setup: Setup) -> Params:
     from jaxmoe import checkpoint
     from jaxmoe.params import init_params
 
@@ -227,8 +289,11 @@ class Process:
         self._number, self._incarnation = number, incarnation
         self._work: queue.SimpleQueue = queue.SimpleQueue()
         self._busy = threading.Event()
+        self._given_up = -1  # what belongs to this epoch's predecessors is not begun
         self._aborting = False
         self._compiles = 0
+        self._last: Reply | None = None
+        self.faults = Faults(self._cut, self._replay)
         self.spare_ports: set[int] = set()
         jax.monitoring.register_event_duration_secs_listener(self._count)
 
@@ -239,18 +304,31 @@ class Process:
     def reply(self, kind: str, epoch: int, number: int = 0, value: Any = None) -> None:
         """Answers the controller; a controller that is gone ends the process."""
         message = Reply(kind, self._number, self._incarnation, epoch, number, value, self._compiles)
+        if kind != "pong":
+            self._last = message
+        if not self.faults.muted:
+            self._send(message)
+
+    def _send(self, message: Reply) -> None:
         try:
             with self._sending:
                 self._connection.send(message)
         except OSError:
             os._exit(0)
 
+    def _replay(self) -> None:
+        if self._last is not None:
+            self._send(self._last)
+
+    def _cut(self) -> None:
+        distributed.abort_collectives(self.spare_ports)
+
     def listen(self) -> None:
         """The second thread."""
         while True:
             if self._aborting and self._busy.is_set():
                 # Again and again: the step may be opening connections just now.
-                distributed.abort_collectives(self.spare_ports)
+                self._cut()
                 if not self._connection.poll(_ABORT_AGAIN_S):
                     continue
             try:
@@ -262,8 +340,11 @@ class Process:
             if isinstance(message, Ping):
                 self.reply("pong", message.epoch, message.number)
                 continue
+            if isinstance(message, Fault):
+                self.faults.add(message)
+                continue
             if isinstance(message, Abort):
-                self._aborting = True
+                self._given_up, self._aborting = message.epoch, True
             self._work.put(message)
 
     def serve(self, rank: Rank) -> None:
@@ -271,40 +352,62 @@ class Process:
         while True:
             message = self._work.get()
             self._busy.set()
-            kind, number, value = "failed", getattr(message, "number", 0), None
             try:
-                if isinstance(message, Step):
-                    kind, value = "done", rank.step(message)
-                elif isinstance(message, Install):
-                    rank.install(message)
-                    kind = "installed"
-                elif isinstance(message, Compile):
-                    rank.compile(message)
-                    kind = "compiled"
-                elif isinstance(message, Abort):
-                    self._aborting, kind = False, "aborted"
+                kind, value = self._do(rank, message)
             except Exception as error:  # whatever it is, the controller decides
-                logger.exception("failed rank=%d message=%s", self._number, type(message).__name__)
-                kind, value = "failed", f"{type(error).__name__}: {error}"
+                own = not isinstance(error, CollectiveFailed | Overtaken)
+                # What fails because a peer has died is its peer's story, and told by the controller.
+                log = logger.exception if own else logger.info
+                log("failed rank=%d message=%s", self._number, type(message).__name__)
+                kind, value = "failed", FailureValue(f"{type(error).__name__}: {error}", own)
             self._busy.clear()
-            self.reply(kind, message.epoch, number, value)
+            self.reply(kind, message.epoch, getattr(message, "number", 0), value)
+
+    def _do(self, rank: Rank, message: Any) -> tuple[str, Any]:
+        if isinstance(message, Abort):
+            self._aborting = False
+            return "aborted", None
+        if message.epoch < self._given_up:
+            raise Overtaken(f"epoch {message.epoch} has been given up for {self._given_up}.")
+        if isinstance(message, Step):
+            return "done", rank.step(message)
+        if isinstance(message, Fetch):
+            return "fetched", rank.fetch(message)
+        if isinstance(message, Install):
+            return "installed", rank.install(message)
+        if isinstance(message, Verify):
+            return "verified", rank.verify(message)
+        return "compiled", rank.compile(message)
+
+
+def _keep_compilations(folder: str) -> None:
+    """What JAX compiles by itself, sampling above all, is compiled by the first rank and read by the others."""
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 def main() -> None:
     """``python -m jaxmoe.elastic.cluster.rank ADDRESS NUMBER INCARNATION``, with the key on standard input."""
     address, number, incarnation = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     logging.basicConfig(level=logging.WARNING, format=f"rank {number}: %(message)s")
-    connection = Client(address, authkey=sys.stdin.buffer.read())
+    key = sys.stdin.buffer.read()
+    connection = Client(address, authkey=key)
     connection.send((number, incarnation))
     setup: Setup = connection.recv()
+    _keep_compilations(str(pathlib.Path(setup.programs) / "xla"))
     distributed.join(setup.coordinator, number, setup.capacity)
     process = Process(connection, number, incarnation)
     process.spare_ports = {int(setup.coordinator.rsplit(":", 1)[1])}
     threading.Thread(target=process.listen, daemon=True).start()
-    rank = Rank(setup, number)
-    if incarnation >= setup.capacity:
+    rank = Rank(setup, number, key, process.faults)
+    if setup.initial is None:
         rank.warm_up()  # alone: nobody waits for a rank that returns
-    process.reply("ready", -1)
+    listener = Listener(f"{setup.folder}/weights-{number}-{incarnation}", authkey=key)
+    threading.Thread(target=serve, args=(listener, rank.shard.give), daemon=True).start()
+    process.reply(
+        "ready", -1, value=ReadyValue(listener.address, rank.shard.canaries, rank.shard.trunk)
+    )
     process.serve(rank)
 
 

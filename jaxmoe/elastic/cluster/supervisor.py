@@ -1,4 +1,4 @@
-"""The processes of the ranks: started, taken in when they are ready, started again when they die on the way, ended."""
+"""The processes of the ranks: started, kept while they wait for their part, started again when they die on the way, ended."""
 
 import dataclasses
 import itertools
@@ -14,31 +14,38 @@ from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection, Listener
 from typing import Any
 
-from jaxmoe.elastic.cluster.messages import Setup
+from jaxmoe.elastic.cluster.messages import Fault
 
 logger = logging.getLogger(__name__)
 
 MOST_STARTS = 3  # of a rank that dies each time before it is ready
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Member:
     """A rank's process as the controller sees it.
 
     Attributes:
       rank, incarnation: whose, and the how-manieth in the cluster.
       process: the process; it may have ended.
+      setup: the first message to it.
       starts: how often it has been tried in a row.
-      connection: to talk to it; None until it is ready.
+      connection: to talk to it; None until it has called.
+      ready: what it has said when it was ready; None until then.
+      answer: to what it was asked by ``Supervisor.ask``.
       compiles: programs that XLA has compiled in it, as it last said.
     """
 
     rank: int
     incarnation: int
     process: subprocess.Popen
+    setup: Any
     starts: int = 1
     connection: Connection | None = None
+    ready: Any = None
+    answer: Any = None
     compiles: int = 0
+    _sending: threading.Lock = dataclasses.field(default_factory=threading.Lock, repr=False)
 
     @property
     def alive(self) -> bool:
@@ -46,9 +53,10 @@ class Member:
         return self.process.poll() is None
 
     def send(self, message: Any) -> bool:
-        """Whether the message is out; False if the process is gone."""
+        """Whether the message is out; False if the process is gone. From any thread."""
         try:
-            self.connection.send(message)
+            with self._sending:
+                self.connection.send(message)
         except OSError:
             return False
         return True
@@ -62,57 +70,108 @@ class Member:
             self.connection.close()
 
 
-def _environment() -> dict[str, str]:
-    """This process's, without what splits its own CPU into several devices: a rank is one device."""
+def _environment(devices: int) -> dict[str, str]:
+    """This process's, with so many CPU devices: flags that say otherwise are for this one."""
     flags = os.environ.get("XLA_FLAGS", "").split()
     kept = [flag for flag in flags if "host_platform_device_count" not in flag]
-    return {**os.environ, "XLA_FLAGS": " ".join(kept), "JAX_NUM_CPU_DEVICES": "1"}
+    return {**os.environ, "XLA_FLAGS": " ".join(kept), "JAX_NUM_CPU_DEVICES": str(devices)}
 
 
 class Supervisor:
-    """Starts ranks and collects those that are ready. Safe to use from several threads.
+    """Starts ranks and keeps those that are ready until they are taken. Safe to use from several threads.
 
     Args:
       folder: for the control socket.
-      setup: the first message to every rank.
-      on_change: called, on any thread, when a process has ended or is ready.
+      on_change: called, on any thread, when a process has ended, is ready, or has answered.
+      module: that a rank runs, with an address, its number, its incarnation, and a key on standard input.
+      devices: on CPU, of each process.
     """
 
-    def __init__(self, folder: pathlib.Path, setup: Setup, on_change: Callable[[], None]):
-        self._setup, self._on_change = setup, on_change
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        on_change: Callable[[], None],
+        *,
+        module: str = "jaxmoe.elastic.cluster.rank",
+        devices: int = 1,
+    ):
+        self._on_change, self._module, self._devices = on_change, module, devices
         self._key = secrets.token_bytes(32)
         self._listener = Listener(str(folder / "control"), authkey=self._key)
         self._lock = threading.Lock()
         self._incarnations = itertools.count()
         self._starting: list[Member] = []
         self._ready: list[Member] = []
+        self._faults: dict[int, list[Fault]] = {}
         self.given_up: set[int] = set()  # ranks that have died too often while starting
         self._closed = False
         threading.Thread(target=self._accept, daemon=True).start()
 
-    def launch(self, rank: int, starts: int = 1) -> None:
-        """Starts a process for a rank; it is among ``ready`` once it has loaded the model."""
-        incarnation = next(self._incarnations)
-        command = [sys.executable, "-m", "jaxmoe.elastic.cluster.rank", self._listener.address]
-        process = subprocess.Popen(
-            [*command, str(rank), str(incarnation)], stdin=subprocess.PIPE, env=_environment()
-        )
-        member = Member(rank, incarnation, process, starts)
+    def launch(self, rank: int, setup: Any, starts: int = 1) -> None:
+        """Starts a process for a rank, with ``setup`` as the first message to it; it is among ``ready`` once it says so."""
         with self._lock:
+            if self._closed:
+                return
+            incarnation = next(self._incarnations)
+            command = [sys.executable, "-m", self._module, self._listener.address]
+            process = subprocess.Popen(
+                [*command, str(rank), str(incarnation)],
+                stdin=subprocess.PIPE,
+                stdout=2,  # Gloo talks; standard output is the server's
+                env=_environment(self._devices),
+            )
+            member = Member(rank, incarnation, process, setup, starts)
             self._starting.append(member)
         process.stdin.write(self._key)
         process.stdin.close()
         threading.Thread(target=self._watch, args=(member,), daemon=True).start()
 
     @property
-    def ready(self) -> int:
-        """How many processes wait to be taken."""
-        return len(self._ready)
+    def starting(self) -> list[Member]:
+        """Processes that are not ready yet."""
+        return list(self._starting)
 
-    def take(self) -> Member:
-        """The first process that is ready; it is the caller's from now on."""
+    @property
+    def ready(self) -> list[Member]:
+        """Processes that wait to be taken, the first one first."""
+        return list(self._ready)
+
+    def take(self, member: Member) -> None:
+        """A process that is ready becomes the caller's."""
         with self._lock:
-            return self._ready.pop(0)
+            self._ready.remove(member)
+
+    def drop(self, rank: int) -> None:
+        """Ends a rank's process that nobody has taken."""
+        with self._lock:
+            gone = [m for m in (*self._starting, *self._ready) if m.rank == rank]
+            self._starting = [m for m in self._starting if m not in gone]
+            self._ready = [m for m in self._ready if m not in gone]
+        for member in gone:
+            member.end()
+
+    def ask(self, member: Member, message: Any) -> None:
+        """Sends a message to a process that is ready; ``answer`` holds its reply when it has come."""
+        member.answer = None
+        member.send(message)
+        threading.Thread(target=self._hear, args=(member,), daemon=True).start()
+
+    def _hear(self, member: Member) -> None:
+        try:
+            reply = member.connection.recv()
+        except (EOFError, OSError):
+            return  # the process's end is noticed elsewhere
+        member.compiles, member.answer = reply.compiles, reply
+        self._on_change()
+
+    def inject(self, rank: int, fault: Fault) -> None:
+        """A fault for a rank's next process."""
+        with self._lock:
+            waiting = next((m for m in self._ready if m.rank == rank), None)
+            if waiting is None:
+                self._faults.setdefault(rank, []).append(fault)
+        if waiting is not None:
+            waiting.send(fault)
 
     def close(self) -> None:
         """Ends the processes that nobody has taken, and takes in no more."""
@@ -124,19 +183,23 @@ class Supervisor:
         self._listener.close()
 
     def _watch(self, member: Member) -> None:
-        """Tells of the process's end, though nothing may be being asked of it; starts it again if it was never ready."""
+        """Tells of the process's end, though nothing may be being asked of it; starts it again if nobody has taken it."""
         member.process.wait()
         with self._lock:
-            again = member in self._starting and not self._closed
-            if again:
+            starting, waiting = member in self._starting, member in self._ready
+            if starting:
                 self._starting.remove(member)
-        if again and member.starts < MOST_STARTS:
-            logger.warning("rank %d died while starting, starting it again", member.rank)
-            self.launch(member.rank, member.starts + 1)
-        elif again:
-            logger.error(
-                "rank %d died %d times while starting: given up", member.rank, member.starts
-            )
+            if waiting:
+                self._ready.remove(member)
+        starts = member.starts + 1 if starting else 1
+        if self._closed or not (starting or waiting):
+            pass
+        elif starts <= MOST_STARTS:
+            logger.warning("rank %d died before it took part, starting it again", member.rank)
+            self.launch(member.rank, member.setup, starts)
+        else:
+            self.given_up.add(member.rank)
+            logger.error("rank %d died %d times while starting: given up", member.rank, MOST_STARTS)
         self._on_change()
 
     def _accept(self) -> None:
@@ -150,18 +213,24 @@ class Supervisor:
 
     def _welcome(self, connection: Connection) -> None:
         try:
-            rank, incarnation = connection.recv()
-            connection.send(self._setup)
-            connection.recv()  # it is ready
+            called = tuple(connection.recv())
+            with self._lock:
+                known = [m for m in self._starting if (m.rank, m.incarnation) == called]
+            if not known:
+                connection.close()
+                return
+            (member,) = known
+            connection.send(member.setup)
+            reply = connection.recv()
         except (EOFError, OSError):
             connection.close()
             return
+        member.connection, member.ready, member.compiles = connection, reply.value, reply.compiles
         with self._lock:
-            member = next(
-                (m for m in self._starting if (m.rank, m.incarnation) == (rank, incarnation)), None
-            )
-            if member is not None:
-                member.connection = connection
+            if member in self._starting:
                 self._starting.remove(member)
                 self._ready.append(member)
+            faults = self._faults.pop(member.rank, [])
+        for fault in faults:
+            member.send(fault)
         self._on_change()
