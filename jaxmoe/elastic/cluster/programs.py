@@ -17,7 +17,6 @@ import jaxlib
 import jaxmoe
 import pallas_kernels
 from jaxmoe.config import ModelConfig
-from jaxmoe.engine.runner import Sizes
 from pallas_kernels import native
 
 _SOURCES = (".py", ".cc", ".h")
@@ -29,21 +28,18 @@ def users_folder() -> pathlib.Path:
     return pathlib.Path(root) / "jaxmoe" / "programs"
 
 
-def folder_for(
-    base: str | os.PathLike[str], config: ModelConfig, sizes: Sizes, *others: Any
-) -> pathlib.Path:
+def folder_for(base: str | os.PathLike[str], config: ModelConfig, *others: Any) -> pathlib.Path:
     """The folder below ``base`` of programs for just these shapes, this code, JAX and processor. Made if it is not there.
 
     Args:
       base: folder of all such folders.
       config: the model.
-      sizes: of a rank's steps.
-      others: whatever else decides shapes: names and numbers.
+      others: whatever else decides shapes or is built into programs: names, numbers, and tuples and dicts of them.
 
     Raises:
       ValueError: somebody else could write there.
     """
-    folder = pathlib.Path(base).absolute() / fingerprint(config, sizes, *others)
+    folder = pathlib.Path(base).absolute() / fingerprint(config, *others)
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     folder = folder.resolve()
     for path in (folder, *folder.iterdir()):
@@ -68,12 +64,11 @@ def _check(path: pathlib.Path, *, own: bool) -> None:
         )
 
 
-def fingerprint(config: ModelConfig, sizes: Sizes, *others: Any) -> str:
+def fingerprint(config: ModelConfig, *others: Any) -> str:
     """A name for everything that decides what programs are compiled to; arguments as of ``folder_for``."""
     variables = {k: v for k, v in os.environ.items() if k.startswith(("XLA_", "JAX_"))}
     parts = {
         "config": config.to_dict(),
-        "sizes": sizes._asdict(),
         "others": others,
         "versions": [jax.__version__, jaxlib.__version__, platform.python_version()],
         "machine": [platform.machine(), native.processor(), jax.config.jax_platforms],
