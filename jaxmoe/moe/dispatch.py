@@ -83,6 +83,8 @@ def _exchange(
 ) -> jax.Array:
     """The per-rank body of ``all_to_all``: x [T, D], slots [T, A] global, experts this rank's L slots."""
     ranks = lax.axis_size(axis)
+    if ranks == 1:  # nothing to exchange
+        return _local(x, slots, weights, experts, act)
     per_rank = experts.slots
     tokens, active = slots.shape
     # A token's choices are distinct slots, so it can send at most min(A, L) rows to any one rank.
