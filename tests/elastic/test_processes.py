@@ -43,10 +43,12 @@ def _undisturbed() -> list[tuple[int, ...]]:
 
 
 @pytest.fixture(scope="module")
-def serving():
-    """One cluster for all tests; each leaves it with all ranks back. Three ranks have six orders, one for each return."""
+def serving(programs):
+    """One cluster for all tests; each leaves it with all ranks back."""
     # So many copies that one rank alone has a slot for every expert.
-    options = ClusterOptions(ranks=RANKS, redundant_experts=2 * CONFIG.n_routed_experts)
+    options = ClusterOptions(
+        ranks=RANKS, redundant_experts=2 * CONFIG.n_routed_experts, programs=str(programs)
+    )
     cluster = Cluster(Weights(None, seed=0), CONFIG, options)
     with Engine(None, CONFIG, options=OPTIONS, cluster=cluster) as engine:
         engine.warmup()

@@ -136,6 +136,11 @@ class Supervisor:
         """Processes that wait to be taken, the first one first."""
         return list(self._ready)
 
+    @property
+    def waiting(self) -> list[Member]:
+        """All that nobody has taken."""
+        return [*self.starting, *self.ready]
+
     def take(self, member: Member) -> None:
         """A process that is ready becomes the caller's."""
         with self._lock:

@@ -1,0 +1,318 @@
+"""What happens between steps: ranks that are lost, return, or go on purpose, and experts that move. On the engine's thread."""
+
+import logging
+import queue
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from typing import Any
+
+from jaxmoe.elastic.cluster.drains import Drain, Drains
+from jaxmoe.elastic.cluster.layout import Layout, Phases
+from jaxmoe.elastic.cluster.messages import Abort, Fetch, Stop
+from jaxmoe.elastic.cluster.options import ClusterOptions
+from jaxmoe.elastic.cluster.orders import OrdersExhausted
+from jaxmoe.elastic.cluster.startup import FLOOR, Startup
+from jaxmoe.elastic.cluster.status import Event, EventType
+from jaxmoe.elastic.cluster.supervisor import Member
+from jaxmoe.elastic.cluster.team import RankFailed, Team
+from jaxmoe.elastic.membership import Membership
+from jaxmoe.elastic.placement import CoverageLost
+from jaxmoe.elastic.repair import Plan
+from jaxmoe.engine.runner import Change
+from jaxmoe.errors import JaxMoeError
+
+logger = logging.getLogger(__name__)
+
+MOST_TRIES = 5  # of a step that fails although no rank is gone
+
+
+class Controller:
+    """Who takes part, what they hold, and every change of that.
+
+    Args:
+      startup: the processes.
+      options: of the cluster.
+    """
+
+    def __init__(self, startup: Startup, options: ClusterOptions):
+        self._startup, self._options = startup, options
+        self.tasks: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self.events: list[Event] = []
+        self._begin(0)
+
+    def _begin(self, epoch: int) -> None:
+        """Starts all processes and begins an epoch."""
+        options, capacity = self._options, self._startup.capacity
+        self.drains, self._wanted = Drains(), options.ranks
+        self._plans: dict[Member, Plan] = {}  # of ranks that wait: what they are getting
+        self._tries = 0
+        members, placement = self._startup.begin()
+        taking_part = tuple(rank in members for rank in range(capacity))
+        incarnations = tuple(
+            members[r].incarnation if r in members else -1 for r in range(capacity)
+        )
+        self.team = Team(Membership(epoch, taking_part, incarnations), options.silence_s)
+        self.team.members.update(members)
+        memory = self._startup.memory
+        self.layout = Layout(self.team, placement, memory, options.devices, options.deadline_s)
+        self.layout.begin(Phases())
+
+    def end(self) -> None:
+        """Ends all processes."""
+        self._startup.end()
+        for member in list(self.team.members.values()):  # the engine may be changing them
+            member.end()
+        self.team.members.clear()
+
+    # -- orders from outside -----------------------------------------------------------------------
+
+    def drain(self, rank: int, drain: Drain) -> None:
+        """Begins to take a rank out."""
+        rest = len(self.open) - 1
+        if rank not in self.open:
+            drain.future.set_exception(
+                ValueError(f"rank must take part ({list(self.open)}) to be drained; got {rank}.")
+            )
+        elif rest * self.layout.placement.slots_per_rank < self.layout.placement.experts:
+            drain.future.set_exception(
+                CoverageLost(
+                    f"without rank {rank} the other {rest} ranks have {rest * self.layout.placement.slots_per_rank} slots per layer for "
+                    f"{self.layout.placement.experts} experts; bring another one back first."
+                )
+            )
+        else:
+            self.drains.running[rank] = drain
+
+    def resume(self, rank: int, future: Future) -> None:
+        """Starts a rank that is out."""
+        there = {*(m.rank for m in self._startup.supervisor.waiting), *self.team.members}
+        if rank in there:
+            future.set_exception(
+                ValueError(f"rank must be out to be resumed; got {rank}, which has a process.")
+            )
+            return
+        if rank in self.drains.done:
+            self.drains.done.discard(rank)
+            self._wanted += 1
+        self._startup.supervisor.given_up.discard(rank)
+        self._launch(rank)
+        future.set_result(None)
+
+    # -- changes -----------------------------------------------------------------------------------
+
+    @property
+    def open(self) -> tuple[int, ...]:
+        """Ranks that get new requests."""
+        return tuple(rank for rank in self.team.membership.ranks if rank not in self.drains.running)
+
+    def _joiner(self) -> Member | None:
+        """The process that something is to be done for, so that it takes part."""
+        if len(self.team.membership.ranks) >= self._wanted:
+            return None
+        ready = self._startup.supervisor.ready
+        asked = [member for member in ready if member in self._plans]
+        if asked:  # one at a time: every change makes the plans of others void
+            return asked[0] if asked[0].answer is not None else None
+        return ready[0] if ready else None
+
+    def pending(self) -> bool:
+        """Whether ``poll`` has something to do."""
+        return bool(
+            self.team.dead
+            or not self.tasks.empty()
+            or self.drains.running
+            or self._joiner()
+            or (self.layout.restless and not self._plans)
+        )
+
+    def poll(self) -> Change | None:
+        """Between steps: takes note of ranks that have died, takes in those that have returned, evens out the experts."""
+        return self.guarded(self._poll)
+
+    def guarded(self, work: Callable[[], Any]) -> Any:
+        """Does work in which ranks may fail, and what follows if they do."""
+        try:
+            try:
+                return work()
+            except RankFailed as error:
+                return self.recover(error.ranks)
+        except OrdersExhausted as error:
+            return self._renew(str(error))
+
+    def _poll(self) -> Change | None:
+        if dead := self.team.dead:
+            return self.recover(dead)
+        while not self.tasks.empty():
+            self.tasks.get()()
+        if change := self._go_on_draining():
+            return change
+        if member := self._joiner():
+            return self._go_on_joining(member)
+        if self.layout.restless and not self._plans:
+            return self._tidy()
+        return None
+
+    def _tell(self, kind: EventType, ranks: Iterable[int], phases: Phases) -> None:
+        """Takes note of a change."""
+        event = Event(
+            kind,
+            tuple(sorted(ranks)),
+            self.team.epoch,
+            phases.at,
+            phases.total,
+            dict(phases.seconds),
+            self.team.membership.ranks,
+            self.layout.placement.min_copies,
+        )
+        self.events.append(event)
+        logger.warning(
+            "%s ranks=%s epoch=%d active=%s seconds=%.3f",
+            kind,
+            list(event.ranks),
+            event.epoch,
+            list(event.active),
+            event.seconds,
+        )
+
+    def step_done(self) -> None:
+        """A step has been computed by all."""
+        self._tries = 0
+
+    def _launch(self, rank: int) -> None:
+        self.layout.began(rank)
+        self._startup.launch(rank)
+
+    def recover(self, gone: Iterable[int]) -> Change:
+        """Goes on without ``gone``, and without those that fail meanwhile; with nobody gone, with the same ranks once more."""
+        phases, gone, lost = Phases(), set(gone), set()
+        self._tries = 0 if gone else self._tries + 1
+        if self._tries > MOST_TRIES:
+            tries, self._tries = self._tries, 0
+            raise JaxMoeError(f"a step has failed {tries} times; see the ranks' logs.")
+        while True:
+            lost |= gone
+            for rank in gone & set(self.team.members):
+                self.team.members.pop(rank).end()
+            current = self.team.membership
+            leaving = gone & set(current.ranks)
+            self.team.commit(current.without(leaving) if leaving else current.renewed())
+            try:
+                self.team.tell(Abort(self.team.epoch))
+                self.team.gather("aborted", self._options.deadline_s)
+                phases.mark("abort")
+                self.layout.repair(phases, lost)
+                break
+            except RankFailed as error:
+                gone = set(error.ranks)
+        self._tell("lost" if lost else "retried", lost, phases)
+        for rank in lost:
+            if rank in self.drains.running:
+                self._out(rank)
+            elif self._options.respawn:
+                self._launch(rank)
+        self.layout.settle(FLOOR, self._options.chunk_moves, anew=False)
+        return Change(self.open, frozenset(lost))
+
+    def _renew(self, reason: str) -> Change:
+        """Starts all processes again; requests wait for them."""
+        logger.warning("all ranks start again: %s", reason)
+        phases, epoch = Phases(), self.team.epoch
+        self.end()
+        self._begin(epoch + 1)
+        phases.mark("load")
+        self._tell("renewed", self.team.membership.ranks, phases)
+        return Change(self.open, frozenset(range(self._startup.capacity)))
+
+    def _go_on_draining(self) -> Change | None:
+        new = [drain for drain in self.drains.running.values() if not drain.announced]
+        for drain in new:
+            drain.announced = True
+        if new:
+            return Change(self.open, frozenset())
+        due = [rank for rank, drain in self.drains.running.items() if drain.due]
+        return self._leave(due[0]) if due else None
+
+    def _leave(self, rank: int) -> Change:
+        """A rank goes on purpose: the others get from it what they need."""
+        phases, member = Phases(), self.team.members.pop(rank)
+        self.team.commit(self.team.membership.without([rank]))
+        try:
+            self.layout.repair(phases, leaving={rank: member})
+            member.send(Stop())
+        except RankFailed as error:
+            return self.recover({*error.ranks, rank})
+        finally:
+            member.end()
+        self._out(rank)
+        self._tell("drained", [rank], phases)
+        self.layout.settle(FLOOR, self._options.chunk_moves, anew=True)
+        return Change(self.open, frozenset([rank]))
+
+    def _out(self, rank: int) -> None:
+        self.drains.done.add(rank)
+        self._wanted -= 1
+        self.drains.running.pop(rank).future.set_result(None)
+
+    def _go_on_joining(self, member: Member) -> Change | None:
+        """A rank that is ready gets its experts, while the others serve; when it has them, it takes part."""
+        plan = self._plans.pop(member, None)
+        if not self._startup.same(member):
+            logger.error("rank %d has loaded other weights than the others: given up", member.rank)
+            self._startup.supervisor.drop(member.rank)
+            self._startup.supervisor.given_up.add(member.rank)
+            return None
+        if self.layout.refusal is not None:
+            return self._join(member, None)
+        if plan is None or plan.epoch != self.team.epoch:
+            plan = self._plans[member] = self.layout.join_plan(member.rank)
+            fills = self.layout.fills_for(plan, member.rank)
+            self._startup.supervisor.ask(member, Fetch(self.team.epoch, fills))
+            return None
+        answer = member.answer
+        if answer.kind == "failed" or answer.value.failed:
+            logger.warning("rank %d could not get its experts: %s", member.rank, answer.value)
+            return self.mend()  # a source may be damaged
+        return self._join(member, plan)
+
+    def _join(self, member: Member, plan: Plan | None) -> Change:
+        phases, rank = Phases(), member.rank
+        self._startup.supervisor.take(member)
+        self.team.commit(self.team.membership.with_joined(rank, member.incarnation))
+        self.team.members[rank] = member
+        try:
+            if plan is None:
+                self.layout.repair(phases)
+            else:
+                self.layout.join(plan, phases)
+        except RankFailed as error:
+            return self.recover(error.ranks)
+        self._tell("joined", [rank], phases)
+        self.layout.settle(FLOOR, self._options.chunk_moves, anew=True)
+        return Change(self.open, frozenset())
+
+    def _tidy(self) -> None:
+        phases = Phases()
+        try:
+            self.layout.tidy(phases)
+        except CoverageLost:
+            return self.mend()
+        if not self.layout.restless:
+            self._tell("rebalanced", self.team.membership.ranks, phases)
+        return None
+
+    def mend(self) -> Change | None:
+        """Compares all weights with their checksums, and gets those again that are damaged; None if none are."""
+        phases = Phases()
+        wrong = [
+            (rank, layer, slot)
+            for rank, found in self.layout.verify().items()
+            for layer, slot in found.wrong
+        ]
+        phases.mark("plan")
+        if not wrong:
+            return None
+        self.team.commit(self.team.membership.renewed())
+        self.layout.repair(phases, wrong=wrong)
+        self._tell("repaired", {rank for rank, _, _ in wrong}, phases)
+        self.layout.settle(FLOOR, self._options.chunk_moves, anew=False)
+        return Change(self.open, frozenset())
