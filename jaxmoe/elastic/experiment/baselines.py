@@ -1,0 +1,95 @@
+"""What recovery is compared with: ending everything and starting again, and a build whose ranks cannot change."""
+
+import dataclasses
+import os
+import signal
+import time
+from collections.abc import Mapping
+
+import numpy as np
+
+from jaxmoe.elastic.experiment.metrics import rate, token_times
+from jaxmoe.elastic.experiment.stand import Stand
+
+_FIRST_S = 0.5  # of a load, in which its requests are not yet in step with each other
+_BEFORE_S = 3.0  # of load before the kill and after the restart, for the picture
+_PATIENCE_S = 60.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Restart:
+    """A restart of everything because of one rank.
+
+    Attributes:
+      pause_s: from the last token before to the first one after.
+      times: when tokens came, in seconds since the kill.
+    """
+
+    pause_s: float
+    times: np.ndarray
+
+
+def restart(stand: Stand, rank: int, seed: int) -> Restart:
+    """Kills a rank under load, ends everything, starts everything again from the programs on disk, and sends new requests.
+
+    The stand is started anew afterwards. In the baseline's favour: the death is noticed at once, the controller's process,
+    with JAX loaded, stays, and nobody has to be told of a new address.
+    """
+    load = stand.load(seed).start()
+    load.first_token.wait(_PATIENCE_S)
+    time.sleep(_BEFORE_S)
+    killed = time.monotonic()
+    pids = stand.cluster.pids
+    os.kill(pids[rank], signal.SIGKILL)
+    for pid in pids.values():
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass  # it has ended by itself
+    stand.end()
+    before = token_times(load.stop(0))
+    stand.start()
+    load = stand.load(seed).start()
+    load.first_token.wait(_PATIENCE_S)
+    time.sleep(_BEFORE_S)
+    after = token_times(load.stop(_PATIENCE_S))
+    return Restart(float(after[0] - before[-1]), np.concatenate([before, after]) - killed)
+
+
+def throughput(stand: Stand, seed: int, seconds: float) -> float:
+    """Tokens per second under load."""
+    load = stand.load(seed).start()
+    load.first_token.wait(_PATIENCE_S)
+    began = time.monotonic() + _FIRST_S
+    time.sleep(_FIRST_S + seconds)
+    return rate(token_times(load.stop(_PATIENCE_S)), began, began + seconds)
+
+
+def without(stand: Stand, rank: int, seed: int, seconds: float) -> float:
+    """Tokens per second of the others, healthy, once a rank has left as planned; it is called back afterwards."""
+    stand.cluster.drain(rank).result(_PATIENCE_S)
+    try:
+        return throughput(stand, seed, seconds)
+    finally:
+        stand.wait_until_whole()
+
+
+def interleaved(
+    stands: Mapping[str, Stand], rounds: int, seconds: float, seed: int
+) -> dict[str, list[float]]:
+    """Tokens per second of several clusters in turns (A B B A ...), each turn with the same requests for all.
+
+    Args:
+      stands: by name; those that are not in turn stand idle.
+      rounds: turns that count; one more comes first.
+      seconds: of each turn.
+      seed: of the first turn's load.
+    """
+    rates: dict[str, list[float]] = {name: [] for name in stands}
+    for turn in range(rounds + 1):
+        # There and back again, so that nobody is always the first after a break.
+        for name, stand in list(stands.items())[:: 1 if turn % 2 else -1]:
+            value = throughput(stand, seed + turn, seconds)
+            if turn:
+                rates[name].append(value)
+    return rates

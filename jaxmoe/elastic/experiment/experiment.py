@@ -1,0 +1,219 @@
+"""The experiment: runs on one cluster, then the baselines, and the figures that are compared."""
+
+import contextlib
+import dataclasses
+import pathlib
+import statistics
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from jaxmoe.elastic.cluster.processes import ClusterOptions
+from jaxmoe.elastic.experiment import baselines, checks
+from jaxmoe.elastic.experiment.metrics import PHASES, Pause, rate
+from jaxmoe.elastic.experiment.run import Run, run_schedule
+from jaxmoe.elastic.experiment.schedule import Schedule
+from jaxmoe.elastic.experiment.stand import Model, Stand, Workload
+
+RECOVERED_S = 3.0  # after a loss, throughput has to be that of healthy survivors
+_LEAST_WINDOW_S = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is to be done.
+
+    Attributes:
+      model: what is served.
+      cluster: its options.
+      schedules: one for each run.
+      clients: of the closed loop.
+      baselines: whether to compare with a restart and with a frozen build.
+      rounds: of the comparison with the frozen build.
+      round_s: how long each of its turns is.
+      restarts: how often everything is restarted.
+      seed: of the baselines' load.
+    """
+
+    model: Model
+    cluster: ClusterOptions
+    schedules: tuple[Schedule, ...]
+    clients: int = 12
+    baselines: bool = True
+    rounds: int = 10
+    round_s: float = 3.0
+    restarts: int = 2
+    seed: int = 0
+
+
+@dataclasses.dataclass
+class Findings:
+    """What has been measured.
+
+    Attributes:
+      runs: one for each schedule.
+      healthy: tokens per second with one rank out as planned.
+      restarts: of everything.
+      steady: tokens per second by build, "elastic" and "frozen", in interleaved turns.
+      start_s: of the cluster, from nothing to its first request.
+      orphans: processes that were still there after the end.
+    """
+
+    runs: list[Run] = dataclasses.field(default_factory=list)
+    healthy: list[float] = dataclasses.field(default_factory=list)
+    restarts: list[baselines.Restart] = dataclasses.field(default_factory=list)
+    steady: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+    start_s: float = 0.0
+    orphans: list[int] = dataclasses.field(default_factory=list)
+
+    @property
+    def counts(self) -> checks.Counts:
+        """Of all runs."""
+        return sum((run.counts for run in self.runs), checks.Counts())
+
+    @property
+    def problems(self) -> list[str]:
+        """Everything that is not as it must be."""
+        found = [f"{problem} [{run.schedule}]" for run in self.runs for problem in run.problems]
+        return found + [f"process {pid} is still there" for pid in self.orphans]
+
+    def pauses(self, *types: str) -> list[Pause]:
+        """Of these types, of all runs."""
+        return [pause for run in self.runs for pause in run.pauses if pause.type in types]
+
+
+def shown(problems: Sequence[str], most: int = 3) -> str:
+    """The first few, and how many more there are."""
+    more = f"; and {len(problems) - most} more" if len(problems) > most else ""
+    return "; ".join(problems[:most]) + more
+
+
+def conduct(plan: Plan, say: Callable[[str], None]) -> Findings:
+    """Does it; ``say`` is told how far it is."""
+    found = Findings()
+    with _programs(plan) as options:
+        say("computing what the requests give undisturbed, on one device")
+        load = Workload.of(plan.model)
+        stand = Stand(plan.model, load, options, clients=plan.clients)
+        say(f"starting {options.ranks} ranks")
+        with stand:
+            found.start_s = stand.start_s
+            say(f"ready after {stand.start_s:.1f} s")
+            _runs(plan, stand, found, say)
+            if plan.baselines:
+                _baselines(plan, stand, found, say)
+        found.orphans = stand.orphans
+    return found
+
+
+@contextlib.contextmanager
+def _programs(plan: Plan) -> Iterator[ClusterOptions]:
+    """The cluster's options, with a folder for compiled programs that all clusters of the experiment share."""
+    if plan.cluster.programs is not None:
+        yield plan.cluster
+        return
+    with tempfile.TemporaryDirectory(prefix="jaxmoe-programs-") as folder:
+        yield dataclasses.replace(plan.cluster, programs=str(pathlib.Path(folder)))
+
+
+def _runs(plan: Plan, stand: Stand, found: Findings, say: Callable[[str], None]) -> None:
+    number = len(plan.schedules)
+    measured = {0, number // 2, number - 1} if plan.baselines else set()
+    for i, schedule in enumerate(plan.schedules):
+        if i in measured:
+            rank = (i + 1) % plan.cluster.ranks
+            found.healthy.append(baselines.without(stand, rank, plan.seed, 2 * plan.round_s))
+            say(f"{plan.cluster.ranks - 1} healthy ranks: {found.healthy[-1]:.0f} tokens/s")
+        run = run_schedule(stand, schedule)
+        found.runs.append(run)
+        pauses = ", ".join(f"{p.type} {p.seconds:.2f} s" for p in run.pauses)
+        say(
+            f"{i + 1}/{number} seed {schedule.seed} [{schedule}] {run.seconds:.0f} s: {run.counts.completed} requests, "
+            f"{pauses or 'no pause'}{'; ' if run.problems else ''}{shown(run.problems)}"
+        )
+
+
+def _baselines(plan: Plan, stand: Stand, found: Findings, say: Callable[[str], None]) -> None:
+    for i in range(plan.restarts):
+        found.restarts.append(baselines.restart(stand, i % plan.cluster.ranks, plan.seed))
+        say(f"restart of everything: no token for {found.restarts[-1].pause_s:.1f} s")
+    frozen = dataclasses.replace(stand.options, frozen=True)
+    with Stand(plan.model, stand.workload, frozen, clients=plan.clients) as other:
+        both = {"elastic": stand, "frozen": other}
+        found.steady = baselines.interleaved(both, plan.rounds, plan.round_s, plan.seed)
+    found.orphans += other.orphans
+    say(f"elastic over frozen: {steady_overhead(found.steady):.2%} slower")
+
+
+# -- figures -----------------------------------------------------------------------------------------
+
+
+def steady_overhead(steady: dict[str, list[float]]) -> float:
+    """By how much the elastic build is slower: the median over turns, 0.01 for one percent."""
+    pairs = zip(steady["elastic"], steady["frozen"], strict=True)
+    return statistics.median(frozen / elastic - 1 for elastic, frozen in pairs)
+
+
+def rates_after_loss(run: Run) -> list[float]:
+    """Tokens per second from ``RECOVERED_S`` after each loss until the next change of ranks."""
+    rates = []
+    changes = [pause for pause in run.pauses if pause.type in ("lost", "joined", "drained")]
+    for i, pause in enumerate(changes[:-1]):
+        begin, end = pause.at_s + RECOVERED_S, changes[i + 1].at_s
+        if pause.type == "lost" and len(pause.ranks) == 1 and end - begin >= _LEAST_WINDOW_S:
+            rates.append(rate(run.times, begin, end))
+    return rates
+
+
+def summarise(found: Findings) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """Rows and ratios of the report."""
+    ratios: dict[str, float] = {}
+    rows: list[dict[str, Any]] = []
+    for name, types in (("pause", ("lost",)), ("reintegration_pause", ("joined",))):
+        pauses = found.pauses(*types)
+        if not pauses:
+            continue
+        seconds = [pause.seconds for pause in pauses]
+        ratios[f"{name}_s"], ratios[f"{name}_worst_s"] = statistics.median(seconds), max(seconds)
+        rows.append(_row(name, seconds, "s"))
+        for phase in ("before", *PHASES, "refill"):
+            values = [pause.phases[phase] for pause in pauses if phase in pause.phases]
+            if values:
+                rows.append(_row(f"{name}: {phase}", values, "s"))
+        everyone = [pause.everyone_s for pause in pauses if pause.everyone_s is not None]
+        if everyone:
+            rows.append(_row(f"{name}: until every request goes on", everyone, "s"))
+    after = [value for run in found.runs for value in rates_after_loss(run)]
+    if after:
+        rows.append(_row("throughput after a loss", after, "tokens/s"))
+    if found.healthy:
+        rows.append(_row("throughput of healthy survivors", found.healthy, "tokens/s"))
+    if after and found.healthy:
+        healthy = statistics.median(found.healthy)
+        ratios["throughput_after_ratio"] = statistics.median(after) / healthy
+    if found.restarts:
+        rows.append(_row("pause of a full restart", [r.pause_s for r in found.restarts], "s"))
+        ratios["restart_pause_s"] = statistics.median(r.pause_s for r in found.restarts)
+    if found.steady:
+        rows += [
+            _row(f"throughput, {name}", values, "tokens/s") for name, values in found.steady.items()
+        ]
+        ratios["steady_overhead"] = steady_overhead(found.steady)
+    rows.append(_row("start of the cluster", [found.start_s], "s"))
+    counted = found.counts._asdict()
+    rows += [{"name": name, "value": n, "unit": "requests"} for name, n in counted.items()]
+    ratios |= {name: counted[name] for name in ("lost", "duplicated", "wrong_tokens")}
+    ratios["survivor_compiles"] = sum(run.survivor_compiles for run in found.runs)
+    ratios["problems"] = len(found.problems)
+    return rows, ratios
+
+
+def _row(name: str, values: list[float], unit: str) -> dict[str, Any]:
+    return {
+        "name": name,
+        "value": statistics.median(values),
+        "unit": unit,
+        "best": min(values),
+        "worst": max(values),
+        "rounds": len(values),
+    }
