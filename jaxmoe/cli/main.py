@@ -12,6 +12,8 @@ from jaxmoe.cli.convert import convert
 from jaxmoe.cli.demo import demo
 from jaxmoe.cli.generate import generate
 from jaxmoe.cli.info import info
+from jaxmoe.cli.ranks import ranks
+from jaxmoe.cli.recover import recover
 from jaxmoe.cli.serve import serve
 from jaxmoe.cli.train import train
 from jaxmoe.errors import JaxMoeError
@@ -21,6 +23,8 @@ COMMANDS = {
     "train": train,
     "generate": generate,
     "serve": serve,
+    "recover": recover,
+    "ranks": ranks,
     "convert": convert,
     "info": info,
     "bench": bench,

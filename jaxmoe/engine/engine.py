@@ -79,7 +79,7 @@ class Engine:
         mesh: Mesh | None = None,
         cluster: ElasticRunner | None = None,
     ):
-        self.config, self.options = config, options
+        self.config, self.options, self.cluster = config, options, cluster
         self.tokenizer = tokenizer if tokenizer is not None else ByteTokenizer()
         self.max_length = options.max_length or min(config.max_position_embeddings, 8192)
         if self.max_length > config.max_position_embeddings:

@@ -122,10 +122,10 @@ class Generation:
         self._open.clear()
 
 
-def unavailable(why: str) -> ApiError:
+def unavailable(why: str, code: str = "unavailable") -> ApiError:
     """A 503."""
-    message = f"The server takes no requests: {why}. Try again later."
-    return ApiError(503, message, code="unavailable", headers={"retry-after": "5"})
+    message = f"The server takes no requests: {why.rstrip('.')}. Try again later."
+    return ApiError(503, message, code=code, headers={"retry-after": "5"})
 
 
 def _submit(engine: Engine, job: Job, name: str, outbox: Outbox) -> list[Stream]:

@@ -16,12 +16,13 @@ from typing import Any
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from jaxmoe.engine import Engine
+from jaxmoe.engine import Chunk, Engine
+from jaxmoe.serve import ranks
 from jaxmoe.serve._answers import Answer, ChatAnswer, CompletionAnswer, dump, failure
 from jaxmoe.serve._body import ApiError, parse_object
 from jaxmoe.serve._delivery import (
@@ -31,43 +32,16 @@ from jaxmoe.serve._delivery import (
     unavailable,
     while_connected,
 )
+from jaxmoe.serve._http import error_response, json_response, read_body
 from jaxmoe.serve.metrics import CONTENT_TYPE, Metrics
+from jaxmoe.serve.options import ApiOptions
 from jaxmoe.serve.protocol import Job, ModelInfo, no_such_model, parse_chat, parse_completion
 
 logger = logging.getLogger(__name__)
 
-OPEN_PATHS = ("/healthz", "/readyz")  # need no key: probes have none, and these tell nothing
+OPEN_PATHS = ("/healthz", "/readyz")  # need no key: probes have none, and these tell of no request
 _LARGE_BODY = 1 << 16  # bytes; larger ones are parsed and tokenised in a thread
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-
-
-@dataclasses.dataclass(frozen=True)
-class ApiOptions:
-    """What an operator may set."""
-
-    model_name: str = "jaxmoe"
-    """The name that clients give as ``model``."""
-    api_key: str | None = None
-    """Clients must show it; None for no key."""
-    allowed_hosts: tuple[str, ...] | None = None
-    """Host names that requests may be addressed to; None for any."""
-    max_body_bytes: int = 4 << 20
-    """Larger bodies are refused."""
-    body_timeout_s: float = 60.0
-    """How long a body may take to arrive."""
-    stall_s: float = 300.0
-    """A client that takes nothing of a stream for so long is cut off."""
-    idle_s: float = 15.0
-    """A stream with nothing to say sends a comment so often."""
-
-    def __post_init__(self):
-        if self.api_key is not None and not (self.api_key.isascii() and self.api_key.isprintable()):
-            raise ValueError("api_key must be printable ASCII; choose another.")
-        if self.api_key == "":
-            raise ValueError("api_key must not be empty; got ''. Leave it out for no key.")
-        for name in ("max_body_bytes", "body_timeout_s", "stall_s", "idle_s"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0; got {getattr(self, name)}.")
 
 
 class Lifecycle:
@@ -106,22 +80,31 @@ class Service:
     lifecycle: Lifecycle
     created: int
 
+    def missing(self) -> str | None:
+        """What has gone with ranks and keeps requests from being computed; None as a rule."""
+        cluster = self.engine.cluster
+        return None if cluster is None else cluster.refusal
+
+    def check(self) -> None:
+        """Raises ApiError 503 unless requests are taken and can be computed."""
+        self.lifecycle.check()
+        missing = self.missing()
+        if missing is not None:
+            raise unavailable(missing, code="coverage_lost")
+
+    def failure(self, chunk: Chunk) -> ApiError | None:
+        """The error that a last chunk reports."""
+        missing = self.missing() if chunk.finish_reason == "error" else None
+        return failure(chunk) if missing is None else unavailable(missing, code="coverage_lost")
+
 
 # -- responses ---------------------------------------------------------------------------------------
-
-
-def _json(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    return Response(dump(value), status, headers, "application/json")
-
-
-def _error(error: ApiError) -> Response:
-    return _json(error.envelope(), error.status, error.headers)
 
 
 async def _on_api_error(request: Request, error: Exception) -> Response:
     if not isinstance(error, ApiError):
         raise error
-    return _error(error)
+    return error_response(error)
 
 
 async def _on_http_error(request: Request, error: Exception) -> Response:
@@ -136,7 +119,7 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
     else:
         message = str(error.detail)
     status = error.status_code
-    return _error(
+    return error_response(
         ApiError(
             status, message, code="not_found" if status == 404 else None, headers=error.headers
         )
@@ -144,35 +127,6 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
 
 
 # -- endpoints ---------------------------------------------------------------------------------------
-
-
-async def _read_body(request: Request, options: ApiOptions) -> bytes:
-    """The body, if it is JSON by its own account and not too large."""
-    kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
-    if kind != "application/json":
-        # Also keeps other sites' pages in a browser out: this type needs a preflight, which is not answered.
-        message = f"content-type must be application/json; got {kind[:100]!r}. Set the header."
-        raise ApiError(415, message, code="unsupported_media_type")
-    limit = options.max_body_bytes
-    too_large = ApiError(
-        413, f"The body must have at most {limit} bytes. Shorten it.", code="body_too_large"
-    )
-    length = request.headers.get("content-length", "")
-    if length.isdecimal() and (len(length) > 15 or int(length) > limit):
-        raise too_large
-    body = bytearray()
-    try:
-        async with asyncio.timeout(options.body_timeout_s):
-            async for piece in request.stream():
-                body += piece
-                if len(body) > limit:
-                    raise too_large
-    except TimeoutError:
-        message = f"The body must arrive within {options.body_timeout_s:g} s. Send it faster."
-        raise ApiError(408, message, code="body_timeout") from None
-    except ClientDisconnect:
-        raise ApiError(400, "The client closed the connection within the body.") from None
-    return bytes(body)
 
 
 async def _events(
@@ -186,7 +140,7 @@ async def _events(
             yield None
             continue
         index, chunk = item
-        error = failure(chunk)
+        error = service.failure(chunk)
         if error is not None:
             yield dump(error.envelope())
             return
@@ -206,7 +160,7 @@ async def _whole(
         async for item in generation.chunks(service.options.idle_s):
             if item is None:
                 continue
-            error = failure(item[1])
+            error = service.failure(item[1])
             if error is not None:
                 raise error
             answer.add(*item)
@@ -226,14 +180,14 @@ def _endpoint(
 ) -> Callable[[Request], Any]:
     async def endpoint(request: Request) -> Any:
         service: Service = request.app.state.service
-        service.lifecycle.check()
-        body = await _read_body(request, service.options)
+        service.check()
+        body = await read_body(request, service.options)
 
         def read() -> Job:
             return parse(parse_object(body), service.info)
 
         job = read() if len(body) < _LARGE_BODY else await asyncio.to_thread(read)
-        service.lifecycle.check()
+        service.check()
         name = f"{prefix}-{uuid.uuid4().hex}"
         answer = answer_type(job, service.info, name)
         generation = await Generation.start(
@@ -259,23 +213,26 @@ def _model(service: Service) -> dict[str, Any]:
 
 
 async def _models(request: Request) -> Response:
-    return _json({"object": "list", "data": [_model(request.app.state.service)]})
+    return json_response({"object": "list", "data": [_model(request.app.state.service)]})
 
 
 async def _one_model(request: Request) -> Response:
     service, name = request.app.state.service, request.path_params["name"]
     if name != service.info.name:
         raise no_such_model(name, service.info)
-    return _json(_model(service))
+    return json_response(_model(service))
 
 
 async def _healthz(request: Request) -> Response:
-    return _json({"status": "ok"})
+    return json_response({"status": "ok"})
 
 
 async def _readyz(request: Request) -> Response:
-    phase = request.app.state.service.lifecycle.phase
-    return _json({"status": phase}, 200 if phase == "ready" else 503)
+    service: Service = request.app.state.service
+    phase, missing = service.lifecycle.phase, service.missing()
+    if phase == "ready" and missing is not None:
+        return json_response({"status": "coverage_lost", "reason": missing}, 503)
+    return json_response({"status": phase}, 200 if phase == "ready" else 503)
 
 
 async def _metrics(request: Request) -> Response:
@@ -313,13 +270,13 @@ class _Edge:
 
         try:
             refusal = self._refusal(scope["path"], headers)
-            app = self._app if refusal is None else _error(refusal)
+            app = self._app if refusal is None else error_response(refusal)
             await app(scope, receive, send_on)
         except Exception:
             logger.exception("request_id=%s failed", request_id)
             if not status:
                 error = ApiError(500, "The server failed at this request.", code="internal_error")
-                await _error(error)(scope, receive, send_on)
+                await error_response(error)(scope, receive, send_on)
         finally:
             self._note(scope, status, time.perf_counter() - began, request_id)
 
@@ -400,6 +357,7 @@ def build_app(
         Route("/healthz", _healthz),
         Route("/readyz", _readyz),
         Route("/metrics", _metrics),
+        *ranks.ROUTES,
         *extra_routes,
     ]
     # Labels of a metric must be few: only paths without parameters.

@@ -1,14 +1,16 @@
 """Metrics for Prometheus, in a registry of their own: two servers in one process do not mix."""
 
 import collections
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import prometheus_client
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
+from jaxmoe.elastic import Cluster
 from jaxmoe.engine import Engine, EngineStats
+from jaxmoe.serve.ranks import TAKING_PART
 
 CONTENT_TYPE = prometheus_client.CONTENT_TYPE_LATEST
 
@@ -60,7 +62,7 @@ def _families(stats: EngineStats) -> Iterator[Metric]:
     yield pages
     yield _gauge("step_seconds", "Smoothed time of a step.", stats.step_s)
     yield _gauge("schedule_seconds", "Of that, outside compiled functions.", stats.schedule_s)
-    yield _gauge("ranks", "Ranks that share the experts.", stats.ranks)
+    yield _gauge("ranks", "Ranks that there can be.", stats.ranks)
     yield _gauge("epoch", "Epoch of the membership.", stats.epoch)
     text = "Experts in each rank's slots."
     held = GaugeMetricFamily("jaxmoe_rank_experts", text, labels=("rank",))
@@ -69,6 +71,46 @@ def _families(stats: EngineStats) -> Iterator[Metric]:
     yield held
     yield _gauge("draining", "1 while new requests are refused.", float(stats.draining))
     yield _expert_load(stats.expert_load)
+
+
+def _cluster_families(cluster: Cluster) -> Iterator[Metric]:
+    """What ranks with processes of their own add."""
+    status, events = cluster.status(), list(cluster.events)
+    up = GaugeMetricFamily("jaxmoe_rank_up", "1 for ranks that take part.", labels=("rank",))
+    text = "Programs that XLA has compiled in a rank's present process."
+    compiles = GaugeMetricFamily("jaxmoe_rank_compiles", text, labels=("rank",))
+    for rank in status.ranks:
+        up.add_metric((str(rank.rank),), float(rank.state in TAKING_PART))
+        compiles.add_metric((str(rank.rank),), rank.compiles)
+    yield from (up, compiles)
+    yield _gauge("ranks_active", "Ranks that take part.", len(cluster.active))
+    yield _gauge("expert_copies_min", "Copies of the expert that has fewest.", status.min_copies)
+    text = "1 while experts are missing and nothing can be served."
+    yield _gauge("coverage_lost", text, float(status.refusal is not None))
+    changes, stood, spent = collections.Counter(), collections.Counter(), collections.Counter()
+    for event in events:
+        changes[event.type] += 1
+        stood[event.type] += event.seconds
+        for phase, seconds in event.phases.items():
+            spent[event.type, phase] += seconds
+    text = "Changes of the ranks that take part, by type: lost, joined, drained and others."
+    yield _by(("type",), "rank_changes", text, {(kind,): n for kind, n in changes.items()})
+    text = "Seconds that serving stood still for changes, by their type."
+    yield _by(("type",), "rank_change_seconds", text, {(kind,): s for kind, s in stood.items()})
+    text = "Of that, seconds by phase."
+    yield _by(("type", "phase"), "rank_change_phase_seconds", text, spent)
+    text = "Ranks' messages that did not count, by kind and reason: of another epoch or process."
+    dropped = {(reason,): count for reason, count in status.dropped.items()}
+    yield _by(("reason",), "dropped_messages", text, dropped)
+
+
+def _by(
+    labels: tuple[str, ...], name: str, text: str, values: Mapping[tuple[str, ...], float]
+) -> Metric:
+    family = CounterMetricFamily(f"jaxmoe_{name}", text, labels=labels)
+    for key, value in values.items():
+        family.add_metric(key, value)
+    return family
 
 
 class Metrics:
@@ -112,7 +154,9 @@ class Metrics:
 
     def collect(self) -> Iterable[Metric]:
         """The engine's counters of this moment."""
-        return _families(self._engine.stats())
+        yield from _families(self._engine.stats())
+        if self._engine.cluster is not None:
+            yield from _cluster_families(self._engine.cluster)
 
     def _on_event(self, event: dict[str, Any]) -> None:
         if event["type"] == "first_token":

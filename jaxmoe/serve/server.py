@@ -23,7 +23,8 @@ from starlette.routing import BaseRoute
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from jaxmoe.engine import Engine
-from jaxmoe.serve.api import ApiOptions, Lifecycle, build_app
+from jaxmoe.serve.api import Lifecycle, build_app
+from jaxmoe.serve.options import ApiOptions, ServerOptions
 
 logger = logging.getLogger(__name__)
 
@@ -55,28 +56,6 @@ def listen(host: str, port: int) -> socket.socket:
             f"host and port must be an address of this machine that is free; got {host}:{port} "
             f"({error.strerror}). Choose another --port or --host."
         ) from None
-
-
-@dataclasses.dataclass(frozen=True)
-class ServerOptions:
-    """Where to listen, and how to start and end."""
-
-    host: str = "127.0.0.1"
-    """Address to listen on; the default is reachable from this machine only."""
-    port: int = 8000
-    """Port; 0 takes a free one."""
-    drain_s: float = 60.0
-    """On SIGTERM, how long running requests may take to end."""
-    warm_up: bool = True
-    """Whether to compile everything before requests are taken."""
-    header_timeout_s: float = 10.0
-    """A connection whose request's headers take longer is closed."""
-
-    def __post_init__(self):
-        if not self.drain_s >= 0:
-            raise ValueError(f"drain_s must be >= 0; got {self.drain_s}.")
-        if not self.header_timeout_s > 0:
-            raise ValueError(f"header_timeout_s must be > 0; got {self.header_timeout_s}.")
 
 
 class _Connection(H11Protocol):
@@ -215,16 +194,21 @@ def run(
             api = dataclasses.replace(api, allowed_hosts=(*_LOOPBACK_NAMES, options.host))
     elif api.api_key is None:
         logger.warning("host=%s everyone who reaches it may use it: no API key", options.host)
+        api = dataclasses.replace(api, operable=False)
     lifecycle = Lifecycle("starting")
     app = build_app(engine, api, lifecycle=lifecycle, extra_routes=extra_routes)
     server = Server(app, engine, lifecycle, options)
     host = f"[{options.host}]" if ":" in options.host else options.host
     on_listening(f"http://{host}:{sock.getsockname()[1]}")
-    server.run(sockets=[sock])
-    if server.failure is not None:
-        raise server.failure
-    if server.warming is not None and server.warming.is_alive():
-        # A compilation cannot be interrupted, and the end of the interpreter would trip over it.
-        logging.shutdown()
-        os._exit(0)
-    engine.close()
+    try:
+        server.run(sockets=[sock])
+        if server.failure is not None:
+            raise server.failure
+    finally:
+        if server.warming is not None and server.warming.is_alive():
+            # A compilation cannot be interrupted, and the end of the interpreter would trip over it.
+            if engine.cluster is not None:
+                engine.cluster.close()
+            logging.shutdown()
+            os._exit(0)
+        engine.close()

@@ -15,8 +15,9 @@ import numpy as np
 
 import jaxmoe
 from jaxmoe.engine import Engine, EngineOptions
-from jaxmoe.serve.api import ApiOptions, Lifecycle, build_app
-from jaxmoe.serve.server import Server, ServerOptions, listen
+from jaxmoe.serve.api import Lifecycle, build_app
+from jaxmoe.serve.options import ApiOptions, ServerOptions
+from jaxmoe.serve.server import Server, listen
 
 # Two layers, one with experts: everything a request passes through, quickly compiled.
 CONFIG = jaxmoe.presets["tiny"].replace(num_hidden_layers=2, num_nextn_predict_layers=0)
@@ -56,11 +57,11 @@ def serving(engine, *, send_buffer=None, header_timeout_s=10.0, **options):
 
 
 @contextlib.contextmanager
-def process(*args, model=(MODEL, "--random-weights"), warm_up=False, devices=1):
+def process(*args, model=(MODEL, "--random-weights"), warm_up=False):
     """A real ``jaxmoe serve``; yields it and its address, once it is ready or has begun to warm up."""
     command = [sys.executable, "-u", "-c", "from jaxmoe.cli import main; main()", "serve"]
     root = os.path.dirname(os.path.dirname(jaxmoe.__file__))
-    flags = f"--xla_force_host_platform_device_count={devices}"
+    flags = "--xla_force_host_platform_device_count=1"
     child = subprocess.Popen(
         [*command, *model, "--port", "0", f"--{'' if warm_up else 'no-'}warm-up", *args],
         stdout=subprocess.PIPE,
@@ -85,7 +86,7 @@ def wait_until(condition, limit_s=LIMIT_S):
     end = time.monotonic() + limit_s
     while not condition():
         assert time.monotonic() < end, "it never happened"
-        time.sleep(0.01)
+        time.sleep(0.05)
 
 
 def is_idle(engine):

@@ -48,6 +48,8 @@ STATS = EngineStats(
 class StillEngine:
     """As much of an engine as the dashboard uses, with figures set by the test."""
 
+    cluster = None
+
     def __init__(self, **figures):
         self.figures = STATS
         self.set(**figures)
@@ -280,7 +282,7 @@ def test_the_page_names_no_other_server_and_its_policy_forbids_any():
         assert f"{directive} 'sha256-{digest}'" in policy
 
 
-@pytest.mark.parametrize("name", ["dashboard.html", "dashboard.css", "dashboard.js"])
+@pytest.mark.parametrize("name", ["dashboard.html", "dashboard.css", "dashboard.js", "ranks.js"])
 def test_the_page_lies_in_the_package(name):
     assert importlib.resources.files("jaxmoe.serve.dashboard").joinpath(name).is_file()
 

@@ -12,7 +12,8 @@ pytest.importorskip("starlette")
 
 from serve.support import MODEL, is_idle, make_engine, serving, wait_until  # noqa: E402
 
-from jaxmoe.serve.api import ApiOptions, build_app  # noqa: E402
+from jaxmoe.serve.api import build_app  # noqa: E402
+from jaxmoe.serve.options import ApiOptions  # noqa: E402
 
 pytestmark = pytest.mark.slow
 

@@ -23,7 +23,8 @@ from serve.support import (  # noqa: E402
 )
 
 from bench._metrics import parse  # noqa: E402
-from jaxmoe.serve.api import ApiOptions, Lifecycle  # noqa: E402
+from jaxmoe.serve.api import Lifecycle  # noqa: E402
+from jaxmoe.serve.options import ApiOptions  # noqa: E402
 from jaxmoe.serve.server import is_loopback, listen  # noqa: E402
 
 # A first request compiles.

@@ -45,7 +45,7 @@ def test_two_ranks_answer_as_one_and_their_metrics_agree_with_the_client():
     answers = {}
     for ranks in (1, 2):
         arguments = ("--ranks", str(ranks), "--max-length", "256")
-        with process(*arguments, devices=ranks) as (_, url), client_of(url) as client:
+        with process(*arguments) as (_, url), client_of(url) as client:
             answer = client.completions.create(model=MODEL, prompt=prompts, **options)
             answers[ranks] = [choice.text for choice in answer.choices]
             wait_until(lambda: metrics(url)["jaxmoe_requests_running", ()] == 0)

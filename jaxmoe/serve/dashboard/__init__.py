@@ -18,11 +18,11 @@ __all__ = ["page", "routes"]
 def page() -> tuple[str, dict[str, str]]:
     """The page, its style and script inside, and the headers that let it load nothing else."""
     files = importlib.resources.files(__name__)
-    html, css, js = (
+    html, css, *scripts = (
         files.joinpath(name).read_text("utf-8")
-        for name in ("dashboard.html", "dashboard.css", "dashboard.js")
+        for name in ("dashboard.html", "dashboard.css", "dashboard.js", "ranks.js")
     )
-    style, script = f"\n{css}", f"\n{js}"
+    style, script = f"\n{css}", "\n" + "".join(scripts)
     html = html.replace("<style></style>", f"<style>{style}</style>")
     html = html.replace("<script></script>", f"<script>{script}</script>")
     policy = (

@@ -332,6 +332,7 @@ function showSnapshot(snapshot) {
   showLatency(snapshot.latency);
   showPages(snapshot.pages);
   showFinished(snapshot.finished);
+  showRanks(snapshot.cluster);
   showLoad(snapshot.load);
   setPoints([...points.filter((p) => p[0] < snapshot.time), snapshot.point]); // the greeting may have had it already
   byId("figures").setAttribute("aria-busy", "false");

@@ -14,6 +14,7 @@ from starlette.responses import StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
 from jaxmoe.serve.dashboard.window import Aggregator
+from jaxmoe.serve.ranks import describe
 
 _SEND_TIMEOUT_S = 30.0  # a viewer that reads nothing for so long loses its place
 _POLLS = 5  # looks for a new sample per interval
@@ -77,9 +78,10 @@ class Feed:
         self.latest = self._sample(self.latest.number + 1)
 
     def _sample(self, number: int) -> Sample:
-        stats = self._engine.stats()
+        stats, cluster = self._engine.stats(), self._engine.cluster
         with self._lock:
             snapshot = self._aggregator.sample(time.monotonic(), time.time(), stats)
+        snapshot["cluster"] = None if cluster is None else describe(cluster)
         over = snapshot["draining"] and not snapshot["running"] and not snapshot["waiting"]
         return Sample(number, json.dumps(snapshot, allow_nan=False), over)
 
