@@ -105,6 +105,7 @@ class Rank:
         self._first = self._home = self._devices[number][0]
         self._entries = jax.device_put(self._entries, self._home)
         self._faults, self._digest = faults, ""
+        self._constants: ExpertTables | None = None
         faults.damage = self._damage
 
     # -- epochs ------------------------------------------------------------------------------------
@@ -160,9 +161,15 @@ class Rank:
 
     def _tables_of(self, placement: Placement) -> ExpertTables:
         # A rank holds an expert once: so many ranks, so many copies at most.
-        width = self.setup.capacity
-        tables = (placement.expert_slots(width), placement.copies)
-        return ExpertTables(*(self._globalise(self._mesh, EVERYWHERE, x) for x in tables))
+        tables = ExpertTables(placement.expert_slots(self.setup.capacity), placement.copies)
+        if self.setup.frozen:
+            self._freeze(tables)
+        return jax.tree.map(functools.partial(self._globalise, self._mesh, EVERYWHERE), tables)
+
+    def _freeze(self, tables: ExpertTables) -> None:
+        if self._constants is not None:
+            raise RuntimeError("a frozen build has one epoch; start everything again.")
+        self._constants = tables
 
     def verify(self, message: Verify) -> VerifyValue:
         """Compares all slots' weights with their checksums."""
@@ -189,8 +196,11 @@ class Rank:
 
         entries, rows = over(self._entries, BY_PAGE), over(batch, BY_RANK)
         if not abstract:
-            return self._params, entries, rows, self._tables
+            given = self._params, entries, rows
+            return given if self.setup.frozen else (*given, self._tables)
         params = jax.tree.map(place, self.shard.specs, self.shard.local)
+        if self.setup.frozen:
+            return params, entries, rows
         layers, number = self.shard.canaries.shape
         slots = np.zeros((layers, number, self.setup.capacity), np.int32)
         tables = ExpertTables(slots, np.zeros((layers, number), np.int32))
@@ -199,10 +209,11 @@ class Rank:
     # -- programs ----------------------------------------------------------------------------------
 
     def _program(self, size: int, mesh: Mesh, operands: tuple) -> Any:
-        program = make_program(self.setup.config, mesh)
-        return self._programs.get(
-            f"step-{size}", list(mesh.devices.flat), lambda: program.compute.lower(*operands)
-        )
+        compute, name = make_program(self.setup.config, mesh).compute, f"step-{size}"
+        if self.setup.frozen:
+            tables, elastic, name = self._constants, compute, f"{name}-{self._digest}"
+            compute = jax.jit(lambda *operands: elastic(*operands, tables))
+        return self._programs.get(name, list(mesh.devices.flat), lambda: compute.lower(*operands))
 
     def _commit(self, new: dict[str, jax.Array], batch: Batch) -> None:
         program = make_program(self.setup.config, None)

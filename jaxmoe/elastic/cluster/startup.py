@@ -121,6 +121,7 @@ class Startup:
             backup,
             self._folder.name,
             str(programs.folder_for(base, self._config, self._sizes, *shapes)),
+            options.frozen,
         )
 
     def _wait_for(self, ranks: Iterable[int]) -> dict[int, Member]:
