@@ -45,6 +45,7 @@ class Setup:
       backup: [capacity, layers, experts] bool, the experts that each rank's host memory keeps.
       folder: for sockets, of one user.
       programs: folder of compiled programs that all ranks of the machine share.
+      frozen: whether the first epoch is the last, its tables being constants of the programs.
     """
 
     coordinator: str
@@ -58,6 +59,7 @@ class Setup:
     backup: np.ndarray
     folder: str
     programs: str
+    frozen: bool
 
 
 @dataclasses.dataclass(frozen=True)

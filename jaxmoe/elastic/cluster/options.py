@@ -27,6 +27,8 @@ class ClusterOptions:
     """Experts that may move at a time while copies are spread evenly in the background."""
     devices: int = 4
     """CPU devices of each process, which uses one at a time: they multiply the meshes that are possible (``orders``)."""
+    frozen: bool = False
+    """Whether tables are constants of the programs, so that ranks cannot change: what elasticity costs is measured against it."""
     programs: str | None = None
     """Folder of compiled programs, kept between runs; whoever can write there can run code in the ranks. Default a new one."""
 

@@ -295,8 +295,9 @@ class Cluster:
     def warm_up(self, size: int) -> set[tuple]:
         """Compiles a step of ``size`` tokens for every number of ranks, each once; then runs an empty one."""
         team, start_s = self._controller.team, self.options.start_s
-        least = -(-self.config.n_routed_experts // self._slots)
-        numbers = tuple(range(least, self.options.ranks + 1))
+        most = self.options.ranks
+        least = most if self.options.frozen else -(-self.config.n_routed_experts // self._slots)
+        numbers = tuple(range(least, most + 1))
         first, *others = team.members.values()
         # One compiles what all need for themselves, for the others to find it, while they compile the steps.
         for i, member in enumerate(others):
