@@ -236,7 +236,8 @@ def _quiet_orbax() -> Iterator[None]:
         logger.removeFilter(keep)
 
 
-def _checkpointer() -> ocp.Checkpointer:
+def _checkpointer(*, alone: bool = False) -> ocp.Checkpointer:
+    """Orbax's; ``alone`` in this process, where otherwise all have to call it and meet at its barriers."""
     handlers = ocp.type_handlers.create_type_handler_registry(
         (np.ndarray, ocp.type_handlers.NumpyHandler()),
         (
@@ -249,10 +250,18 @@ def _checkpointer() -> ocp.Checkpointer:
             ),
         ),
     )
+    processes = ocp.options.MultiprocessingOptions()
+    if alone:
+        own = jax.process_index()
+        processes = ocp.options.MultiprocessingOptions(primary_host=own, active_processes={own})
     return ocp.Checkpointer(
         ocp.PyTreeCheckpointHandler(
-            use_ocdbt=False, use_compression=False, type_handler_registry=handlers
-        )
+            use_ocdbt=False,
+            use_compression=False,
+            type_handler_registry=handlers,
+            multiprocessing_options=processes,
+        ),
+        multiprocessing_options=processes,
     )
 
 
@@ -276,6 +285,8 @@ def restore(
     verify: bool = True,
 ) -> Restored:
     """Restores a step, onto any mesh or the default device, whatever it was saved from.
+
+    With a mesh of several processes all must call it; without one each may, alone.
 
     Args:
       directory: as given to ``save``.
@@ -402,7 +413,8 @@ def _orbax_restore(path: pathlib.Path, wanted: dict[str, jax.ShapeDtypeStruct]) 
         )
 
     restore_args = {name: arguments(target) for name, target in wanted.items()}
-    with _quiet_orbax(), _checkpointer() as checkpointer:
+    alone = all(target.sharding is None for target in wanted.values())
+    with _quiet_orbax(), _checkpointer(alone=alone) as checkpointer:
         arrays = checkpointer.restore(
             path,
             args=ocp.args.PyTreeRestore(wanted, restore_args=restore_args, partial_restore=True),

@@ -7,7 +7,6 @@ server that others can reach and that has no key.
 import asyncio
 import functools
 import time
-from concurrent.futures import Future
 from typing import Any
 
 from starlette.requests import Request
@@ -22,7 +21,7 @@ from jaxmoe.serve._http import json_response, read_body
 
 EVENTS = 8  # the latest ones are told
 TAKING_PART = ("active", "draining")
-_NOTICE_S = 10.0
+_NOTICE_S = 20.0  # for the engine to take note of what was asked
 _MOST_DRAIN_S = 24 * 3600.0
 
 # What a rank must be for an action.
@@ -80,7 +79,12 @@ async def _act(action: str, request: Request) -> Response:
             cluster.kill(rank)
             await _noticed(cluster, before)
         else:
-            await _done(cluster.drain(rank, limit_s) if action == "drain" else cluster.resume(rank))
+            change = cluster.drain(rank, limit_s) if action == "drain" else cluster.resume(rank)
+            # It goes on though this may not wait for it.
+            await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(change)), limit_s + _NOTICE_S)
+    except TimeoutError:
+        message = f"rank {rank} is not there yet: {action} goes on. Look at /ranks later."
+        raise ApiError(504, message, param="rank", code="not_yet") from None
     except (ValueError, JaxMoeError) as error:
         raise ApiError(409, str(error), param="rank", code="refused") from None
     return json_response(describe(cluster))
@@ -91,11 +95,6 @@ async def _noticed(cluster: Cluster, before: RankStatus) -> None:
     end = time.monotonic() + _NOTICE_S
     while cluster.status().ranks[before.rank].pid == before.pid and time.monotonic() < end:
         await asyncio.sleep(0.02)
-
-
-async def _done(change: Future) -> None:
-    """Waits for the change; it goes on though the client may not wait."""
-    await asyncio.shield(asyncio.wrap_future(change))
 
 
 def _rank(text: str, cluster: Cluster) -> int:

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 import jaxmoe
+from jaxmoe import checkpoint
 from jaxmoe.engine import Engine, EngineOptions
 from jaxmoe.serve.api import Lifecycle, build_app
 from jaxmoe.serve.options import ApiOptions, ServerOptions
@@ -25,6 +26,8 @@ MODEL = "tiny"
 HELLO = [{"role": "user", "content": "Hello"}]
 SCRIPTED = {"model": MODEL, "temperature": 0, "logit_bias": {"0": 0}}  # for requests of `says`
 LIMIT_S = 120.0  # against hanging only
+START_S = 500.0  # where all is compiled
+NAME = "two-layers"  # of a checkpoint of CONFIG
 
 
 def make_engine(**options):
@@ -79,6 +82,26 @@ def process(*args, model=(MODEL, "--random-weights"), warm_up=False):
         child.kill()
         child.wait()
         child.stdout.close()
+
+
+@contextlib.contextmanager
+def ranks_process(folder, *args, ranks=3):
+    """``jaxmoe serve --ranks`` over the checkpoint in ``folder / NAME``, ready; its process and address.
+
+    Compiled programs stay in the folder, for the next one.
+    """
+    programs = ("--programs", str(folder / "programs"))
+    # On a busy machine a rank that compiles may be silent for long.
+    sizes = "--max-running 4 --max-step-tokens 4 --max-length 256 --page-size 8 --silence-s 20"
+    model = (str(folder / NAME), "--ranks", str(ranks))
+    with process(*sizes.split(), *programs, *args, model=model, warm_up=True) as (child, url):
+        wait_until(lambda: httpx2.get(f"{url}/readyz").status_code == 200, START_S)
+        yield child, url
+
+
+def save_model(folder):
+    """Writes the checkpoint that ``ranks_process`` serves."""
+    checkpoint.save(folder / NAME, jaxmoe.init_params(CONFIG, jax.random.key(0)), CONFIG, step=1)
 
 
 def wait_until(condition, limit_s=LIMIT_S):

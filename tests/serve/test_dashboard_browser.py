@@ -12,10 +12,12 @@ import shutil
 import threading
 import time
 
+import httpx2
 import jax
 import numpy as np
 import pytest
 from live_server import free_port, live_server
+from serve.support import LIMIT_S, ranks_process, save_model
 from starlette.applications import Starlette
 
 import jaxmoe
@@ -263,6 +265,7 @@ def test_an_idle_engine_is_shown_as_idle(browser, tmp_path):
         assert "No token came out in the last" in text(browser, "latency-note")
         assert {cell.text for cell in browser.find_elements("css selector", "td + td")} == {"–"}
         assert "Nothing in the last" in text(browser, "chart-rate")
+        assert not browser.find_element("id", "ranks-panel").is_displayed()
         assert console_of(browser) == []
 
 
@@ -281,3 +284,43 @@ def test_the_page_says_that_the_server_is_away_and_that_it_restarted(engine, bro
         assert "The server restarted at" in text(browser, "notice")
         check_layout(browser, "phone")
         screenshot(browser, tmp_path / "restarted-phone.png", "phone")
+
+
+def states(browser):
+    return [e.text for e in browser.find_elements("css selector", "#ranks .state")]
+
+
+def test_a_rank_that_dies_and_returns_is_seen_without_reloading(browser, tmp_path):
+    """Before, during and after: rank processes behind a real server."""
+    save_model(tmp_path)
+    with ranks_process(tmp_path) as (_, url):
+        browser.get(url)
+        wait_until(lambda: states(browser) == ["active"] * 3)
+        assert text(browser, "ranks-active") == "3" and value(browser, "min-copies") >= 2
+        for size in SIZES:
+            emulate(browser, size, "light")
+            check_layout(browser, size)
+            screenshot(browser, tmp_path / f"ranks-before-{size}.png", size)
+        killed = httpx2.post(f"{url}/ranks/1/kill", json={}).json()
+        wait_until(lambda: states(browser)[1] == "starting")
+        assert value(browser, "ranks-epoch") == killed["epoch"]
+        event = browser.find_element("css selector", "#events li[data-type=lost]")
+        assert "Rank 1 lost" in event.text
+        shown = {e.get_attribute("data-phase") for e in event.find_elements("css selector", "dd")}
+        assert shown - {None} == set(killed["events"][-1]["phases"])
+        for size in SIZES:
+            emulate(browser, size, "dark")
+            check_layout(browser, size)
+            screenshot(browser, tmp_path / f"ranks-during-{size}.png", size)
+        for rank in (0, 2):  # nothing is left that holds all experts
+            httpx2.post(f"{url}/ranks/{rank}/kill", json={})
+        wait_until(lambda: text(browser, "refusal").startswith("Nothing is served: "))
+        check_layout(browser, "phone")
+        screenshot(browser, tmp_path / "ranks-lost-phone.png", "phone")
+        wait_until(lambda: states(browser) == ["active"] * 3, limit_s=LIMIT_S)
+        wait_until(lambda: not browser.find_element("id", "refusal").is_displayed())
+        emulate(browser, "desktop", "light")
+        check_layout(browser, "desktop")
+        screenshot(browser, tmp_path / "ranks-after-desktop.png", "desktop")
+        assert console_of(browser) == []
+    print(f"screenshots: {tmp_path}")

@@ -1,50 +1,43 @@
 """A real server over real rank processes: ranks killed, drained and resumed by an operator, and clients that notice nothing."""
 
-import contextlib
 import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 
 import httpx2
-import jax
 import pytest
 
 openai = pytest.importorskip("openai")
 pytest.importorskip("starlette")
 
-from serve.support import CONFIG, LIMIT_S, process, serving, wait_until  # noqa: E402
+from serve.support import (  # noqa: E402
+    LIMIT_S,
+    NAME,
+    ranks_process,
+    save_model,
+    serving,
+    wait_until,
+)
 
 import jaxmoe  # noqa: E402
 from bench._metrics import parse  # noqa: E402
-from jaxmoe import checkpoint  # noqa: E402
 from jaxmoe.cli import main  # noqa: E402
 
 RANKS = 3
-START_S = 500  # against hanging only: everything is compiled
-NAME = "two-layers"
 PROMPTS = [f"{i} a prompt of its own" for i in range(6)]
 BODY = {"model": NAME, "prompt": "Hello", "max_tokens": 2, "temperature": 0}
-SIZES = "--max-running 4 --max-step-tokens 4 --max-length 256 --page-size 8 --silence-s 20".split()
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A checkpoint, and a place for compiled programs beside it."""
     root = tmp_path_factory.mktemp("ranks")
-    checkpoint.save(root / NAME, jaxmoe.init_params(CONFIG, jax.random.key(0)), CONFIG, step=1)
+    save_model(root)
     return root
-
-
-@contextlib.contextmanager
-def ranks_process(folder, *args):
-    """``jaxmoe serve --ranks``, warm; its process and address."""
-    programs = ("--programs", str(folder / "programs"))
-    model = (str(folder / NAME), "--ranks", str(RANKS))
-    with process(*SIZES, *programs, *args, model=model, warm_up=True) as (child, url):
-        wait_until(lambda: httpx2.get(f"{url}/readyz").status_code == 200, limit_s=START_S)
-        yield child, url
 
 
 @pytest.fixture(scope="module")
@@ -222,6 +215,14 @@ def test_the_list_is_the_servers(url, capsys):
     assert (code, err) == (0, "") and json.loads(out) == status_of(url)
 
 
+def test_the_dashboards_stream_has_the_list_too(url):
+    with httpx2.stream("GET", f"{url}/events") as response:
+        lines = response.iter_lines()
+        assert "event: snapshot" in lines  # takes all lines up to this one
+        snapshot = json.loads(next(lines).removeprefix("data: "))
+    assert snapshot["cluster"] == status_of(url)
+
+
 @pytest.mark.parametrize(
     ("args", "words"),
     [
@@ -304,6 +305,28 @@ def test_addresses_where_no_server_is(capsys):
     assert code == 1 and "no server answers" in err and "jaxmoe serve" in err
     code, _, err = ranks("list", capsys=capsys, url="localhost:8000")
     assert code == 1 and "--url must begin with http" in err
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--spares", "1"], ["--ranks must be at least 2 with --spares", "got 1"]),
+        (["--ranks", "2", "--speculative-tokens", "1"], ["speculative_tokens=1", "use 0"]),
+        (["--ranks", "0"], ["ranks must be >= 1", "got 0"]),
+    ],
+)
+def test_options_that_make_no_ranks_are_one_line(args, words):
+    command = [sys.executable, "-c", "from jaxmoe.cli import main; main()", "serve", "tiny"]
+    result = subprocess.run(
+        [*command, "--random-weights", *args],
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+        env=os.environ | {"PYTHONPATH": os.path.dirname(os.path.dirname(jaxmoe.__file__))},
+        check=False,
+    )
+    assert result.returncode != 0 and "Traceback" not in result.stderr
+    assert all(word in result.stderr for word in words)
 
 
 # -- beginning and end -------------------------------------------------------------------------------
