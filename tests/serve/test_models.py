@@ -153,3 +153,17 @@ def test_the_command_serves_a_directory_under_its_name(directory):
             model="own-model", messages=HELLO, response_format=form, max_tokens=200, seed=3
         )
         jsonschema.validate(json.loads(answer.choices[0].message.content), SCHEMA)
+
+
+@pytest.mark.slow
+def test_ranks_load_a_directory_as_one_device_does(own, directory):
+    _, url = own
+    options = {"messages": HELLO, "max_tokens": 16, "temperature": 0}
+    options["extra_body"] = {"ignore_eos": True}
+    with client_of(url) as client:
+        expected = client.chat.completions.create(model=MODEL, **options)
+    sizes = "--ranks 2 --max-running 4 --max-step-tokens 4 --max-length 256 --silence-s 20".split()
+    with process(*sizes, model=(str(directory),)) as (_, url), client_of(url) as client:
+        answer = client.chat.completions.create(model="own-model", **options)
+    assert answer.choices[0].message.content == expected.choices[0].message.content
+    assert answer.usage == expected.usage
