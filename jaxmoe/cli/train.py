@@ -19,6 +19,7 @@ from jaxmoe.report import make_report, write_report
 from jaxmoe.train import Progress, Summary, TrainConfig
 from jaxmoe.train import train as run_training
 from jaxmoe.train.data import gzip_bits_per_byte
+from jaxmoe.train.elastic import ElasticOptions, train_elastic
 from jaxmoe.train.plot import plot_run
 
 
@@ -82,15 +83,27 @@ def run_and_report(
     output: pathlib.Path,
     data: pathlib.Path | None,
     console: rich.console.Console,
+    elastic: ElasticOptions | None = None,
 ) -> tuple[Summary, list[dict], dict[str, float]]:
-    """Trains with a progress bar, prints the outcome, draws the plot."""
+    """Trains with a progress bar, prints the outcome, draws the plot; with ``elastic`` on ranks that may die."""
     check_memory(config)
     console.print(
         f"{param_count(config, include_mtp=True):,} parameters, {active_param_count(config):,} active per token; "
         f"{train_config.steps} steps of {train_config.batch_size} x {train_config.seq_len} bytes"
     )
     with training_progress(console, train_config.steps) as update:
-        summary = run_training(config, train_config, output, data=data, on_progress=update)
+        if elastic is None:
+            summary = run_training(config, train_config, output, data=data, on_progress=update)
+        else:
+            summary = train_elastic(
+                config,
+                train_config,
+                output,
+                data=data,
+                options=elastic,
+                on_progress=update,
+                on_event=lambda event: console.print(str(event)),
+            )
     rows, ratios = report_rows(summary, train_config)
     console.print(f"corpus: {summary.corpus}")
     console.print(
@@ -105,20 +118,35 @@ def train(
     output: pathlib.Path = pathlib.Path("runs/train"),
     data: pathlib.Path | None = None,
     options: Annotated[TrainConfig, tyro.conf.arg(name="")] = TrainConfig(),
+    elastic: bool = False,
+    ranks: Annotated[ElasticOptions, tyro.conf.arg(name="")] = ElasticOptions(),
     json: pathlib.Path | None = None,
 ) -> None:
     """Trains a byte-level model and goes on where an interrupted run stopped.
+
+    With --elastic on processes of their own that may die: training goes on without them, and with them again.
 
     Args:
       model: Preset, or a checkpoint whose architecture to use (with a byte vocabulary).
       output: Directory of the run: checkpoints, metrics.jsonl, training.png.
       data: File or directory of text; default: the sources of Python's standard library.
       options: Hyper-parameters.
+      elastic: Train on --ranks processes, any of which may die.
+      ranks: Of an elastic run.
       json: Also write a JSON report.
     """
     console = rich.console.Console(soft_wrap=True, highlight=False)
-    _, rows, ratios = run_and_report(find_config(model), options, output, data, console)
+    if not elastic and ranks != ElasticOptions():
+        given = {f.name for f in dataclasses.fields(ranks) if getattr(ranks, f.name) != f.default}
+        named = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(given))
+        raise ValueError(
+            f"{named} can only be given to an elastic run; add --elastic, or leave it out."
+        )
+    _, rows, ratios = run_and_report(
+        find_config(model), options, output, data, console, ranks if elastic else None
+    )
     console.print(f"generate with: jaxmoe generate {output}")
     if json is not None:
         report = make_report("train", rows, ratios)
-        write_report(json, report | {"options": dataclasses.asdict(options)})
+        given = dataclasses.asdict(options) | (dataclasses.asdict(ranks) if elastic else {})
+        write_report(json, report | {"options": given})

@@ -135,7 +135,10 @@ def _all_to_all(
     x = jnp.pad(x, ((0, short), (0, 0)))
     slots = jnp.pad(slots, ((0, short), (0, 0)), constant_values=-1)
     weights = jnp.pad(weights, ((0, short), (0, 0)))
-    by_token, by_slot = PartitionSpec(token_axes), PartitionSpec(axis)
+    # Axes of size 1 are named too: over those that are not, gradients would be summed, by a collective of one.
+    idle = [a for a, size in mesh.shape.items() if size == 1]
+    by_token = PartitionSpec((*token_axes, *(a for a in idle if a not in token_axes)))
+    by_slot = PartitionSpec((axis, *(a for a in idle if a != axis)))
 
     def body(x, slots, weights, gate_up, down):
         return _exchange(x, slots, weights, Experts(gate_up, down, gate_up.shape[0]), axis, act)

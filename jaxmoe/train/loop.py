@@ -71,9 +71,10 @@ class LossNotFinite(JaxMoeError, FloatingPointError):
 
 # At module level: a fresh jit per evaluation would compile again each time.
 @functools.partial(jax.jit, static_argnames=("config", "mesh"))
-def _scored_nats(
+def scored_nats(
     params: Params, windows: jax.Array, mask: jax.Array, config: ModelConfig, mesh: Mesh | None
 ) -> jax.Array:
+    """Sum of the nats of the targets that count: windows [B, T + 1] int32, mask [B, T] bool."""
     moe = MoeOptions() if mesh is None else MoeOptions("all_to_all", mesh)
     output = run(params, config, windows[:, :-1], options=PassOptions(moe=moe))
     nats = cross_entropy(unembed(params, output.hidden), windows[:, 1:])
@@ -90,6 +91,7 @@ def evaluate(
     batch_size: int,
     probe_bytes: int | None = None,
     mesh: Mesh | None = None,
+    score: Callable[..., jax.Array] | None = None,
 ) -> float:
     """Held-out bits per byte with sparse attention, as at inference.
 
@@ -105,6 +107,7 @@ def evaluate(
       batch_size: windows at once.
       probe_bytes: score only about so many bytes, spread evenly.
       mesh: over which the windows are split.
+      score: ``scored_nats`` for this config and mesh, compiled before.
     """
     windows, mask = evaluation_windows(corpus, max_bytes, seq_len, probe_bytes)
     n_bytes = int((mask & (windows[:, 1:] < 256)).sum())
@@ -112,14 +115,15 @@ def evaluate(
     windows = np.pad(windows, ((0, short), (0, 0)))
     mask = np.pad(mask, ((0, short), (0, 0)))
     place = jnp.asarray if mesh is None else functools.partial(place_batch, mesh)
+    score = score or functools.partial(scored_nats, config=config, mesh=mesh)
     nats = 0.0
     for i in range(0, len(windows), batch_size):
         piece = place(windows[i : i + batch_size]), place(mask[i : i + batch_size])
-        nats += float(_scored_nats(params, *piece, config, mesh))
+        nats += float(score(params, *piece))
     return nats / n_bytes / math.log(2)
 
 
-def _drop_after(path: pathlib.Path, step: int) -> None:
+def drop_after(path: pathlib.Path, step: int) -> None:
     """Removes metric lines past ``step``, and a line that a kill cut short."""
     if not path.exists():
         return
@@ -148,7 +152,7 @@ def _same_run(saved: dict[str, Any], ours: dict[str, Any], directory: pathlib.Pa
 
 
 @contextlib.contextmanager
-def _deferred_signals() -> Iterator[list[int]]:
+def deferred_signals() -> Iterator[list[int]]:
     """Collects SIGTERM and SIGINT instead of dying in the middle of a step; a second one takes its course.
 
     Signals can only be caught in the main thread; in others nothing changes.
@@ -173,7 +177,7 @@ def _deferred_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-class _Run:
+class Run:
     """Owns a run's files."""
 
     def __init__(
@@ -245,22 +249,24 @@ class _Run:
         tokens = batch(self.corpus, c.seed, step, c.batch_size, c.seq_len + 2)
         state, metrics = train_step(state, self.place(tokens), self.config, c, self.mesh)
         metrics = jax.device_get(metrics)
-        record = _record(step + 1, metrics, time.perf_counter() - began, c.batch_size * c.seq_len)
-        if not math.isfinite(record["total_loss"]):
-            saved = checkpoint.latest_step(self.checkpoints)
-            raise LossNotFinite(
-                f"the loss is {record['total_loss']} at step {step + 1}; lower learning_rate (now {c.learning_rate}) "
-                f"or clip_norm ({c.clip_norm}). "
-                + (
-                    "Nothing was saved yet."
-                    if saved is None
-                    else f"Step {saved} is saved and good."
-                )
-            )
+        record = record_of(step + 1, metrics, time.perf_counter() - began, c.batch_size * c.seq_len)
+        self.check_finite(record)
         return state, record
 
+    def check_finite(self, record: dict[str, Any]) -> None:
+        """Raises LossNotFinite if a step's loss is not."""
+        if math.isfinite(record["total_loss"]):
+            return
+        c, saved = self.train_config, checkpoint.latest_step(self.checkpoints)
+        kept = "Nothing was saved yet." if saved is None else f"Step {saved} is saved and good."
+        raise LossNotFinite(
+            f"the loss is {record['total_loss']} at step {record['step']}; lower learning_rate (now {c.learning_rate}) "
+            f"or clip_norm ({c.clip_norm}). {kept}"
+        )
 
-def _record(step: int, metrics: dict[str, Any], seconds: float, tokens: int) -> dict[str, Any]:
+
+def record_of(step: int, metrics: dict[str, Any], seconds: float, tokens: int) -> dict[str, Any]:
+    """A line of ``metrics.jsonl``."""
     record: dict[str, Any] = {"step": step}
     record |= {name: float(value) for name, value in metrics.items() if name != "load"}
     if "load" in metrics:
@@ -304,14 +310,14 @@ def train(
     """
     train_config.check(config)
     directory = pathlib.Path(directory)
-    this = _Run(config, train_config, directory, load_corpus(data), mesh)
+    this = Run(config, train_config, directory, load_corpus(data), mesh)
     if not resume and checkpoint.latest_step(this.checkpoints) is not None:
         raise ValueError(
             f"{directory} already holds a run; resume it, or choose another directory."
         )
     state = this.start()
     directory.mkdir(parents=True, exist_ok=True)
-    _drop_after(directory / METRICS, int(state.step))
+    drop_after(directory / METRICS, int(state.step))
     began = time.perf_counter()
     state, bits = _steps(this, state, on_progress)
     if bits is None:  # the run was complete already
@@ -321,11 +327,11 @@ def train(
 
 
 def _steps(
-    this: _Run, state: TrainState, on_progress: Callable[[Progress], None] | None
+    this: Run, state: TrainState, on_progress: Callable[[Progress], None] | None
 ) -> tuple[TrainState, float | None]:
     """The remaining steps: the last state, and the last evaluation if there was a step."""
     c, bits = this.train_config, None
-    with _deferred_signals() as received, (this.directory / METRICS).open("a") as file:
+    with deferred_signals() as received, (this.directory / METRICS).open("a") as file:
         for step in range(int(state.step), c.steps):
             state, record = this.step(state, step)
             last, bits = step + 1 == c.steps, None
