@@ -70,7 +70,7 @@ def _engine(model: str, weights: Weights, options: EngineOptions, ranks: Cluster
         ]
         raise ValueError(f"--ranks must be at least 2 with {', '.join(given)}; got 1. Add --ranks.")
     mtp = options.speculative_tokens > 0
-    config = _config(model, weights, ranks.ranks)
+    config = _config(model, weights, ranks.ranks + ranks.spares)
     config = config if mtp else config.replace(num_nextn_predict_layers=0)
     tokenizer = load_tokenizer(None if weights.path is None else model)
     if tokenizer.vocab_size > config.vocab_size:

@@ -30,7 +30,8 @@ class ClusterOptions:
     frozen: bool = False
     """Whether tables are constants of the programs, so that ranks cannot change: what elasticity costs is measured against it."""
     programs: str | None = None
-    """Folder of compiled programs, kept between runs; whoever can write there can run code in the ranks. Default a new one."""
+    """Folder of compiled programs, kept between runs; whoever can write there can run code in the ranks. Default: a new one, and
+    of `jaxmoe serve` one of the user (docs/serving.md)."""
 
     def __post_init__(self):
         least = {"ranks": 1, "spares": 0, "chunk_moves": 2, "devices": 1}
