@@ -179,3 +179,161 @@ def test_one_device_goes_on_where_an_elastic_run_has_saved(killed, alone, corpus
     train(SMALL, with_options(steps=150, eval_every=60), tmp_path, data=corpus)
     ours, theirs = ([r["loss"] for r in records(d)] for d in (tmp_path, alone))
     np.testing.assert_allclose(ours[:5], theirs[10:15], rtol=1e-3)
+
+
+def _run(directory, corpus, programs, on_step, **changes):
+    return Watched(directory, corpus, programs, on_step, **({"steps": 30} | changes))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(corpus, tmp_path_factory):
+    """Thirty steps on one device."""
+    directory = tmp_path_factory.mktemp("undisturbed")
+    train(SMALL, with_options(steps=30), directory, data=corpus)
+    return directory
+
+
+def _same_course(directory, other):
+    ours, theirs = ([r["loss"] for r in records(d)] for d in (directory, other))
+    assert _steps(directory) == _steps(other)
+    np.testing.assert_allclose(ours, theirs, rtol=2e-2)  # see above
+
+
+@pytest.mark.slow
+def test_a_stopped_rank_counts_as_lost_and_is_fenced(undisturbed, corpus, programs, tmp_path):
+    stop = _at(12, lambda run: run.signal(signal.SIGSTOP, 1))
+    run = _run(tmp_path, corpus, programs, stop, silence_s=2.0)
+    (lost,) = run.happened("lost")
+    assert (lost.ranks, lost.source) == ((1,), "memory")
+    assert not _lives(run.events[0].pids[1])
+    _same_course(tmp_path, undisturbed)
+
+
+@pytest.mark.slow
+def test_two_ranks_lost_at_once(undisturbed, corpus, programs, tmp_path):
+    kill = _at(13, lambda run: run.signal(signal.SIGKILL, 0, 2))
+    run = _run(tmp_path, corpus, programs, kill)
+    # As one loss, or the second one noticed while recovering from the first.
+    assert sorted(r for event in run.happened("lost") for r in event.ranks) == [0, 2]
+    assert run.events[-1].active == (1,) and run.events[-1].source == "memory"
+    _same_course(tmp_path, undisturbed)
+
+
+@pytest.mark.slow
+def test_a_loss_while_recovering_from_a_loss(undisturbed, corpus, programs, tmp_path):
+    def act(run):
+        run.member(2).send(Fault("install", "kill"))
+        run.signal(signal.SIGKILL, 0)
+
+    run = _run(tmp_path, corpus, programs, _at(13, act))
+    (lost,) = run.happened("lost")
+    assert (lost.ranks, lost.active, lost.step) == ((0, 2), (1,), 10)
+    _same_course(tmp_path, undisturbed)
+
+
+@pytest.mark.slow
+def test_what_no_survivor_holds_comes_from_the_checkpoint(undisturbed, corpus, programs, tmp_path):
+    # Four ranks split the experts: 0 keeps its own and those of 1, and so on. Without 1 and 2 nobody has those of 2.
+    kill = _at(18, lambda run: run.signal(signal.SIGKILL, 1, 2))
+    run = _run(tmp_path, corpus, programs, kill, ranks=4, save_every=7)
+    lost = run.happened("lost")[-1]
+    assert lost.active == (0, 3) and lost.mesh == {"data": 1, "expert": 2}
+    assert (lost.source, lost.step) == ("checkpoint", 14)
+    _same_course(tmp_path, undisturbed)
+
+
+@pytest.mark.slow
+def test_one_of_four_ranks_is_put_together_from_its_neighbours_memory(
+    undisturbed, corpus, programs, tmp_path
+):
+    kill = _at(18, lambda run: run.signal(signal.SIGKILL, 3))
+    run = _run(tmp_path, corpus, programs, kill, ranks=4)
+    (lost,) = run.happened("lost")
+    assert (lost.source, lost.mesh) == ("memory", {"data": 3, "expert": 1})
+    _same_course(tmp_path, undisturbed)
+
+
+@pytest.mark.slow
+def test_without_ranks_it_says_what_to_go_on_from_and_does(undisturbed, corpus, programs, tmp_path):
+    kill = _at(18, lambda run: run.signal(signal.SIGKILL, 0, 1))
+    with pytest.raises(RanksLost, match="all ranks are lost at step.*Step 14 is saved; run the command again"):  # fmt: skip
+        _run(tmp_path, corpus, programs, kill, ranks=2, save_every=7)
+    _run(tmp_path, corpus, programs, lambda run, step: None, ranks=2, save_every=7)
+    _same_course(tmp_path, undisturbed)
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_while_joining_costs_nothing(undisturbed, corpus, programs, tmp_path):
+    def on_step(run, step):
+        if step == 12 and not run.happened("lost"):
+            run.signal(signal.SIGKILL, 1)
+        elif run.happened("lost") and not run.happened("joined"):
+            if len(run.happened("lost")) == 1:
+                run.run._supervisor.inject(1, Fault("install", "kill"))
+            time.sleep(1.0)
+
+    run = _run(tmp_path, corpus, programs, on_step, ranks=2, respawn=True, steps=100)
+    kinds = [event.type for event in run.events]
+    assert kinds == ["started", "lost", "lost", "joined"]
+    assert _steps(tmp_path) == [*range(1, 101)]
+
+
+# -- the command -----------------------------------------------------------------------------------
+
+
+def _command(directory, corpus, programs):
+    """``jaxmoe train --elastic`` on a run without end."""
+    script = (
+        "import sys; sys.path.insert(0, 'tests')\n"
+        "from train.test_elastic import SMALL\n"
+        "from train.support import with_options\n"
+        "from jaxmoe.train.elastic import ElasticOptions, train_elastic\n"
+        "directory, corpus, programs = sys.argv[1:]\n"
+        "if __name__ == '__main__':\n"
+        "    train_elastic(SMALL, with_options(steps=100000), directory, data=corpus,\n"
+        "        options=ElasticOptions(ranks=2, programs=programs),\n"
+        "        on_progress=lambda p: print(p.step, flush=True),\n"
+        "        on_event=lambda e: print('pids', *e.pids.values(), flush=True))\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    return subprocess.Popen(
+        [sys.executable, "-c", script, str(directory), str(corpus), programs],
+        cwd=REPOSITORY,
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def _until_step(process, step):
+    """The pids of its ranks, once it has come to a step."""
+    for line in process.stdout:
+        if line.startswith("pids"):
+            pids = [int(pid) for pid in line.split()[1:]]
+        elif int(line) >= step:
+            return pids
+    raise AssertionError(f"ended with {process.wait()}")
+
+
+def _end(process, pids):
+    process.communicate(timeout=60)
+    until = time.monotonic() + 30
+    while any(map(_lives, pids)):
+        assert time.monotonic() < until, "orphans"
+        time.sleep(0.05)
+    return process.returncode
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_sigkill_leaves_no_orphan(corpus, programs, tmp_path):
+    process = _command(tmp_path, corpus, programs)
+    pids = _until_step(process, 4)
+    process.terminate()
+    assert _end(process, pids) == -signal.SIGTERM
+    saved = checkpoint.latest_step(tmp_path / "checkpoints")
+    assert saved is not None and saved == _steps(tmp_path)[-1] >= 4
+    process = _command(tmp_path, corpus, programs)
+    pids = _until_step(process, saved + 1)
+    process.kill()
+    assert _end(process, pids) == -signal.SIGKILL
+    assert _steps(tmp_path)[: saved + 1] == [*range(1, saved + 2)]
