@@ -76,8 +76,9 @@ async def _act(action: str, request: Request) -> Response:
         raise ApiError(409, message, param="rank", code="wrong_state")
     try:
         if action == "kill":
+            events = len(cluster.events)
             cluster.kill(rank)
-            await _noticed(cluster, before)
+            await _noticed(cluster, before, events)
         else:
             change = cluster.drain(rank, limit_s) if action == "drain" else cluster.resume(rank)
             # It goes on though this may not wait for it.
@@ -90,10 +91,13 @@ async def _act(action: str, request: Request) -> Response:
     return json_response(describe(cluster))
 
 
-async def _noticed(cluster: Cluster, before: RankStatus) -> None:
-    """Waits, not for ever, until a process that was killed is counted out."""
+async def _noticed(cluster: Cluster, before: RankStatus, events: int) -> None:
+    """Waits, not for ever, until the others go on without a process that was killed."""
     end = time.monotonic() + _NOTICE_S
-    while cluster.status().ranks[before.rank].pid == before.pid and time.monotonic() < end:
+    while time.monotonic() < end:
+        told = len(cluster.events) > events or before.state not in TAKING_PART
+        if told and cluster.status().ranks[before.rank].pid != before.pid:
+            return
         await asyncio.sleep(0.02)
 
 
