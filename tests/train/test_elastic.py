@@ -278,6 +278,24 @@ def test_a_rank_that_dies_while_joining_costs_nothing(undisturbed, corpus, progr
     assert _steps(tmp_path) == [*range(1, 101)]
 
 
+@pytest.mark.slow
+def test_a_mesh_of_two_axes_loses_ranks_and_takes_them_in_again(corpus, programs, tmp_path):
+    # Rows and columns communicate on their own; none of them may have been used before.
+    def on_step(run, step):
+        losses = len(run.happened("lost"))
+        if losses > len(run.happened("joined")):
+            time.sleep(1.0)
+        elif step >= 6 and losses < 3:
+            run.signal(signal.SIGKILL, losses)
+
+    six = SMALL.replace(n_routed_experts=6)
+    changes = {"ranks": 4, "config": six, "respawn": True, "steps": 150}
+    run = _run(tmp_path, corpus, programs, on_step, **changes)
+    assert [event.type for event in run.events] == ["started", *["lost", "joined"] * 3]
+    assert [event.mesh["data"] for event in run.events] == [2, *[1, 2] * 3]
+    assert _steps(tmp_path) == [*range(1, 151)]
+
+
 # -- the command -----------------------------------------------------------------------------------
 
 

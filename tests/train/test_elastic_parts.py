@@ -17,6 +17,14 @@ def test_a_mesh_splits_the_experts_evenly_and_uses_every_rank(ranks, experts):
         assert held == [*range(experts)]
 
 
+def test_what_communicates_is_the_mesh_its_rows_and_its_columns():
+    assert parts.groups("abc", parts.MeshShape(3, 1)) == [("a", "b", "c")]
+    assert parts.groups("a", parts.MeshShape(1, 1)) == []
+    assert sorted(parts.groups("abcd", parts.MeshShape(2, 2))) == [
+        ("a", "b"), ("a", "b", "c", "d"), ("a", "c"), ("b", "d"), ("c", "d"),
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("ranks", range(2, 9))
 @pytest.mark.parametrize("experts", [0, 6, 8])
 def test_any_one_rank_may_be_lost(ranks, experts):

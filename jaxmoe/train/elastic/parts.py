@@ -6,7 +6,7 @@ its experts, and those of one expert (parameters and both moments) are the unit 
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -31,6 +31,14 @@ def mesh_shape(ranks: int, experts: int) -> MeshShape:
     """The mesh of so many ranks that splits the experts most: 4 ranks with 8 experts are 1 x 4, 3 ranks are 3 x 1."""
     split = math.gcd(ranks, experts) if experts else 1
     return MeshShape(ranks // split, split)
+
+
+def groups(order: Sequence[Any], shape: MeshShape) -> list[tuple[Any, ...]]:
+    """The sets of devices, in their order, that have collectives of their own: the whole mesh, its rows and its columns."""
+    order = tuple(order)
+    rows = [order[i : i + shape.expert] for i in range(0, len(order), shape.expert)]
+    columns = [order[i :: shape.expert] for i in range(shape.expert)]
+    return [group for group in {order, *rows, *columns} if len(group) > 1]
 
 
 def own_experts(position: int, shape: MeshShape, experts: int) -> range:

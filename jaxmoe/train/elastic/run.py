@@ -15,7 +15,7 @@ import signal
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -79,6 +79,7 @@ class ElasticRun:
             peers.Store()
         )  # the controller's own: what it has read from the last checkpoint
         self._orders = Orders(options.devices)
+        self._used: set[Order] = set()
         self._planned: dict[frozenset[int], Order] = {}  # meshes that may come next
         self._key = os.urandom(32)
         self._tries = 0
@@ -215,9 +216,16 @@ class ElasticRun:
         self._prepare()
         return sum(reply.value.compiled for reply in replies.values())
 
-    def _fresh(self, ranks: Iterable[int]) -> Order:
+    def _fresh(self, ranks: Collection[int]) -> Order:
+        """An order of which no part that communicates has been used."""
+        shape = parts.mesh_shape(len(ranks), self._experts)
         try:
-            return self._orders.fresh(ranks)
+            while True:
+                order = self._orders.fresh(ranks)
+                groups = parts.groups(order, shape)
+                if self._used.isdisjoint(groups):
+                    self._used.update(groups)
+                    return order
         except OrdersExhausted as error:
             raise JaxMoeError(f"{error} {self._kept()}") from error
 
