@@ -316,10 +316,12 @@ def test_a_rank_that_dies_and_returns_is_seen_without_reloading(browser, tmp_pat
         for rank in (0, 2):  # nothing is left that holds all experts
             httpx2.post(f"{url}/ranks/{rank}/kill", json={})
         wait_until(lambda: text(browser, "refusal").startswith("Nothing is served: "))
+        assert "nothing is served" in text(browser, "status")
         check_layout(browser, "phone")
         screenshot(browser, tmp_path / "ranks-lost-phone.png", "phone")
         wait_until(lambda: states(browser) == ["active"] * 3, limit_s=LIMIT_S)
         wait_until(lambda: not browser.find_element("id", "refusal").is_displayed())
+        assert text(browser, "status") == "Live"
         emulate(browser, "desktop", "light")
         check_layout(browser, "desktop")
         screenshot(browser, tmp_path / "ranks-after-desktop.png", "desktop")

@@ -247,7 +247,7 @@ function showCell(button, expert, value, mean) {
 }
 
 function loadNote(ranks, which, mean, slots, window) {
-  if (!slots) return "This model has no routed experts.";
+  if (!slots) return latest.cluster ? "No rank holds experts at present." : "This model has no routed experts.";
   if (!mean) return "No token has reached an expert yet.";
   const most = Math.max(...ranks.flatMap((r) => r[which]));
   const perRank = ranks.map((r) => sum(r[which]));
@@ -337,6 +337,7 @@ function showSnapshot(snapshot) {
   setPoints([...points.filter((p) => p[0] < snapshot.time), snapshot.point]); // the greeting may have had it already
   byId("figures").setAttribute("aria-busy", "false");
   if (snapshot.draining) setStatus("draining", "Draining: no new requests");
+  else if (snapshot.cluster && snapshot.cluster.refusal !== null) setStatus("lost", "Experts are missing: nothing is served");
   else setStatus("live", "Live");
 }
 
