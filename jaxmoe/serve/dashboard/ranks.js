@@ -57,7 +57,7 @@ function showEvents(events) {
     const item = make(list, "li", { "data-type": event.type, "data-epoch": event.epoch });
     const which = event.ranks.length > 1 ? `Ranks ${event.ranks.join(", ")}` : `Rank ${event.ranks[0]}`;
     make(item, "h4", {}, event.ranks.length ? `${which} ${event.type}` : `Step ${event.type}`);
-    make(item, "p", { class: "note" }, `${clock(event.at)}, epoch ${event.epoch}, paused for ${milliseconds(event.seconds)}`);
+    make(item, "p", { class: "note" }, `${clock(event.at)}, epoch ${event.epoch}: ${milliseconds(event.seconds)} pause`);
     const phases = make(item, "dl", { class: "phases" });
     for (const [name, seconds] of Object.entries(event.phases)) {
       make(phases, "dt", {}, name);
