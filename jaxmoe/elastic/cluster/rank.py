@@ -58,6 +58,7 @@ from pallas_kernels import native
 logger = logging.getLogger(__name__)
 
 _ABORT_AGAIN_S = 0.01
+_STUCK_S = 0.1
 BY_RANK, BY_PAGE, EVERYWHERE = PartitionSpec(AXIS), PartitionSpec(None, AXIS), PartitionSpec()
 
 
@@ -301,7 +302,7 @@ class Process:
         self._work: queue.SimpleQueue = queue.SimpleQueue()
         self._busy = threading.Event()
         self._given_up = -1  # what belongs to this epoch's predecessors is not begun
-        self._aborting = False
+        self._aborting, self._abort_began = False, 0.0
         self._compiles = 0
         self._last: Reply | None = None
         self.faults = Faults(self._cut, self._replay)
@@ -332,7 +333,8 @@ class Process:
             self._send(self._last)
 
     def _cut(self) -> None:
-        distributed.abort_collectives(self.spare_ports)
+        stuck = self._aborting and time.monotonic() - self._abort_began > _STUCK_S
+        distributed.abort_collectives(self.spare_ports, stuck=stuck)
 
     def listen(self) -> None:
         """The second thread."""
@@ -355,6 +357,7 @@ class Process:
                 self.faults.add(message)
                 continue
             if isinstance(message, Abort):
+                self._abort_began = time.monotonic()
                 self._given_up, self._aborting = message.epoch, True
             self._work.put(message)
 

@@ -82,11 +82,14 @@ def run_schedule(stand: Stand, schedule: Schedule, *, settle_s: float = SETTLE_S
         injector.do(injection)
     problems += injector.missed
     time.sleep(stand.options.silence_s + NOTICED_S)  # until then the ranks may seem to be all there
-    if not stand.wait_until_whole():
-        states = {rank.rank: rank.state for rank in cluster.status().ranks}
-        problems.append(f"ranks do not come back: {states}")
+    back = stand.wait_until_whole()
     time.sleep(settle_s)
     records = load.stop(_END_S)
+    if not (
+        back and stand.wait_until_whole()
+    ):  # once more: a late fault may only now have been noticed
+        states = {rank.rank: rank.state for rank in cluster.status().ranks}
+        problems.append(f"ranks do not come back: {states}")
     counts, wrong = checks.count(records, stand.workload.expected, schedule.refuses)
     events = list(cluster.events)[seen:]
     problems += wrong + checks.of_events(events, epoch, schedule.refuses)
