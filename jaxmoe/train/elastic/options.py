@@ -16,7 +16,7 @@ class ElasticOptions:
     silence_s: float = 5.0
     """After so long without an answer to a ping a rank counts as dead."""
     deadline_s: float = 300.0
-    """After so long without a step's result a rank counts as dead though it answers."""
+    """After so long without the result of a step, or of each batch of an evaluation, a rank counts as dead though it answers."""
     start_s: float = 600.0
     """How long processes may take to start, and programs to compile."""
     devices: int = 4

@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import pathlib
-import signal
 import socket
 import tempfile
 import time
@@ -21,7 +20,6 @@ from typing import Any
 import jax
 
 from jaxmoe import checkpoint
-from jaxmoe.config import ModelConfig
 from jaxmoe.elastic import distributed
 from jaxmoe.elastic.cluster import programs
 from jaxmoe.elastic.cluster.layout import Phases
@@ -31,8 +29,6 @@ from jaxmoe.elastic.cluster.supervisor import Member, Supervisor
 from jaxmoe.elastic.cluster.team import RankFailed, Team
 from jaxmoe.elastic.membership import Membership
 from jaxmoe.errors import JaxMoeError
-from jaxmoe.train.config import TrainConfig
-from jaxmoe.train.data import load_corpus
 from jaxmoe.train.elastic import parts, peers
 from jaxmoe.train.elastic.events import EVENTS, Event
 from jaxmoe.train.elastic.messages import Compile, Install, Prepare, Setup, Snapshot, Step, name_of
@@ -41,11 +37,8 @@ from jaxmoe.train.loop import (
     METRICS,
     Progress,
     Run,
-    Summary,
-    deferred_signals,
     drop_after,
     record_of,
-    train,
 )
 from jaxmoe.train.step import TrainState, abstract_state
 
@@ -419,6 +412,13 @@ class ElasticRun:
             return False
         return stop or self.step == c.steps or self.step % c.save_every == 0
 
+    def _batches(self, evaluation: str | None) -> int:
+        """About how many batches an evaluation scores, each of which may take as long as a step."""
+        c = self._run.train_config
+        of = {None: 0, "probe": c.probe_bytes, "final": c.eval_bytes}[evaluation]
+        scored = min(of, self._run.corpus.validation.size)
+        return -(-scored // (max(1, c.seq_len // 2) * c.batch_size))
+
     def _advance(self) -> dict[str, Any]:
         """One step: its line of the metrics."""
         c, began, number = self._run.train_config, time.perf_counter(), self.step
@@ -428,7 +428,8 @@ class ElasticRun:
         elif (number + 1) % c.eval_every == 0:
             evaluation = "probe"
         self._team.tell(Step(self._team.epoch, number, evaluation, self._safe))
-        replies = self._team.gather("done", self.options.deadline_s, number)
+        deadline_s = self.options.deadline_s * (1 + self._batches(evaluation))
+        replies = self._team.gather("done", deadline_s, number)
         self._safe = min(reply.value.protected for reply in replies.values())
         value = next(iter(replies.values())).value
         self.step = number + 1
@@ -439,55 +440,6 @@ class ElasticRun:
         if value.bits_per_byte is not None:
             record["bits_per_byte"] = value.bits_per_byte
         return record
-
-
-def train_elastic(
-    config: ModelConfig,
-    train_config: TrainConfig,
-    directory: str | os.PathLike[str],
-    *,
-    data: str | os.PathLike[str] | None = None,
-    options: ElasticOptions = ElasticOptions(),
-    on_progress: Callable[[Progress], None] | None = None,
-    on_event: Callable[[Event], None] = lambda event: None,
-) -> Summary:
-    """``train`` on ranks that are processes of their own and may die: the run goes on without them, and with them again.
-
-    Files are those of ``train``, which can go on with such a run and the other way round, and ``events.jsonl``, one JSON
-    object per change of the ranks. A step that is done again has one line in ``metrics.jsonl``, that of the last time.
-    SIGTERM and Ctrl-C save first.
-
-    Args:
-      config, train_config, directory, data: as of ``train``.
-      options: ranks and limits.
-      on_progress: called after every step, so again after steps that are done again.
-      on_event: called after every change of the ranks.
-
-    Returns:
-      As ``train``.
-
-    Raises:
-      RanksLost: when no rank is left.
-      RankFailed: if the ranks do not start.
-      ValueError, LossNotFinite: as of ``train``.
-    """
-    train_config.check(config)
-    directory = pathlib.Path(directory)
-    run = Run(config, train_config, directory, load_corpus(data), None)
-    if (checkpoint.latest_step(run.checkpoints) or 0) >= train_config.steps:
-        return train(config, train_config, directory, data=data)  # complete already: it only scores
-    directory.mkdir(parents=True, exist_ok=True)
-    this = ElasticRun(run, None if data is None else str(data), options, on_event)
-    with this.processes():
-        this.start()
-        drop_after(directory / METRICS, this.step)
-        began = time.perf_counter()
-        with deferred_signals() as received:
-            bits = this.train(received, on_progress)
-    for number in received:  # saved: now they take their usual course
-        signal.raise_signal(number)
-    seconds = time.perf_counter() - began
-    return Summary(this.state.params, config, this.step, bits, seconds, directory, run.corpus)
 
 
 def _free_port() -> int:

@@ -1,0 +1,65 @@
+"""``train`` on processes that may die."""
+
+import os
+import pathlib
+import signal
+import time
+from collections.abc import Callable
+
+from jaxmoe import checkpoint
+from jaxmoe.config import ModelConfig
+from jaxmoe.train.config import TrainConfig
+from jaxmoe.train.data import load_corpus
+from jaxmoe.train.elastic.events import Event
+from jaxmoe.train.elastic.options import ElasticOptions
+from jaxmoe.train.elastic.run import ElasticRun
+from jaxmoe.train.loop import METRICS, Progress, Run, Summary, deferred_signals, drop_after, train
+
+
+def train_elastic(
+    config: ModelConfig,
+    train_config: TrainConfig,
+    directory: str | os.PathLike[str],
+    *,
+    data: str | os.PathLike[str] | None = None,
+    options: ElasticOptions = ElasticOptions(),
+    on_progress: Callable[[Progress], None] | None = None,
+    on_event: Callable[[Event], None] = lambda event: None,
+) -> Summary:
+    """``train`` on ranks that are processes of their own and may die: the run goes on without them, and with them again.
+
+    Files are those of ``train``, which can go on with such a run and the other way round, and ``events.jsonl``, one JSON
+    object per change of the ranks. A step that is done again has one line in ``metrics.jsonl``, that of the last time.
+    SIGTERM and Ctrl-C save first.
+
+    Args:
+      config, train_config, directory, data: as of ``train``.
+      options: ranks and limits.
+      on_progress: called after every step, so again after steps that are done again.
+      on_event: called after every change of the ranks.
+
+    Returns:
+      As ``train``.
+
+    Raises:
+      RanksLost: when no rank is left.
+      RankFailed: if the ranks do not start.
+      ValueError, LossNotFinite: as of ``train``.
+    """
+    train_config.check(config)
+    directory = pathlib.Path(directory)
+    run = Run(config, train_config, directory, load_corpus(data), None)
+    if (checkpoint.latest_step(run.checkpoints) or 0) >= train_config.steps:
+        return train(config, train_config, directory, data=data)  # complete already: it only scores
+    directory.mkdir(parents=True, exist_ok=True)
+    this = ElasticRun(run, None if data is None else str(data), options, on_event)
+    with this.processes():
+        this.start()
+        drop_after(directory / METRICS, this.step)
+        began = time.perf_counter()
+        with deferred_signals() as received:
+            bits = this.train(received, on_progress)
+    for number in received:  # saved: now they take their usual course
+        signal.raise_signal(number)
+    seconds = time.perf_counter() - began
+    return Summary(this.state.params, config, this.step, bits, seconds, directory, run.corpus)
