@@ -4,6 +4,7 @@
 #   make test EXTRAS=dev             without the parity tests, which need PyTorch (several GB on Linux)
 #   make test PYTEST="-k routing"    more pytest arguments
 #   make test-all                    slow tests too, and those for the hardware that is here
+#   make chaos                       200 drawn fault schedules on rank processes; SEED=1000 RUNS=20 for others
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,6 +12,8 @@ EXTRAS ?= dev,parity
 # JAX compiles on one core per worker; more workers than cores only compile the same things again.
 JOBS ?= 2
 PYTEST ?=
+SEED ?= 0
+RUNS ?= 200
 
 # pip says nothing unless it fails.
 PIP_INSTALL = $(VENV)/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt
@@ -18,7 +21,7 @@ comma = ,
 TEST_STAMP = $(VENV)/.installed-test-$(subst $(comma),-,$(EXTRAS))
 RUN_TESTS = $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all chaos lint clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -29,6 +32,9 @@ test: $(TEST_STAMP)
 
 test-all: $(TEST_STAMP)
 	@$(RUN_TESTS) -m "" $(PYTEST)
+
+chaos: $(VENV)/.installed
+	@$(VENV)/bin/jaxmoe recover --faults random:$(RUNS) --seed $(SEED) --no-baselines --output runs/chaos --json runs/chaos/recover.json
 
 lint: $(VENV)/.installed-lint
 	@$(VENV)/bin/ruff check

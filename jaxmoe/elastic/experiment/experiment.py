@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import logging
 import pathlib
 import statistics
 import tempfile
@@ -14,6 +15,8 @@ from jaxmoe.elastic.experiment.metrics import PHASES, Pause, rate
 from jaxmoe.elastic.experiment.run import Run, run_schedule
 from jaxmoe.elastic.experiment.schedule import Schedule
 from jaxmoe.elastic.experiment.stand import Model, Stand, Workload
+
+logger = logging.getLogger(__name__)
 
 RECOVERED_S = 3.0  # after a loss, throughput has to be that of healthy survivors
 _LEAST_WINDOW_S = 1.0
@@ -124,13 +127,26 @@ def _runs(plan: Plan, stand: Stand, found: Findings, say: Callable[[str], None])
             rank = (i + 1) % plan.cluster.ranks
             found.healthy.append(baselines.without(stand, rank, plan.seed, 2 * plan.round_s))
             say(f"{plan.cluster.ranks - 1} healthy ranks: {found.healthy[-1]:.0f} tokens/s")
-        run = run_schedule(stand, schedule)
+        run = _run(stand, schedule)
         found.runs.append(run)
         pauses = ", ".join(f"{p.type} {p.seconds:.2f} s" for p in run.pauses)
         say(
             f"{i + 1}/{number} seed {schedule.seed} [{schedule}] {run.seconds:.0f} s: {run.counts.completed} requests, "
             f"{pauses or 'no pause'}{'; ' if run.problems else ''}{shown(run.problems)}"
         )
+
+
+def _run(stand: Stand, schedule: Schedule) -> Run:
+    """One run; if it breaks the cluster, which is a failure of that run, the next one gets another."""
+    try:
+        run = run_schedule(stand, schedule)
+    except Exception as error:  # whatever it is, the schedules after it are to be run too
+        logger.exception("run failed schedule=%s", schedule)
+        run = Run.failed(schedule, f"the run has ended with {type(error).__name__}: {error}")
+    if not stand.wait_until_whole(0.0):
+        stand.end()
+        stand.start()
+    return run
 
 
 def _baselines(plan: Plan, stand: Stand, found: Findings, say: Callable[[str], None]) -> None:

@@ -2,7 +2,10 @@
 
 import dataclasses
 import logging
+import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
@@ -46,6 +49,11 @@ class Run:
     marks: tuple[tuple[float, str], ...]
     events: tuple[Event, ...]
     seconds: float
+
+    @classmethod
+    def failed(cls, schedule: Schedule, problem: str) -> "Run":
+        """One of which nothing else is known."""
+        return cls(schedule, checks.Counts(), (problem,), (), 0, np.zeros(0), (), (), 0.0)
 
     def to_dict(self) -> dict[str, Any]:
         """For reports."""
@@ -93,7 +101,9 @@ def run_schedule(stand: Stand, schedule: Schedule, *, settle_s: float = SETTLE_S
     counts, wrong = checks.count(records, stand.workload.expected, schedule.refuses)
     events = list(cluster.events)[seen:]
     problems += wrong + checks.of_events(events, epoch, schedule.refuses)
-    problems += checks.of_ranks(cluster.verify()) + checks.of_engine(stand.engine.stats())
+    problems += checks.of_ranks(_within(_END_S, cluster.verify)) + checks.of_engine(
+        stand.engine.stats()
+    )
     problems += checks.Resources.now().leaked(stand.baseline)
     compiled = checks.compiled_since(before, checks.compiles(cluster.status()))
     if compiled:
@@ -112,3 +122,17 @@ def run_schedule(stand: Stand, schedule: Schedule, *, settle_s: float = SETTLE_S
         tuple(events),
         time.monotonic() - started,
     )
+
+
+def _within(seconds: float, work: Callable[[], Any]) -> Any:
+    """What ``work`` returns; TimeoutError, with the work left alone, if it takes longer."""
+    future: Future[Any] = Future()
+
+    def do() -> None:
+        try:
+            future.set_result(work())
+        except Exception as error:
+            future.set_exception(error)
+
+    threading.Thread(target=do, daemon=True).start()
+    return future.result(seconds)
