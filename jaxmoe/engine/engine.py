@@ -116,6 +116,7 @@ class Engine:
         self._finished: Counter[str] = Counter()
         self._step_s, self._schedule_s = Smoothed(), Smoothed()
         if cluster is not None:
+            self._scheduler.adopt(cluster.active, ())  # some may be spare
             cluster.on_change = self._notice
 
     # -- requests ----------------------------------------------------------------------------------

@@ -90,6 +90,7 @@ class ElasticRunner(Protocol):
     """A runner whose ranks may fail and return."""
 
     ranks: int
+    active: tuple[int, ...]
     epoch: int
     buckets: list[int]
     load: np.ndarray

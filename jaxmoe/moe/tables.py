@@ -4,6 +4,8 @@ A slot is one expert's place on one rank: rank r of P owns slots r*L .. r*L + L-
 arguments of the compiled step, so one executable serves every placement.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,10 +19,13 @@ class ExpertTables:
     Attributes:
       expert_slots: [E, R] int32, the slots of each expert's copies, -1 after the last.
       copies: [E] int32, how many copies are usable (>= 1 for every expert that may be chosen).
+
+    Tables of several layers have a leading axis.
     """
 
-    expert_slots: jax.Array
-    copies: jax.Array
+    # Any: JAX also puts shapes and partition specs into the tree.
+    expert_slots: Any
+    copies: Any
 
     @classmethod
     def from_slots(

@@ -53,16 +53,16 @@ class Controller:
         )
         self.team = Team(Membership(epoch, taking_part, incarnations), options.silence_s)
         self.team.members.update(members)
-        memory = self._startup.memory
-        self.layout = Layout(self.team, placement, memory, options.devices, options.deadline_s)
+        memory, orders = self._startup.memory, self._startup.orders()
+        self.layout = Layout(self.team, placement, memory, orders, options.deadline_s)
         self.layout.begin(Phases())
 
     def end(self) -> None:
         """Ends all processes."""
-        self._startup.end()
         for member in list(self.team.members.values()):  # the engine may be changing them
             member.end()
         self.team.members.clear()
+        self._startup.end()  # last: processes that miss the coordination service complain
 
     # -- orders from outside -----------------------------------------------------------------------
 
@@ -188,7 +188,7 @@ class Controller:
         self._tries = 0 if gone else self._tries + 1
         if self._tries > MOST_TRIES:
             tries, self._tries = self._tries, 0
-            raise JaxMoeError(f"a step has failed {tries} times; see the ranks' logs.")
+            raise JaxMoeError(f"a step has failed {tries} times: {self.team.last_error}")
         while True:
             lost |= gone
             for rank in gone & set(self.team.members):

@@ -1,6 +1,5 @@
 """What goes wrong in a rank on purpose: experiments ask for it, nothing else does."""
 
-import os
 import signal
 import threading
 import time
@@ -19,11 +18,18 @@ class Faults:
     """A rank's faults to come. Safe to use from its two threads.
 
     Args:
+      send_signal: sends this process a signal.
       cut: ends the connections of this rank's collectives.
       replay: sends its last answer again.
     """
 
-    def __init__(self, cut: Callable[[], None], replay: Callable[[], None]):
+    def __init__(
+        self,
+        send_signal: Callable[[int], None],
+        cut: Callable[[], None],
+        replay: Callable[[], None],
+    ):
+        self._signal = send_signal
         self._cut, self._replay = cut, replay
         self._waiting: list[Fault] = []
         self._muted_until = 0.0
@@ -58,9 +64,9 @@ class Faults:
     def _happen(self, fault: Fault) -> None:
         match fault.action:
             case "kill":
-                os.kill(os.getpid(), signal.SIGKILL)
+                self._signal(signal.SIGKILL)
             case "stop":
-                os.kill(os.getpid(), signal.SIGSTOP)
+                self._signal(signal.SIGSTOP)
             case "sleep":
                 time.sleep(fault.seconds)
             case "raise":

@@ -74,12 +74,12 @@ class Layout:
       team: the ranks.
       placement: the first.
       memory: what lies where.
-      devices: of each rank.
+      orders: of the mesh.
       deadline_s: how long ranks may take for a part of it.
     """
 
     def __init__(
-        self, team: Team, placement: Placement, memory: Memory, devices: int, deadline_s: float
+        self, team: Team, placement: Placement, memory: Memory, orders: Orders, deadline_s: float
     ):
         self.placement = placement
         self.refusal: str | None = None  # why nothing can be computed at present
@@ -88,7 +88,7 @@ class Layout:
         self._team, self._memory, self._deadline_s = team, memory, deadline_s
         self._backup = memory.backup.copy()
         self._links = Bandwidths.uniform(placement.ranks)
-        self._orders = Orders(devices)
+        self._orders = orders
         self._order: Order = ()
         self._goal: Iterator[Placement] = iter(())
         self._next: Placement | None = None

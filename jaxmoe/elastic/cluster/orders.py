@@ -22,10 +22,11 @@ class Orders:
 
     Args:
       devices: of each rank.
+      reusable: whether a mesh can be used again: where nothing is remembered.
     """
 
-    def __init__(self, devices: int):
-        self._devices = devices
+    def __init__(self, devices: int, *, reusable: bool = False):
+        self._devices, self._reusable = devices, reusable
         self._used: set[Order] = set()
         self._home: dict[int, int] = {}
 
@@ -38,7 +39,9 @@ class Orders:
         ranks = tuple(sorted(ranks))
         for homes in self._homes(ranks):
             for order in itertools.permutations(zip(ranks, homes, strict=True)):
-                if order not in self._used or len(order) == 1:  # alone, nothing is remembered
+                if (
+                    self._reusable or order not in self._used or len(order) == 1
+                ):  # alone: no connections
                     self._used.add(order)
                     self._home.update(order)
                     return order

@@ -8,8 +8,6 @@ not in from every rank has not happened: nothing of it counts as computed and no
 """
 
 import functools
-import os
-import signal
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -81,14 +79,17 @@ class Cluster:
             )
         self._packing = Packing(sizes, self.ranks)
         self.buckets = self._packing.buckets
-        self._startup = Startup(
-            self.weights, self.config, self.options, sizes, self._slots, lambda: self.on_change()
-        )
+        self._startup = self._startup_of(sizes)
         try:
             self._controller = Controller(self._startup, self.options)
         except BaseException:
             self._startup.close()
             raise
+
+    def _startup_of(self, sizes: Sizes) -> Startup:
+        return Startup(
+            self.weights, self.config, self.options, sizes, self._slots, lambda: self.on_change()
+        )
 
     def close(self) -> None:
         """Ends all processes."""
@@ -102,7 +103,7 @@ class Cluster:
     @property
     def active(self) -> tuple[int, ...]:
         """Ranks that take part."""
-        return self._controller.team.membership.ranks
+        return self._controller.team.membership.ranks if self._controller else ()
 
     @property
     def epoch(self) -> int:
@@ -225,10 +226,11 @@ class Cluster:
           ValueError: if it has none.
         """
         self._check_rank(rank)
-        pid = {**self.starting_pids, **self.pids}.get(rank)
-        if pid is None:
+        there = {m.rank: m for m in self._startup.supervisor.waiting}
+        member = {**there, **self._controller.team.members}.get(rank)
+        if member is None:
             raise ValueError(f"rank must have a process; got {rank}, which has none. See status().")
-        os.kill(pid, signal.SIGKILL)
+        member.process.kill()
 
     def inject(self, rank: int, fault: Fault) -> None:
         """Has something go wrong in a rank; if it does not take part, in its next process. For experiments."""

@@ -13,6 +13,7 @@ import queue
 import sys
 import threading
 import time
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Client, Connection, Listener
 from typing import Any
 
@@ -77,8 +78,10 @@ def _global_shape(mesh: Mesh, spec: PartitionSpec, local: Any) -> tuple[int, ...
     return tuple(shape)
 
 
-def _own(array: jax.Array) -> jax.Array:
-    return array.addressable_shards[0].data
+def assemble(mesh: Mesh, spec: PartitionSpec, parts: Sequence[jax.Array]) -> jax.Array:
+    """The mesh's array of which ``parts`` are those on this process's devices; nothing is copied."""
+    shape = _global_shape(mesh, spec, parts[0])
+    return jax.make_array_from_single_device_arrays(shape, NamedSharding(mesh, spec), list(parts))
 
 
 class Rank:
@@ -93,21 +96,30 @@ class Rank:
 
     def __init__(self, setup: Setup, number: int, key: bytes, faults: Faults):
         self.setup, self.number = setup, number
+        self._devices = self._devices_of_all()
         self._packing = Packing(setup.sizes, 1)
         native.available()  # registers the kernels, which a program that is loaded calls by name
         self._programs = Executables(pathlib.Path(setup.programs))
-        self.shard = Shard(setup, number, functools.partial(_load, setup), self._programs, key)
+        self.shard = self._shard(key)
         sizes = setup.sizes
         dtype = sizes.cache_dtype or self.shard.local["embed"]["weight"].dtype
         self._entries = init_cache(setup.config, sizes.pages, sizes.page_size, dtype).entries
-        self._devices: dict[int, list[jax.Device]] = {}
-        for device in sorted(jax.devices(), key=lambda d: d.id):
-            self._devices.setdefault(device.process_index, []).append(device)
         self._first = self._home = self._devices[number][0]
         self._entries = jax.device_put(self._entries, self._home)
         self._faults, self._digest = faults, ""
         self._constants: ExpertTables | None = None
         faults.damage = self._damage
+
+    def _devices_of_all(self) -> dict[int, list[jax.Device]]:
+        """Every rank's devices."""
+        found: dict[int, list[jax.Device]] = {}
+        for device in sorted(jax.devices(), key=lambda d: d.id):
+            found.setdefault(device.process_index, []).append(device)
+        return found
+
+    def _shard(self, key: bytes) -> Shard:
+        device = self._devices[self.number][0]
+        return Shard(self.setup, self.number, loader(self.setup), self._programs, device, key)
 
     # -- epochs ------------------------------------------------------------------------------------
 
@@ -182,8 +194,7 @@ class Rank:
         """The mesh's array of which ``local`` is this rank's part."""
         if not isinstance(local, jax.Array):
             local = jax.device_put(local, self._home)
-        shape = _global_shape(mesh, spec, local)
-        return jax.make_array_from_single_device_arrays(shape, NamedSharding(mesh, spec), [local])
+        return assemble(mesh, spec, [local])
 
     def _operands(self, mesh: Mesh, batch: Batch, *, abstract: bool = False) -> tuple:
         def place(spec: PartitionSpec, local: Any) -> Any:
@@ -254,58 +265,62 @@ class Rank:
     def step(self, message: Step) -> StepValue:
         """Computes, samples this rank's rows, commits its cache rows."""
         self._faults.at("step")
-        operands = self._operands(self._mesh, message.batch)
-        result = self._compute(message, operands)
+        result = self._compute(message)
         self._faults.at("computed")
-        logits, best = _own(result.logits), _own(result.best)
+        logits = result.logits
         if self._home != self._first:
             logits = jax.device_put(logits, self._first)
-        sampled = sampling.finish(logits, best, message.inputs)
+        sampled = sampling.finish(logits, result.best, message.inputs)
         valid = message.batch.positions >= 0
-        finite = bool(np.isfinite(np.asarray(_own(result.hidden))[valid]).all())
+        finite = bool(np.isfinite(np.asarray(result.hidden)[valid]).all())
         if finite or message.trust:
-            entries = {name: _own(rows) for name, rows in result.entries.items()}
-            self._commit(entries, message.batch)
+            self._commit(result.entries, message.batch)
         self._faults.at("committed")
-        return StepValue(sampled, np.asarray(_own(result.load)), finite)
+        return StepValue(sampled, np.asarray(result.load), finite)
 
-    def _compute(self, message: Step, operands: tuple) -> StepResult:
+    def _compute(self, message: Step) -> StepResult:
+        """This rank's part of what all of them compute together."""
+        operands = self._operands(self._mesh, message.batch)
         program = self._program(len(message.batch.tokens), self._mesh, operands)
-        if self._mesh.size == 1:
-            return jax.block_until_ready(program(*operands))  # its errors are nobody else's
         try:
-            return jax.block_until_ready(program(*operands))
+            result = jax.block_until_ready(program(*operands))
         except Exception as error:
-            if "RESOURCE_EXHAUSTED" in str(error):
+            # Out of memory, or alone in the mesh: that is nobody else's fault.
+            if self._mesh.size == 1 or "RESOURCE_EXHAUSTED" in str(error):
                 raise
             raise CollectiveFailed(f"{type(error).__name__}: {error}") from error
+        return jax.tree.map(lambda x: x.addressable_shards[0].data, result)
 
 
-def _load(setup: Setup) -> Params:
+def loader(setup: Setup) -> Callable[[], Params]:
+    """Reads the whole model."""
     from jaxmoe import checkpoint
     from jaxmoe.params import init_params
 
-    weights = setup.weights
+    weights, dtype = setup.weights, jnp.dtype(setup.weights.dtype)
     if weights.path is None:
-        return init_params(
-            setup.config, jax.random.key(weights.seed), dtype=jnp.dtype(weights.dtype)
-        )
-    return checkpoint.load(weights.path, jnp.dtype(weights.dtype), mtp=False)[0]
+        return lambda: init_params(setup.config, jax.random.key(weights.seed), dtype=dtype)
+    return lambda: checkpoint.load(weights.path, dtype, mtp=False)[0]
 
 
 class Process:
-    """The two threads."""
+    """The two threads.
+
+    Args:
+      connection: to the controller.
+      number, incarnation: of the rank.
+    """
 
     def __init__(self, connection: Connection, number: int, incarnation: int):
         self._connection, self._sending = connection, threading.Lock()
         self._number, self._incarnation = number, incarnation
-        self._work: queue.SimpleQueue = queue.SimpleQueue()
+        self._work: queue.SimpleQueue = queue.SimpleQueue()  # None is the end
         self._busy = threading.Event()
         self._given_up = -1  # what belongs to this epoch's predecessors is not begun
         self._aborting, self._abort_began = False, 0.0
         self._compiles = 0
         self._last: Reply | None = None
-        self.faults = Faults(self._cut, self._replay)
+        self.faults = Faults(self._signal, self.cut, self._replay)
         self.spare_ports: set[int] = set()
         jax.monitoring.register_event_duration_secs_listener(self._count)
 
@@ -326,13 +341,21 @@ class Process:
             with self._sending:
                 self._connection.send(message)
         except OSError:
-            os._exit(0)
+            self.exit()
+
+    def exit(self) -> None:
+        """Ends the process at once."""
+        os._exit(0)
+
+    def _signal(self, number: int) -> None:
+        os.kill(os.getpid(), number)
 
     def _replay(self) -> None:
         if self._last is not None:
             self._send(self._last)
 
-    def _cut(self) -> None:
+    def cut(self) -> None:
+        """Ends what this rank computes with others."""
         stuck = self._aborting and time.monotonic() - self._abort_began > _STUCK_S
         distributed.abort_collectives(self.spare_ports, stuck=stuck)
 
@@ -341,15 +364,15 @@ class Process:
         while True:
             if self._aborting and self._busy.is_set():
                 # Again and again: the step may be opening connections just now.
-                self._cut()
+                self.cut()
                 if not self._connection.poll(_ABORT_AGAIN_S):
                     continue
             try:
                 message = self._connection.recv()
             except (EOFError, OSError):
-                os._exit(0)  # the controller is gone; nobody else may give orders
+                return self.exit()  # the controller is gone; nobody else may give orders
             if isinstance(message, Stop):
-                os._exit(0)
+                return self.exit()
             if isinstance(message, Ping):
                 self.reply("pong", message.epoch, message.number)
                 continue
@@ -365,6 +388,8 @@ class Process:
         """The first thread."""
         while True:
             message = self._work.get()
+            if message is None:
+                return
             self._busy.set()
             try:
                 kind, value = self._do(rank, message)

@@ -57,6 +57,7 @@ class Shard:
       number: the rank's.
       load: reads the whole model.
       programs: where compiled functions are kept.
+      device: to begin with.
       key: proves to other ranks that this is one.
     """
 
@@ -66,6 +67,7 @@ class Shard:
         number: int,
         load: Callable[[], Params],
         programs: Executables,
+        device: jax.Device,
         key: bytes,
     ):
         self._key = key
@@ -83,14 +85,14 @@ class Shard:
         flat, kinds = params_lib.flatten(full), params_lib.flatten(self.specs)
         self.trunk = checksum(leaf for name, leaf in flat.items() if AXIS not in kinds[name])
         self._backup = {
-            (int(layer), int(e)): tuple(np.array(x) for x in self._of(full, layer, e))
-            for layer, e in np.argwhere(setup.backup[number])
+            (layer, e): tuple(np.array(x) for x in self._of(full, layer, e))
+            for layer, e in np.argwhere(setup.backup[number]).tolist()
         }
-        self.device = jax.local_devices()[0]
+        self.device = device
         self.local = jax.tree.map(self._begin, full, self.specs)
         if setup.initial is not None:
             own = setup.initial.reshape(len(self._places), -1, self._slots)[:, number]
-            held = [(layer, s, e) for (layer, s), e in np.ndenumerate(own) if e >= 0]
+            held = [(layer, s, int(e)) for (layer, s), e in np.ndenumerate(own) if e >= 0]
             self._write({(layer, s): self._of(full, layer, e) for layer, s, e in held})
 
     def _begin(self, leaf: np.ndarray, spec: jax.sharding.PartitionSpec) -> jax.Array:
@@ -123,14 +125,18 @@ class Shard:
         first = fills[0]
         if first.address is not None:
             asked = [(f.layer, f.expert, f.source_slot) for f in fills]
-            with Client(first.address, authkey=self._key) as connection:
-                connection.send(asked)
-                yield from connection.recv()
+            yield from self._ask(first.address, asked)
         elif first.source == CHECKPOINT:
             full = self._load()
             yield from (self._of(full, f.layer, f.expert) for f in fills)
         else:
             yield from (self.give(f.layer, f.expert, f.source_slot) for f in fills)
+
+    def _ask(self, address: str, asked: list[tuple[int, int, int | None]]) -> list[Leaves | None]:
+        """What another rank's ``give`` says."""
+        with Client(address, authkey=self._key) as connection:
+            connection.send(asked)
+            return connection.recv()
 
     def give(self, layer: int, expert: int, slot: int | None) -> Leaves | None:
         """The weights in a slot; without one those of an expert in host memory, None if they aren't kept there."""

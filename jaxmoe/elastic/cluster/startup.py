@@ -18,6 +18,7 @@ from jaxmoe.elastic.cluster import programs
 from jaxmoe.elastic.cluster.layout import Memory
 from jaxmoe.elastic.cluster.messages import Setup, Weights
 from jaxmoe.elastic.cluster.options import ClusterOptions
+from jaxmoe.elastic.cluster.orders import Orders
 from jaxmoe.elastic.cluster.shard import routed_layers
 from jaxmoe.elastic.cluster.supervisor import Member, Supervisor
 from jaxmoe.elastic.cluster.team import RankFailed
@@ -78,17 +79,27 @@ class Startup:
         layers, experts = routed_layers(self._config), self._config.n_routed_experts
         membership = Membership.initial(options.ranks, capacity=self.capacity)
         placement = rebalance(np.ones((layers, experts)), membership, self._slots, floor=FLOOR)
-        coordinator = f"127.0.0.1:{_free_port()}"
-        self._service = distributed.serve(coordinator, self.capacity)
-        self._setup = self._setup_of(coordinator)
+        self._setup = self._setup_of(self._serve())
         first = dataclasses.replace(self._setup, initial=placement.slot_expert)
-        folder = pathlib.Path(self._folder.name)
-        self.supervisor = Supervisor(folder, self._on_change, devices=options.devices)
+        self.supervisor = self._supervise(pathlib.Path(self._folder.name))
         for rank in range(self.capacity):
             self.supervisor.launch(rank, first)
         members = self._wait_for(range(options.ranks))
         self._check_same(members)
         return members, placement
+
+    def _serve(self) -> str:
+        """Starts what ranks find each other by; its address."""
+        coordinator = f"127.0.0.1:{_free_port()}"
+        self._service = distributed.serve(coordinator, self.capacity)
+        return coordinator
+
+    def _supervise(self, folder: pathlib.Path) -> Supervisor:
+        return Supervisor(folder, self._on_change, devices=self._options.devices)
+
+    def orders(self) -> Orders:
+        """Of meshes of these processes."""
+        return Orders(self._options.devices)
 
     def launch(self, rank: int) -> None:
         """Starts a rank that joins later."""

@@ -27,7 +27,7 @@ class Member:
 
     Attributes:
       rank, incarnation: whose, and the how-manieth in the cluster.
-      process: the process; it may have ended.
+      process: the process, a ``subprocess.Popen`` or something with its face; it may have ended.
       setup: the first message to it.
       starts: how often it has been tried in a row.
       connection: to talk to it; None until it has called.
@@ -38,7 +38,7 @@ class Member:
 
     rank: int
     incarnation: int
-    process: subprocess.Popen
+    process: Any
     setup: Any
     starts: int = 1
     connection: Connection | None = None
@@ -113,18 +113,24 @@ class Supervisor:
             if self._closed:
                 return
             incarnation = next(self._incarnations)
-            command = [sys.executable, "-m", self._module, self._listener.address]
-            process = subprocess.Popen(
-                [*command, str(rank), str(incarnation)],
-                stdin=subprocess.PIPE,
-                stdout=2,  # Gloo talks; standard output is the server's
-                env=_environment(self._devices),
-            )
+            process = self._spawn(rank, incarnation)
             member = Member(rank, incarnation, process, setup, starts)
             self._starting.append(member)
+        threading.Thread(target=self._watch, args=(member,), daemon=True).start()
+
+    def _spawn(self, rank: int, incarnation: int) -> Any:
+        command = [sys.executable, "-m", self._module, self._listener.address]
+        process = subprocess.Popen(
+            [*command, str(rank), str(incarnation)],
+            stdin=subprocess.PIPE,
+            # Libraries print there, and what is on the controller's standard output is for others to read.
+            stdout=2,
+            env=_environment(self._devices),
+            process_group=0,  # Ctrl-C is for the controller
+        )
         process.stdin.write(self._key)
         process.stdin.close()
-        threading.Thread(target=self._watch, args=(member,), daemon=True).start()
+        return process
 
     @property
     def starting(self) -> list[Member]:

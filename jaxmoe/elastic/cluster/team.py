@@ -1,5 +1,6 @@
 """The ranks that take part, and how they are asked: every answer, or who is to blame that there is none."""
 
+import logging
 import time
 from collections import Counter
 from collections.abc import Iterable
@@ -10,6 +11,8 @@ from jaxmoe.elastic.cluster.messages import Ping, Reply
 from jaxmoe.elastic.cluster.supervisor import Member
 from jaxmoe.elastic.membership import Fence, Ledger, Membership
 from jaxmoe.errors import JaxMoeError
+
+logger = logging.getLogger(__name__)
 
 
 class RankFailed(JaxMoeError):
@@ -33,6 +36,7 @@ class Team:
         self._ledger, self._fence = Ledger(membership), Fence(membership)
         self._silence_s = silence_s
         self._pings = 0
+        self.last_error = "none"
         self._strikes: Counter[int] = (
             Counter()
         )  # errors of a rank's own since the last step that all have done
@@ -97,6 +101,8 @@ class Team:
             for reply in self._received(missing, silence_s / 4):
                 heard[reply.rank] = time.monotonic()
                 if reply.kind == "failed" and kind != "aborted":
+                    self.last_error = reply.value.error
+                    logger.warning("failed rank=%d error=%s", reply.rank, reply.value.error)
                     raise RankFailed(self._blame(reply))
                 if reply.kind == kind and reply.number == number:
                     answers[reply.rank] = reply
