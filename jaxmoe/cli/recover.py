@@ -53,7 +53,7 @@ def recover(
     host_backup: bool = True,
     clients: int = 12,
     baselines: bool = True,
-    rounds: int = 10,
+    rounds: int = 20,
     restarts: int = 2,
     programs: pathlib.Path | None = None,
     output: pathlib.Path = pathlib.Path("runs/recover"),
