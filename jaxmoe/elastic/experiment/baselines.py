@@ -46,8 +46,8 @@ def restart(stand: Stand, rank: int, seed: int) -> Restart:
             os.kill(pid, signal.SIGKILL)
         except ProcessLookupError:
             pass  # it has ended by itself
-    stand.end()
     before = token_times(load.stop(0))
+    stand.end()
     stand.start()
     load = stand.load(seed).start()
     load.first_token.wait(_PATIENCE_S)

@@ -43,8 +43,8 @@ class Plan:
     schedules: tuple[Schedule, ...]
     clients: int = 12
     baselines: bool = True
-    rounds: int = 10
-    round_s: float = 3.0
+    rounds: int = 20
+    round_s: float = 2.0
     restarts: int = 2
     seed: int = 0
 

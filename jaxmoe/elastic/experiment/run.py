@@ -79,6 +79,7 @@ def run_schedule(stand: Stand, schedule: Schedule, *, settle_s: float = SETTLE_S
       settle_s: for how long the load goes on with all ranks back.
     """
     started, cluster = time.monotonic(), stand.cluster
+    _within(_END_S, cluster.verify)  # between steps: what has changed until now is done and told
     before, epoch, seen = checks.compiles(cluster.status()), cluster.epoch, len(cluster.events)
     load = stand.load(schedule.seed).start()
     problems = []
