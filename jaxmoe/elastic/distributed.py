@@ -2,14 +2,17 @@
 
 ``jax.distributed.initialize`` puts the coordination service into process 0, whose death then ends all. Here it lives in a
 process that computes nothing, and any of the others may die. On CPU a collective with a dead peer can hang for half an hour,
-because gloo has no abort; ``abort_collectives`` shuts down this process's own gloo sockets, and every call that waits raises;
+because gloo has no abort; ``Connections.abort`` shuts down this process's own gloo sockets, and every call that waits raises;
 one that still waits for a peer to say where it is, in the first collective of a mesh, gets an answer that cannot be used.
 On GPU the runtime aborts by itself (``jax_enable_recoverability``).
 """
 
 import contextlib
 import os
+import pathlib
+import re
 import socket
+import threading
 from typing import Any
 
 import jax
@@ -18,6 +21,7 @@ import jax
 # (whole 8 byte words follow the header) and is refused with an error; gloo reads shorter values beyond their end.
 _RENDEZVOUS, _NO_ADDRESS = "cpu:gloo/", bytes(1026)
 
+_GRACE_S = 0.25  # for gloo to close connections by itself
 HEARTBEAT_S = 10  # of the coordination service; the controller notices sooner, by its own means
 
 
@@ -91,29 +95,73 @@ def tcp_sockets() -> dict[int, tuple[Any, Any]]:
     return found
 
 
-def abort_collectives(spare_ports: set[int], *, stuck: bool = False) -> int:
-    """Ends every CPU collective that this process waits in, with an error; returns how many connections it has shut down.
-
-    While it may be called no member of a mesh may be on its way into its first collective but those that are to fail as well.
-    Connections that are shut down stay unusable, so the next mesh must have its devices in an order not used before:
-    gloo remembers its connections by that order.
+class Connections:
+    """This process's connections for CPU collectives.
 
     Args:
-      spare_ports: connections with such a port at either end are let be: the coordination service's.
-      stuck: whether earlier calls have not helped: then this process waits for another to connect, which has given up.
+      spare_ports: connections with such a port at either end are others: the coordination service's.
     """
-    count = 0
-    for number, ends in tcp_sockets().items():
-        if spare_ports & {end[1] for end in ends}:
-            continue
-        try:
-            with socket.socket(fileno=os.dup(number)) as copy:
-                copy.shutdown(socket.SHUT_RDWR)
-                count += 1
-        except OSError:
-            pass  # closed meanwhile
-    _end_rendezvous(stuck)
-    return count
+
+    def __init__(self, spare_ports: set[int]):
+        self._spare_ports = spare_ports
+        self._ended: dict[int, int] = {}  # descriptor -> inode
+
+    def abort(self, *, stuck: bool = False) -> None:
+        """Ends every collective that this process waits in, with an error.
+
+        While it may be called no member of a mesh may be on its way into its first collective but those that are to fail as well.
+        Connections that are shut down stay unusable, so the next mesh must have its devices in an order not used before:
+        gloo remembers its connections by that order.
+
+        Args:
+          stuck: whether earlier calls have not helped: then this process waits for another to connect, which has given up.
+        """
+        self._shut_down()
+        _end_rendezvous(stuck)
+
+    def end(self) -> None:
+        """Ends all connections of earlier meshes, while no collective runs and before the next mesh connects.
+
+        Where one end has failed and the other has sent something meanwhile, gloo neither reads nor closes, and its thread turns
+        without end: such connections are taken away from it a little later.
+        """
+        self._shut_down()
+        timer = threading.Timer(_GRACE_S, self._bury)
+        timer.daemon = True
+        timer.start()
+
+    def _shut_down(self) -> None:
+        for number, ends in tcp_sockets().items():
+            if self._spare_ports & {end[1] for end in ends}:
+                continue
+            try:
+                with socket.socket(fileno=os.dup(number)) as copy:
+                    copy.shutdown(socket.SHUT_RDWR)
+                    self._ended[number] = os.fstat(copy.fileno()).st_ino
+            except OSError:
+                pass  # closed meanwhile
+
+    def _bury(self) -> None:
+        """Puts something that never happens in the place of what gloo still watches, though it is shut down."""
+        watched, ended = _watched(), self._ended
+        self._ended = {}
+        for number, inode in ended.items():
+            with contextlib.suppress(OSError):
+                if number in watched and os.fstat(number).st_ino == inode:
+                    silent = os.eventfd(0, os.EFD_CLOEXEC)
+                    os.dup2(silent, number, inheritable=False)
+                    os.close(silent)
+
+
+def _watched() -> set[int]:
+    """Descriptors that some epoll of this process is told about."""
+    found = set()
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            if os.readlink(f"/proc/self/fd/{name}") == "anon_inode:[eventpoll]":
+                info = pathlib.Path(f"/proc/self/fdinfo/{name}").read_text()
+                found |= {int(n) for n in re.findall(r"^tfd:\s*(\d+)", info, re.MULTILINE)}
+    return found
 
 
 def _end_rendezvous(stuck: bool) -> None:

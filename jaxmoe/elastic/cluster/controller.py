@@ -198,7 +198,8 @@ class Controller:
             self.team.commit(current.without(leaving) if leaving else current.renewed())
             try:
                 self.team.tell(Abort(self.team.epoch))
-                self.team.gather("aborted", self._options.deadline_s)
+                # Who does not come out of a step when it is ended hangs.
+                self.team.gather("aborted", self._options.silence_s)
                 phases.mark("abort")
                 self.layout.repair(phases, lost)
                 break

@@ -223,7 +223,7 @@ class Reply:
       kind: "ready", "fetched", "installed", "compiled", "done", "verified", "failed", "aborted" or "pong".
       rank, incarnation, epoch: whose and of when.
       number: of the step or ping.
-      value: one of the classes below, by kind.
+      value: one of the classes below, by kind; with "pong" whether the rank has nothing to do.
       compiles: programs that XLA has compiled in this process so far.
     """
 

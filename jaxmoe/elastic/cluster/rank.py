@@ -107,6 +107,7 @@ class Rank:
         self._first = self._home = self._devices[number][0]
         self._entries = jax.device_put(self._entries, self._home)
         self._faults, self._digest = faults, ""
+        self._mesh: Mesh | None = None  # until the first epoch
         self._constants: ExpertTables | None = None
         faults.damage = self._damage
 
@@ -159,7 +160,8 @@ class Rank:
             self.shard.damage_backup(fault.index)
             return
         self.shard.damage(fault.index, nan=fault.action == "nan")
-        self._assemble()
+        if self._mesh is not None:
+            self._assemble()
 
     def _go_to(self, index: int) -> None:
         """Moves to another device of the process."""
@@ -321,7 +323,7 @@ class Process:
         self._compiles = 0
         self._last: Reply | None = None
         self.faults = Faults(self._signal, self.cut, self._replay)
-        self.spare_ports: set[int] = set()
+        self.connections = distributed.Connections(set())
         jax.monitoring.register_event_duration_secs_listener(self._count)
 
     def _count(self, event: str, duration: float, **_: Any) -> None:
@@ -357,7 +359,12 @@ class Process:
     def cut(self) -> None:
         """Ends what this rank computes with others."""
         stuck = self._aborting and time.monotonic() - self._abort_began > _STUCK_S
-        distributed.abort_collectives(self.spare_ports, stuck=stuck)
+        self.connections.abort(stuck=stuck)
+
+    def aborted(self) -> None:
+        """Nothing is being computed with others any more."""
+        self._aborting = False
+        self.connections.end()
 
     def listen(self) -> None:
         """The second thread."""
@@ -374,7 +381,8 @@ class Process:
             if isinstance(message, Stop):
                 return self.exit()
             if isinstance(message, Ping):
-                self.reply("pong", message.epoch, message.number)
+                idle = self._work.empty() and not self._busy.is_set()
+                self.reply("pong", message.epoch, message.number, idle)
                 continue
             if isinstance(message, Fault):
                 self.faults.add(message)
@@ -404,7 +412,7 @@ class Process:
 
     def _do(self, rank: Rank, message: Any) -> tuple[str, Any]:
         if isinstance(message, Abort):
-            self._aborting = False
+            self.aborted()
             return "aborted", None
         if message.epoch < self._given_up:
             raise Overtaken(f"epoch {message.epoch} has been given up for {self._given_up}.")
@@ -437,7 +445,7 @@ def main() -> None:
     _keep_compilations(str(pathlib.Path(setup.programs) / "xla"))
     distributed.join(setup.coordinator, number, setup.capacity)
     process = Process(connection, number, incarnation)
-    process.spare_ports = {int(setup.coordinator.rsplit(":", 1)[1])}
+    process.connections = distributed.Connections({int(setup.coordinator.rsplit(":", 1)[1])})
     threading.Thread(target=process.listen, daemon=True).start()
     rank = Rank(setup, number, key, process.faults)
     if setup.initial is None:

@@ -96,7 +96,7 @@ class Team:
         asked = pinged = time.monotonic()
         silence_s = silence_s or self._silence_s
         expected = set(self.members if of is None else of)
-        heard = dict.fromkeys(expected, asked)
+        heard, idle = dict.fromkeys(expected, asked), Counter[int]()
         while missing := expected - set(answers):
             for reply in self._received(missing, silence_s / 4):
                 heard[reply.rank] = time.monotonic()
@@ -106,8 +106,12 @@ class Team:
                     raise RankFailed(self._blame(reply))
                 if reply.kind == kind and reply.number == number:
                     answers[reply.rank] = reply
+                elif reply.kind == "pong":
+                    idle[reply.rank] = idle[reply.rank] + 1 if reply.value else 0
             now = time.monotonic()
             silent = {rank for rank in missing if now - heard[rank] > silence_s}
+            # Twice idle, and no answer: it has been lost on the way. Once, it may be just coming.
+            silent |= {rank for rank in missing if idle[rank] > 1 and rank not in answers}
             if silent:
                 raise RankFailed(silent)
             if now - asked > deadline_s:

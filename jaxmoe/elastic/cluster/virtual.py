@@ -201,6 +201,9 @@ class _Process(process_rank.Process):
     def cut(self) -> None:
         self._hall.cut(self._number)
 
+    def aborted(self) -> None:
+        self._aborting = False
+
 
 class _Supervisor(Supervisor):
     def __init__(self, folder: pathlib.Path, on_change: Callable[[], None]):

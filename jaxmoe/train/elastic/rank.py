@@ -287,7 +287,7 @@ class TrainProcess(Process):
 
     def _do(self, rank: Rank, message: Any) -> tuple[str, Any]:
         if isinstance(message, Abort):
-            self._aborting = False
+            self.aborted()
             return "aborted", rank.inventory()
         if message.epoch < self._given_up:
             raise Overtaken(f"epoch {message.epoch} has been given up for {self._given_up}.")
@@ -315,7 +315,7 @@ def main() -> None:
     setup: Setup = connection.recv()
     distributed.join(setup.coordinator, number, setup.capacity)
     process = TrainProcess(connection, number, incarnation)
-    process.spare_ports = {int(setup.coordinator.rsplit(":", 1)[1])}
+    process.connections = distributed.Connections({int(setup.coordinator.rsplit(":", 1)[1])})
     threading.Thread(target=process.listen, daemon=True).start()
     rank = Rank(setup, number, name_of(number, incarnation), process.faults)
     process.reply("ready", -1)
