@@ -11,6 +11,7 @@ import io
 import logging
 import pathlib
 import pickle
+import threading
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -122,6 +123,7 @@ class Executables:
         self._portable: dict[tuple[Hashable, int], Portable] = {}
         self._ready: dict[tuple[Hashable, tuple[int, ...]], jax.stages.Compiled] = {}
         self.counters = Counters()
+        self._lock = threading.Lock()
 
     def get(
         self,
@@ -137,9 +139,21 @@ class Executables:
           lower: called only if the program exists for no set of so many devices.
         """
         ids = tuple(device.id for device in devices)
-        if (name, ids) in self._ready:
+        ready = self._ready.get((name, ids))
+        if ready is None:
+            with self._lock:  # whoever comes second finds it
+                ready = self._ready.get((name, ids)) or self._make(name, ids, devices, lower)
+        else:
             self.counters.ready += 1
-            return self._ready[name, ids]
+        return ready
+
+    def _make(
+        self,
+        name: str,
+        ids: tuple[int, ...],
+        devices: Sequence[jax.Device],
+        lower: Callable[[], jax.stages.Lowered],
+    ) -> jax.stages.Compiled:
         portable = self._find(name, len(devices))
         program = None
         if portable is not None:
@@ -157,6 +171,10 @@ class Executables:
                 self._keep(name, export(program, devices))
         self._ready[name, ids] = program
         return program
+
+    def known(self, name: str, number: int) -> bool:
+        """Whether a program for so many devices need not be compiled."""
+        return self._find(name, number) is not None
 
     def forget(self, *keep: Sequence[jax.Device]) -> None:
         """Unloads programs for all but these sets of devices."""

@@ -2,6 +2,7 @@
 
 import logging
 import queue
+from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from typing import Any
@@ -24,6 +25,8 @@ from jaxmoe.errors import JaxMoeError
 logger = logging.getLogger(__name__)
 
 MOST_TRIES = 5  # of a step that fails although no rank is gone
+_RECENT_STEPS = 64  # whose sizes are likely
+_CALM_STEPS = 8  # after a change, before the next one is prepared for
 
 
 class Controller:
@@ -46,6 +49,9 @@ class Controller:
         self.drains, self._wanted = Drains(), options.ranks
         self._plans: dict[Member, Plan] = {}  # of ranks that wait: what they are getting
         self._tries = 0
+        self._sizes: deque[int] = deque(maxlen=_RECENT_STEPS)
+        self._prepared: tuple[int, frozenset[int]] | None = None  # epoch and sizes
+        self._steps, self._seen = 0, -1  # steps of the epoch that the last one belonged to
         members, placement = self._startup.begin()
         taking_part = tuple(rank in members for rank in range(capacity))
         incarnations = tuple(
@@ -174,9 +180,19 @@ class Controller:
             event.seconds,
         )
 
-    def step_done(self) -> None:
-        """A step has been computed by all."""
+    def step_done(self, size: int) -> None:
+        """A step of ``size`` tokens has been computed by all."""
         self._tries = 0
+        self._sizes.append(size)
+        # What is lost is computed again, in large steps.
+        self.layout.sizes = tuple({size, self._startup.largest_step})
+        self._steps = self._steps + 1 if self._seen == self.team.epoch else 1
+        self._seen = self.team.epoch
+        likely = frozenset({*self._sizes, self._startup.largest_step})
+        ready = (self._seen, likely)
+        if self._steps >= _CALM_STEPS and ready != self._prepared and not self._options.frozen:
+            self.layout.likely, self._prepared = tuple(likely), ready
+            self.layout.prepare()
 
     def _launch(self, rank: int) -> None:
         self.layout.began(rank)
@@ -267,7 +283,8 @@ class Controller:
         if plan is None or plan.epoch != self.team.epoch:
             plan = self._plans[member] = self.layout.join_plan(member.rank)
             fills = self.layout.fills_for(plan, member.rank)
-            self._startup.supervisor.ask(member, Fetch(self.team.epoch, fills))
+            fetch = Fetch(self.team.epoch, fills, self.layout.prepare_for(member.rank))
+            self._startup.supervisor.ask(member, fetch)
             return None
         answer = member.answer
         if answer.kind == "failed" or answer.value.failed:

@@ -11,7 +11,7 @@ from types import MappingProxyType
 import numpy as np
 
 from jaxmoe.elastic._chunks import chunks
-from jaxmoe.elastic.cluster.messages import Fetch, Fill, Install, Verify
+from jaxmoe.elastic.cluster.messages import Fetch, Fill, Install, Prepare, Verify
 from jaxmoe.elastic.cluster.orders import Order, Orders
 from jaxmoe.elastic.cluster.status import Verification
 from jaxmoe.elastic.cluster.supervisor import Member
@@ -85,11 +85,13 @@ class Layout:
         self.refusal: str | None = None  # why nothing can be computed at present
         self.load: np.ndarray | None = None  # [layers, experts], to even out
         self.sizes: tuple[int, ...] = ()  # of steps whose programs an epoch begins with
+        self.likely: tuple[int, ...] = ()  # of those that are made ready for epochs to come
         self._team, self._memory, self._deadline_s = team, memory, deadline_s
         self._backup = memory.backup.copy()
         self._links = Bandwidths.uniform(placement.ranks)
         self._orders = orders
         self._order: Order = ()
+        self._reserved: dict[frozenset[int], Order] = {}  # of meshes that may come
         self._goal: Iterator[Placement] = iter(())
         self._next: Placement | None = None
 
@@ -108,6 +110,32 @@ class Layout:
             checkpoint=True,
             canaries=self._memory.canaries,
         )
+
+    def prepare(self) -> None:
+        """Has programs loaded for the meshes with one rank less, whichever it is."""
+        whole = frozenset(self._team.members)
+        for ranks in (whole - {rank} for rank in whole):
+            if len(ranks) * self.placement.slots_per_rank >= self.placement.experts:
+                message = self._preparation(ranks)
+                for rank in ranks:
+                    self._team.members[rank].send(message)
+
+    def prepare_for(self, rank: int) -> Prepare:
+        """Has programs loaded for the mesh with one rank more; what that rank itself has to be told."""
+        message = self._preparation({rank, *self._team.members})
+        self._team.tell(message)
+        return message
+
+    def _preparation(self, ranks: Iterable[int]) -> Prepare:
+        ranks = frozenset(ranks)
+        if ranks not in self._reserved:
+            self._reserved[ranks] = self._orders.fresh(ranks)
+        return Prepare(self._team.epoch, self._reserved[ranks], self.likely)
+
+    def _new_order(self) -> Order:
+        """One never used for the members."""
+        ranks = frozenset(self._team.members)
+        return self._reserved.pop(ranks, None) or self._orders.fresh(ranks)
 
     def began(self, rank: int) -> None:
         """A process of a rank has started anew."""
@@ -306,7 +334,7 @@ class Layout:
     ) -> None:
         """Has all ranks adopt a placement whose weights they have, on a mesh in this order or in one never used."""
         members = self._team.members
-        self._order = order or self._orders.fresh(members)
+        self._order = order or self._new_order()
         self.placement = placement  # whoever does not adopt it is out
         experts = self._by_rank()[:, list(self.order)].reshape(placement.layers, -1)
         digest = Placement(experts, placement.experts, len(self._order)).digest

@@ -86,11 +86,27 @@ class Fill:
 
 
 @dataclasses.dataclass(frozen=True)
+class Prepare:
+    """A mesh that may come: its programs are loaded while others run. Nothing is answered.
+
+    Attributes:
+      epoch: in which it was thought of.
+      order: as in ``Install``.
+      sizes: of steps.
+    """
+
+    epoch: int
+    order: tuple[tuple[int, int], ...]
+    sizes: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class Fetch:
-    """Get these experts' weights, check them, and keep them until they are installed."""
+    """Get these experts' weights, check them, and keep them until they are installed; then ``prepare``, if there is something."""
 
     epoch: int
     fills: tuple[Fill, ...]
+    prepare: Prepare | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -284,8 +284,7 @@ class Cluster:
                 change is None
             )  # all is as it was loaded: then it is the model that says so
             return change or Change(self._controller.open, frozenset())
-        self._controller.step_done()
-        layout.sizes = (len(batches[0].tokens),)
+        self._controller.step_done(len(batches[0].tokens))
         self.computing_s = time.perf_counter() - began
         load = sum(np.asarray(value.load, np.int64) for value in values.values())
         self.load = layout.load = load + (self.load if self.load.size else 0)

@@ -36,6 +36,7 @@ from jaxmoe.elastic.cluster.messages import (
     Install,
     InstallValue,
     Ping,
+    Prepare,
     ReadyValue,
     Reply,
     Setup,
@@ -127,7 +128,10 @@ class Rank:
     def fetch(self, message: Fetch) -> FetchValue:
         """Gets experts' weights ready for ``install``."""
         self._faults.at("fetch")
-        return self.shard.fetch(message.fills)
+        value = self.shard.fetch(message.fills)
+        if message.prepare is not None:
+            self.prepare(message.prepare)
+        return value
 
     def install(self, message: Install) -> InstallValue:
         """Fills slots, then puts the arrays together over the new mesh; nothing is copied for that."""
@@ -143,11 +147,19 @@ class Rank:
         self._tables, self._digest = self._tables_of(placement), placement.digest
         written = time.perf_counter()
         self._programs.forget([self._home], list(self._mesh.devices.flat))
-        for size in message.sizes:
-            (batch,) = self._packing.idle(size)
-            self._program(size, self._mesh, self._operands(self._mesh, batch, abstract=True))
+        self._ready(message.sizes, self._mesh)
         seconds = {"write": written - began, "executable": time.perf_counter() - written}
         return InstallValue(self._digest, seconds)
+
+    def prepare(self, message: Prepare) -> None:
+        """Loads programs for a mesh that may come; on a thread of its own."""
+        known = [n for n in message.sizes if self._programs.known(f"step-{n}", len(message.order))]
+        self._ready(known, self._mesh_of(message.order))
+
+    def _ready(self, sizes: Sequence[int], mesh: Mesh) -> None:
+        for size in sizes:
+            (batch,) = self._packing.idle(size)
+            self._program(size, mesh, self._operands(mesh, batch, abstract=True))
 
     def _assemble(self) -> None:
         """The mesh's arrays of parameters, of which the shard's are this rank's parts."""
@@ -322,6 +334,7 @@ class Process:
         self._aborting, self._abort_began = False, 0.0
         self._compiles = 0
         self._last: Reply | None = None
+        self.prepare: Callable[[Prepare], None] = lambda message: None
         self.faults = Faults(self._signal, self.cut, self._replay)
         self.connections = distributed.Connections(set())
         jax.monitoring.register_event_duration_secs_listener(self._count)
@@ -387,6 +400,9 @@ class Process:
             if isinstance(message, Fault):
                 self.faults.add(message)
                 continue
+            if isinstance(message, Prepare):
+                threading.Thread(target=self.prepare, args=(message,), daemon=True).start()
+                continue
             if isinstance(message, Abort):
                 self._abort_began = time.monotonic()
                 self._given_up, self._aborting = message.epoch, True
@@ -394,6 +410,7 @@ class Process:
 
     def serve(self, rank: Rank) -> None:
         """The first thread."""
+        self.prepare = rank.prepare
         while True:
             message = self._work.get()
             if message is None:

@@ -106,6 +106,11 @@ class Startup:
         self.supervisor.launch(rank, self._setup)
 
     @property
+    def largest_step(self) -> int:
+        """Tokens of the largest step."""
+        return self._sizes.step_tokens
+
+    @property
     def memory(self) -> Memory:
         """What lies where, besides the devices."""
         params = abstract_params(self._config, self._weights.dtype)
