@@ -125,7 +125,7 @@ def demo_config() -> tuple[ModelConfig, TrainConfig]:
     costs about 150 of the first 300 steps.
     """
     run = TrainConfig(
-        steps=520,
+        steps=400,
         batch_size=8,
         seq_len=256,
         learning_rate=4e-3,

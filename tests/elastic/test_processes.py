@@ -120,6 +120,7 @@ def test_a_killed_rank_costs_no_request_no_token_and_no_compilation(serving):
     assert engine.stats().epoch >= epoch + 2
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_while_nothing_runs_is_missed_and_returns(serving):
     engine, cluster = serving
     before = len(cluster.events)

@@ -144,7 +144,9 @@ def types(url, after_epoch):
     return [event["type"] for event in changes(url) if event["epoch"] > after_epoch]
 
 
-@pytest.mark.parametrize("how", ["by the command", "by its process id"])
+@pytest.mark.parametrize(
+    "how", ["by the command", pytest.param("by its process id", marks=pytest.mark.slow)]
+)
 def test_a_killed_rank_is_no_clients_business(url, undisturbed, capsys, how):
     before, pid = status_of(url), pids(url)[1]
 
@@ -188,6 +190,7 @@ def test_a_rank_is_drained_and_resumed_under_load(url, undisturbed, capsys):
     assert streamed(url) == undisturbed
 
 
+@pytest.mark.slow
 def test_while_experts_are_missing_requests_get_503_and_what_is_missing(url, undisturbed):
     """Of three ranks with six slots each two are needed for eight experts."""
     for rank in (0, 1):
