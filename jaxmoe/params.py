@@ -282,8 +282,16 @@ def init_params(
     """
     if isinstance(key, int) or not hasattr(key, "dtype"):
         raise TypeError(f"key must be a JAX PRNG key; got {key!r}. Use jax.random.key({key!r}).")
+    if shardings is None:
+        return _builder(config, jnp.dtype(dtype))(key)
     build = functools.partial(_initial_values, config, dtype=dtype)
     return jax.jit(build, out_shardings=shardings)(key)
+
+
+@functools.lru_cache(maxsize=8)
+def _builder(config: ModelConfig, dtype: Any) -> Any:
+    """Compiled once: a rank that reads a model again, because weights were lost, must not compile."""
+    return jax.jit(functools.partial(_initial_values, config, dtype=dtype))
 
 
 def param_count(config: ModelConfig, *, include_mtp: bool = False) -> int:
