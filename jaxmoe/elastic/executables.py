@@ -9,6 +9,7 @@ such: recovery is slower then, not wrong.
 import dataclasses
 import io
 import logging
+import os
 import pathlib
 import pickle
 import threading
@@ -179,7 +180,7 @@ class Executables:
     def forget(self, *keep: Sequence[jax.Device]) -> None:
         """Unloads programs for all but these sets of devices."""
         kept = [tuple(device.id for device in devices) for devices in keep]
-        self._ready = {key: program for key, program in self._ready.items() if key[1] in kept}
+        self._ready = {key: program for key, program in dict(self._ready).items() if key[1] in kept}
 
     def _path(self, name: str, number: int) -> pathlib.Path | None:
         return None if self._folder is None else self._folder / f"{name}.{number}"
@@ -189,7 +190,12 @@ class Executables:
             path = self._path(name, number)
             if path is None or not path.exists():
                 return None
-            self._portable[name, number] = pickle.loads(path.read_bytes())
+            try:
+                self._portable[name, number] = pickle.loads(path.read_bytes())
+            except Exception as error:  # cut short, or of another time: it is compiled again
+                self.counters.fallbacks.append(f"{path.name}: {type(error).__name__}: {error}")
+                logger.warning("compiled for want of reading: %s", self.counters.fallbacks[-1])
+                return None
         return self._portable[name, number]
 
     def _keep(self, name: str, portable: Portable) -> None:
@@ -198,6 +204,6 @@ class Executables:
         path = self._path(name, number)
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            part = path.with_name(f"{path.name}.{id(portable)}.part")
+            part = path.with_name(f"{path.name}.{os.getpid()}-{id(portable)}.part")
             part.write_bytes(pickle.dumps(portable))
             part.replace(path)  # never half a file under the name

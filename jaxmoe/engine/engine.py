@@ -372,8 +372,10 @@ class Engine:
         self._schedule_s.add(ended - began - self._runner.computing_s)
 
     def _notice(self) -> None:
-        """Something has happened to a rank."""
+        """Something has happened to a rank, or is asked of them."""
         with self._wake:
+            if not self._closed:
+                self.start()
             self._wake.notify_all()
 
     def _adopt(self, change: Change | None) -> None:

@@ -15,6 +15,7 @@ import jaxmoe
 from jaxmoe.elastic import ClusterOptions, CoverageLost, Fault, Weights
 from jaxmoe.elastic.cluster.virtual import VirtualCluster
 from jaxmoe.engine import Engine, EngineOptions, SamplingParams
+from jaxmoe.errors import JaxMoeError
 
 CONFIG = support.CONFIG.replace(num_hidden_layers=2)
 EXPERTS = CONFIG.n_routed_experts
@@ -114,6 +115,26 @@ def test_a_rank_may_die_at_any_point(serving, point):
     _under_load(engine)
 
 
+def test_weights_that_were_not_written_are_not_believed_to_be_there(serving):
+    engine, cluster = serving
+    _under_load(engine)
+    (spare,) = set(range(4)) - set(cluster.active)
+    _until(lambda: cluster.status().ranks[spare].state == "ready")
+    cluster.inject(spare, Fault("install", "raise"))  # it has its experts, but not in its slots
+    _under_load(engine, lambda: cluster.kill(cluster.active[0]))
+    _whole(cluster)
+    _under_load(engine)
+
+
+def test_an_old_message_of_a_process_that_waits_is_not_taken_for_an_answer(serving):
+    engine, cluster = serving
+    (spare,) = set(range(4)) - set(cluster.active)
+    _until(lambda: cluster.status().ranks[spare].state == "ready")
+    cluster.inject(spare, Fault("fetch", "replay"))
+    _under_load(engine, lambda: cluster.kill(cluster.active[0]))
+    _whole(cluster)
+
+
 def test_a_joiner_that_dies_while_it_gets_its_experts_is_started_again(serving):
     engine, cluster = serving
     before = len(cluster.events)
@@ -123,6 +144,7 @@ def test_a_joiner_that_dies_while_it_gets_its_experts_is_started_again(serving):
     _under_load(engine, lambda: cluster.kill(cluster.active[0]))
     _whole(cluster)
     assert _since(cluster, before).count("joined") == 1
+    assert not cluster._controller._fetching  # nobody keeps the experts from being spread again
     _under_load(engine)
 
 
@@ -194,6 +216,24 @@ def test_a_drained_rank_leaves_without_a_request_noticing_and_can_be_resumed(mak
         cluster.kill(3)
 
 
+def test_what_is_waited_for_when_the_cluster_closes_is_said_not_to_come(make):
+    engine, cluster = make()
+    engine.close()
+    with pytest.raises(JaxMoeError, match="the cluster is closed"):
+        cluster.verify()
+    with pytest.raises(JaxMoeError, match="the cluster is closed"):
+        cluster.drain(0).result(WAIT_S)
+
+
+def test_a_rank_that_dies_while_steps_are_compiled_does_not_hold_that_up(make):
+    engine, cluster = make()
+    cluster.inject(1, Fault("step", "kill"))  # in the empty step that ends it
+    engine.warmup()
+    assert 1 not in cluster.active or cluster.status().ranks[1].incarnation > 2
+    _under_load(engine)
+    _whole(cluster)
+
+
 def test_ranks_that_cannot_hold_all_experts_refuse_and_serve_again_when_others_return(make):
     engine, cluster = make(respawn=False)
     cluster.kill(0)
@@ -232,8 +272,8 @@ def test_experts_are_spread_by_their_load_in_the_background(make):
     _until(lambda: not cluster.pending())
     assert "rebalanced" in [event.type for event in cluster.events]
     cluster.resume(1).result(WAIT_S)
+    _until(lambda: cluster.status().min_copies == 2)
     _whole(cluster)
-    assert cluster.status().min_copies == 2
     _under_load(engine)
 
 

@@ -171,6 +171,7 @@ def test_a_killed_rank_is_no_clients_business(url, undisturbed, capsys, how):
     assert streamed(url) == undisturbed
 
 
+@pytest.mark.slow
 def test_a_rank_is_drained_and_resumed_under_load(url, undisturbed, capsys):
     def drain():
         code, out, err = ranks("drain", 2, "--timeout-s", 60, capsys=capsys, url=url)

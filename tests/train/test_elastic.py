@@ -136,6 +136,7 @@ def alone(corpus, tmp_path_factory):
     return directory
 
 
+@pytest.mark.slow
 def test_a_killed_rank_is_done_without_and_taken_in_again(killed):
     started, lost, joined = killed.events
     assert (started.type, lost.type, joined.type) == ("started", "lost", "joined")
@@ -148,6 +149,7 @@ def test_a_killed_rank_is_done_without_and_taken_in_again(killed):
     assert by_ranks == {s: 2 if lost.step < s <= joined.step else 3 for s in range(1, 151)}
 
 
+@pytest.mark.slow
 def test_its_losses_are_those_of_one_device(killed, alone):
     assert _steps(killed.directory) == [*range(1, 151)]
     for name in ("loss", "index_loss", "grad_norm"):
@@ -158,6 +160,7 @@ def test_its_losses_are_those_of_one_device(killed, alone):
     assert abs(ends[0] - ends[1]) < 0.05 * ends[1]
 
 
+@pytest.mark.slow
 def test_after_the_loss_they_are_bit_for_bit_those_of_the_survivors_from_that_step(
     killed, corpus, programs, tmp_path
 ):
@@ -174,6 +177,7 @@ def test_after_the_loss_they_are_bit_for_bit_those_of_the_survivors_from_that_st
     assert losses(tmp_path) == losses(killed.directory)[lost.step : last]
 
 
+@pytest.mark.slow
 def test_one_device_goes_on_where_an_elastic_run_has_saved(killed, alone, corpus, tmp_path):
     shutil.copytree(killed.directory / "checkpoints" / "10", tmp_path / "checkpoints" / "10")
     train(SMALL, with_options(steps=150, eval_every=60), tmp_path, data=corpus)

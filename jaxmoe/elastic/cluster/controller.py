@@ -2,7 +2,7 @@
 
 import logging
 import queue
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from typing import Any
@@ -39,8 +39,12 @@ class Controller:
 
     def __init__(self, startup: Startup, options: ClusterOptions):
         self._startup, self._options = startup, options
-        self.tasks: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._tasks: queue.SimpleQueue[tuple[Callable[[], None], Future]] = queue.SimpleQueue()
+        self._closed = False
         self.events: list[Event] = []
+        self.owed: set[int] = (
+            set()
+        )  # ranks that have lost their caches, which the engine does not know yet
         self._begin(0)
 
     def _begin(self, epoch: int) -> None:
@@ -52,6 +56,7 @@ class Controller:
         self._sizes: deque[int] = deque(maxlen=_RECENT_STEPS)
         self._prepared: tuple[int, frozenset[int]] | None = None  # epoch and sizes
         self._steps, self._seen = 0, -1  # steps of the epoch that the last one belonged to
+        self._failures: Counter[int] = Counter()  # of ranks to get their experts
         members, placement = self._startup.begin()
         taking_part = tuple(rank in members for rank in range(capacity))
         incarnations = tuple(
@@ -61,33 +66,62 @@ class Controller:
         self.team.members.update(members)
         memory, orders = self._startup.memory, self._startup.orders()
         self.layout = Layout(self.team, placement, memory, orders, options.deadline_s)
-        self.layout.begin(Phases())
+        try:
+            self.layout.begin(Phases())
+        except BaseException:
+            self._end_processes()
+            raise
 
     def end(self) -> None:
-        """Ends all processes."""
+        """Ends all processes; whoever still waits for something learns that it will not come."""
+        self._closed = True
+        self._end_processes()
+        self._disappoint("the cluster is closed.")
+        while not self._tasks.empty():
+            _fail(self._tasks.get()[1], "the cluster is closed.")
+
+    def _end_processes(self) -> None:
         for member in list(self.team.members.values()):  # the engine may be changing them
             member.end()
         self.team.members.clear()
         self._startup.end()  # last: processes that miss the coordination service complain
 
+    def _disappoint(self, why: str) -> None:
+        for drain in self.drains.running.values():
+            _fail(drain.future, why)
+        self.drains.running.clear()
+
+    def between_steps(self, work: Callable[[], None], future: Future) -> None:
+        """Has the engine's thread do something; ``future`` is told if it can't."""
+        if self._closed:
+            _fail(future, "the cluster is closed.")
+            return
+        self._tasks.put((work, future))
+
     # -- orders from outside -----------------------------------------------------------------------
 
     def drain(self, rank: int, drain: Drain) -> None:
         """Begins to take a rank out."""
-        rest = len(self.open) - 1
         if rank not in self.open:
             drain.future.set_exception(
                 ValueError(f"rank must take part ({list(self.open)}) to be drained; got {rank}.")
             )
-        elif rest * self.layout.placement.slots_per_rank < self.layout.placement.experts:
-            drain.future.set_exception(
-                CoverageLost(
-                    f"without rank {rank} the other {rest} ranks have {rest * self.layout.placement.slots_per_rank} slots per layer for "
-                    f"{self.layout.placement.experts} experts; bring another one back first."
-                )
-            )
+        elif missing := self._needed(rank):
+            drain.future.set_exception(missing)
         else:
             self.drains.running[rank] = drain
+
+    def _needed(self, rank: int) -> CoverageLost | None:
+        """Why a rank cannot be done without; None if it can."""
+        rest = len(self.team.members.keys() - self.drains.running.keys() - {rank})
+        placement = self.layout.placement
+        slots = rest * placement.slots_per_rank
+        if slots >= placement.experts:
+            return None
+        return CoverageLost(
+            f"without rank {rank} the other {rest} ranks have {slots} slots per layer for {placement.experts} experts; "
+            "bring another one back first."
+        )
 
     def resume(self, rank: int, future: Future) -> None:
         """Starts a rank that is out."""
@@ -125,10 +159,11 @@ class Controller:
         """Whether ``poll`` has something to do."""
         return bool(
             self.team.dead
-            or not self.tasks.empty()
+            or not self._tasks.empty()
             or self.drains.running
             or self._joiner()
-            or (self.layout.restless and not self._plans)
+            or self.owed
+            or (self.layout.restless and not self._fetching)
         )
 
     def poll(self) -> Change | None:
@@ -148,15 +183,26 @@ class Controller:
     def _poll(self) -> Change | None:
         if dead := self.team.dead:
             return self.recover(dead)
-        while not self.tasks.empty():
-            self.tasks.get()()
+        while not self._tasks.empty():
+            work, future = self._tasks.get()
+            try:
+                work()
+            except Exception as error:
+                if not future.done():
+                    future.set_exception(error)
+                raise
         if change := self._go_on_draining():
             return change
         if member := self._joiner():
             return self._go_on_joining(member)
-        if self.layout.restless and not self._plans:
+        if self.layout.restless and not self._fetching:
             return self._tidy()
         return None
+
+    @property
+    def _fetching(self) -> bool:
+        """Whether a process is getting its experts: the placement had better not change now."""
+        return any(member in self._plans for member in self._startup.supervisor.ready)
 
     def _tell(self, kind: EventType, ranks: Iterable[int], phases: Phases) -> None:
         """Takes note of a change."""
@@ -201,41 +247,54 @@ class Controller:
     def recover(self, gone: Iterable[int]) -> Change:
         """Goes on without ``gone``, and without those that fail meanwhile; with nobody gone, with the same ranks once more."""
         phases, gone, lost = Phases(), set(gone), set()
-        self._tries = 0 if gone else self._tries + 1
-        if self._tries > MOST_TRIES:
-            tries, self._tries = self._tries, 0
-            raise JaxMoeError(f"a step has failed {tries} times: {self.team.last_error}")
         while True:
+            self._tries = 0 if gone else self._tries + 1
             lost |= gone
+            self.owed |= gone
             for rank in gone & set(self.team.members):
                 self.team.members.pop(rank).end()
             current = self.team.membership
             leaving = gone & set(current.ranks)
             self.team.commit(current.without(leaving) if leaving else current.renewed())
             try:
-                self.team.tell(Abort(self.team.epoch))
-                # Who does not come out of a step when it is ended hangs.
-                self.team.gather("aborted", self._options.silence_s)
+                self._abort()
                 phases.mark("abort")
                 self.layout.repair(phases, lost)
                 break
             except RankFailed as error:
                 gone = set(error.ranks)
+                if self._tries > MOST_TRIES:
+                    break
         self._tell("lost" if lost else "retried", lost, phases)
         for rank in lost:
             if rank in self.drains.running:
                 self._out(rank)
             elif self._options.respawn:
                 self._launch(rank)
+        if self._tries > MOST_TRIES:
+            tries, self._tries = self._tries, 0
+            raise JaxMoeError(f"a step has failed {tries} times: {self.team.last_error}")
         self.layout.settle(FLOOR, self._options.chunk_moves, anew=False)
         return Change(self.open, frozenset(lost))
+
+    def _abort(self) -> None:
+        """Members end what they are doing. Who does not come out of a step hangs; anything else may take its time."""
+        self.team.tell(Abort(self.team.epoch))
+        hanging = self._options.silence_s
+        limit = hanging if self.team.asked == "done" else self._options.deadline_s
+        self.team.gather("aborted", limit)
 
     def _renew(self, reason: str) -> Change:
         """Starts all processes again; requests wait for them."""
         logger.warning("all ranks start again: %s", reason)
         phases, epoch = Phases(), self.team.epoch
-        self.end()
-        self._begin(epoch + 1)
+        self.owed |= set(range(self._startup.capacity))
+        self._disappoint("all ranks have been started again.")
+        self._end_processes()
+        try:
+            self._begin(epoch + 1)
+        except RankFailed:
+            self._begin(epoch + 2)
         phases.mark("load")
         self._tell("renewed", self.team.membership.ranks, phases)
         return Change(self.open, frozenset(range(self._startup.capacity)))
@@ -247,7 +306,12 @@ class Controller:
         if new:
             return Change(self.open, frozenset())
         due = [rank for rank, drain in self.drains.running.items() if drain.due]
-        return self._leave(due[0]) if due else None
+        if not due:
+            return None
+        if missing := self._needed(due[0]):  # others have gone meanwhile
+            self.drains.running.pop(due[0]).future.set_exception(missing)
+            return Change(self.open, frozenset())
+        return self._leave(due[0])
 
     def _leave(self, rank: int) -> Change:
         """A rank goes on purpose: the others get from it what they need."""
@@ -260,6 +324,7 @@ class Controller:
             return self.recover({*error.ranks, rank})
         finally:
             member.end()
+        self.owed.add(rank)
         self._out(rank)
         self._tell("drained", [rank], phases)
         self.layout.settle(FLOOR, self._options.chunk_moves, anew=True)
@@ -284,17 +349,24 @@ class Controller:
             plan = self._plans[member] = self.layout.join_plan(member.rank)
             fills = self.layout.fills_for(plan, member.rank)
             fetch = Fetch(self.team.epoch, fills, self.layout.prepare_for(member.rank))
-            self._startup.supervisor.ask(member, fetch)
+            self._startup.supervisor.ask(member, fetch, "fetched", self._options.deadline_s)
             return None
         answer = member.answer
         if answer.kind == "failed" or answer.value.failed:
             logger.warning("rank %d could not get its experts: %s", member.rank, answer.value)
+            self._failures[member.rank] += 1
+            if self._failures[member.rank] > MOST_TRIES:
+                self._startup.supervisor.drop(member.rank)
+                self._startup.supervisor.given_up.add(member.rank)
+                return None
             return self.mend()  # a source may be damaged
         return self._join(member, plan)
 
-    def _join(self, member: Member, plan: Plan | None) -> Change:
+    def _join(self, member: Member, plan: Plan | None) -> Change | None:
         phases, rank = Phases(), member.rank
-        self._startup.supervisor.take(member)
+        if not self._startup.supervisor.take(member):
+            return None  # it has just died
+        self._failures.pop(rank, None)
         self.team.commit(self.team.membership.with_joined(rank, member.incarnation))
         self.team.members[rank] = member
         try:
@@ -334,3 +406,8 @@ class Controller:
         self._tell("repaired", {rank for rank, _, _ in wrong}, phases)
         self.layout.settle(FLOOR, self._options.chunk_moves, anew=False)
         return Change(self.open, frozenset())
+
+
+def _fail(future: Future, why: str) -> None:
+    if not future.done():
+        future.set_exception(JaxMoeError(why))

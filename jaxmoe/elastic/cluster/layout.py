@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxmoe.elastic._chunks import chunks
 from jaxmoe.elastic.cluster.messages import Fetch, Fill, Install, Prepare, Verify
-from jaxmoe.elastic.cluster.orders import Order, Orders
+from jaxmoe.elastic.cluster.orders import Order, Orders, OrdersExhausted
 from jaxmoe.elastic.cluster.status import Verification
 from jaxmoe.elastic.cluster.supervisor import Member
 from jaxmoe.elastic.cluster.team import RankFailed, Team
@@ -92,6 +92,7 @@ class Layout:
         self._orders = orders
         self._order: Order = ()
         self._reserved: dict[frozenset[int], Order] = {}  # of meshes that may come
+        self._doubtful: set[tuple[int, int]] = set()  # (layer, slot) that may not hold what is said
         self._goal: Iterator[Placement] = iter(())
         self._next: Placement | None = None
 
@@ -103,33 +104,43 @@ class Layout:
         return tuple(rank for rank, _ in self._order)
 
     def _inventory(self) -> Inventory:
-        return Inventory.of(
+        found = Inventory.of(
             self.placement,
             self._memory.expert_bytes,
             host=self._backup,
             checkpoint=True,
             canaries=self._memory.canaries,
         )
+        held = found.held.copy()
+        for at in self._doubtful:
+            held[at] = -1
+        return dataclasses.replace(found, held=held)
 
     def prepare(self) -> None:
         """Has programs loaded for the meshes with one rank less, whichever it is."""
         whole = frozenset(self._team.members)
         for ranks in (whole - {rank} for rank in whole):
-            if len(ranks) * self.placement.slots_per_rank >= self.placement.experts:
-                message = self._preparation(ranks)
-                for rank in ranks:
-                    self._team.members[rank].send(message)
+            if len(ranks) * self.placement.slots_per_rank < self.placement.experts:
+                continue
+            message = self._preparation(ranks)
+            for rank in ranks if message else ():
+                self._team.members[rank].send(message)
 
-    def prepare_for(self, rank: int) -> Prepare:
+    def prepare_for(self, rank: int) -> Prepare | None:
         """Has programs loaded for the mesh with one rank more; what that rank itself has to be told."""
         message = self._preparation({rank, *self._team.members})
-        self._team.tell(message)
+        if message is not None:
+            self._team.tell(message)
         return message
 
-    def _preparation(self, ranks: Iterable[int]) -> Prepare:
+    def _preparation(self, ranks: Iterable[int]) -> Prepare | None:
+        """None if there is no mesh left: that is of no concern before it is needed."""
         ranks = frozenset(ranks)
-        if ranks not in self._reserved:
-            self._reserved[ranks] = self._orders.fresh(ranks)
+        try:
+            if ranks not in self._reserved:
+                self._reserved[ranks] = self._orders.fresh(ranks)
+        except OrdersExhausted:
+            return None
         return Prepare(self._team.epoch, self._reserved[ranks], self.likely)
 
     def _new_order(self) -> Order:
@@ -181,10 +192,9 @@ class Layout:
           wrong: (rank, layer, slot) whose weights are damaged.
           leaving: those that are no longer members but can still be read.
         """
-        lost = sorted(set(lost))
-        inventory = self._inventory().without(lost, self.placement.slots_per_rank)
-        for rank, layer, slot in wrong:
-            inventory.held[layer, rank * self.placement.slots_per_rank + slot] = -1
+        lost, per_rank = sorted(set(lost)), self.placement.slots_per_rank
+        self._doubtful |= {(layer, rank * per_rank + slot) for rank, layer, slot in wrong}
+        inventory = self._inventory().without(lost, per_rank)
 
         def plan(inventory: Inventory) -> Plan:
             return plan_repair(
@@ -316,9 +326,9 @@ class Layout:
             if not failed:
                 return plan
             for move in failed:
-                inventory = self.without_source(inventory, move)
+                inventory = self._without_source(inventory, move)
 
-    def without_source(self, inventory: Inventory, move: Move) -> Inventory:
+    def _without_source(self, inventory: Inventory, move: Move) -> Inventory:
         """The same without a copy that could not be had whole."""
         logger.warning("source crossed out: %s", move)
         if move.source == HOST:
@@ -341,6 +351,7 @@ class Layout:
         fills: defaultdict[int, list[Fill]] = defaultdict(list)
         for move in moves:
             if move.size_bytes:
+                self._doubtful.add((move.layer, move.slot))  # until all have answered
                 fills[move.rank].append(self._fill(move._replace(source_rank=None), {}))
         for rank, member in members.items():
             mine = tuple(fills[rank])
@@ -349,6 +360,7 @@ class Layout:
         others = {rank for rank, reply in replies.items() if reply.value.digest != digest}
         if others:
             raise RankFailed(others)
+        self._doubtful.clear()
         phases.mark("agree")
         longest = max(reply.value.seconds["executable"] for reply in replies.values())
         phases.of_which("agree", "executable", longest)

@@ -11,6 +11,7 @@ import functools
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from typing import Any
 
 import numpy as np
 
@@ -22,7 +23,6 @@ from jaxmoe.elastic.cluster.options import ClusterOptions
 from jaxmoe.elastic.cluster.startup import Startup
 from jaxmoe.elastic.cluster.status import ClusterStatus, Event, RankStatus, State, Verification
 from jaxmoe.elastic.cluster.supervisor import Member
-from jaxmoe.elastic.cluster.team import RankFailed
 from jaxmoe.elastic.placement import CoverageLost
 from jaxmoe.engine import sampling
 from jaxmoe.engine.runner import Change, Outcome, Packing, Sizes, asks_of, outcomes_of
@@ -185,18 +185,14 @@ class Cluster:
         future: Future = Future()
 
         def work() -> None:
-            try:
-                found = {} if self.refusal is not None else self._controller.layout.verify()
-                future.set_result(found)
-            except RankFailed as error:
-                future.set_exception(error)
-                raise
+            found = {} if self.refusal is not None else self._controller.layout.verify()
+            future.set_result(found)
 
-        self._between_steps(work)
+        self._between_steps(work, future)
         return future.result()
 
-    def _between_steps(self, work: Callable[[], None]) -> None:
-        self._controller.tasks.put(work)
+    def _between_steps(self, work: Callable[[], None], future: Future) -> None:
+        self._controller.between_steps(work, future)
         self.on_change()
 
     def drain(self, rank: int, timeout_s: float = 30.0) -> Future:
@@ -209,14 +205,14 @@ class Cluster:
         """
         self._check_rank(rank)
         drain = Drain(time.monotonic() + timeout_s, Future())
-        self._between_steps(functools.partial(self._controller.drain, rank, drain))
+        self._between_steps(functools.partial(self._controller.drain, rank, drain), drain.future)
         return drain.future
 
     def resume(self, rank: int) -> Future:
         """Starts a rank again that was drained, or whose process has died too often; the result is there when it is on its way."""
         self._check_rank(rank)
         future: Future = Future()
-        self._between_steps(functools.partial(self._controller.resume, rank, future))
+        self._between_steps(functools.partial(self._controller.resume, rank, future), future)
         return future
 
     def kill(self, rank: int) -> None:
@@ -253,7 +249,15 @@ class Cluster:
 
     def poll(self) -> Change | None:
         """Between steps: takes note of ranks that have died, takes in those that have returned, evens out the experts."""
-        return self._controller.poll()
+        return self._delivered(self._controller.poll())
+
+    def _delivered(self, result: Any) -> Any:
+        """The result; a change with everything lost that the engine has not been told of, whatever has come between."""
+        owed = self._controller.owed
+        if not isinstance(result, Change) and not (result is None and owed):
+            return result
+        self._controller.owed = set()
+        return Change(self._controller.open, frozenset(owed))
 
     def pack(self, works: list[list[Work]]) -> list[Batch] | None:
         """The ranks' batches; None if there is nothing to do."""
@@ -265,7 +269,10 @@ class Cluster:
         """A step's outcomes; or, if it could not be computed, how the membership has changed: then nothing has happened."""
         if self.refusal is not None:
             raise CoverageLost(self.refusal)
-        return self._controller.guarded(functools.partial(self._run, works, batches))
+        if not self._controller.team.members:
+            raise CoverageLost("no rank is left.")
+        work = functools.partial(self._run, works, batches)
+        return self._delivered(self._controller.guarded(work))
 
     def _run(self, works: list[list[Work]], batches: list[Batch]) -> list[list[Outcome]] | Change:
         team, layout = self._controller.team, self._controller.layout
@@ -280,9 +287,8 @@ class Cluster:
         values = {rank: reply.value for rank, reply in replies.items()}
         if not trust and not all(value.finite for value in values.values()):
             change = self._controller.mend()
-            self._trust = (
-                change is None
-            )  # all is as it was loaded: then it is the model that says so
+            # All is as it was loaded: then it is the model that says so.
+            self._trust = change is None
             return change or Change(self._controller.open, frozenset())
         self._controller.step_done(len(batches[0].tokens))
         self.computing_s = time.perf_counter() - began
@@ -295,10 +301,19 @@ class Cluster:
 
     def warm_up(self, size: int) -> set[tuple]:
         """Compiles a step of ``size`` tokens for every number of ranks, each once; then runs an empty one."""
-        team, start_s = self._controller.team, self.options.start_s
         most = self.options.ranks
         least = most if self.options.frozen else -(-self.config.n_routed_experts // self._slots)
         numbers = tuple(range(least, most + 1))
+        # With other ranks once more, if some are lost meanwhile; the engine hears of that when it asks next.
+        while isinstance(
+            self._controller.guarded(functools.partial(self._warm_up, size, numbers)), Change
+        ):
+            if self.refusal is not None:
+                raise CoverageLost(self.refusal)
+        return {("step", size, number) for number in numbers}
+
+    def _warm_up(self, size: int, numbers: tuple[int, ...]) -> Any:
+        team, start_s = self._controller.team, self.options.start_s
         first, *others = team.members.values()
         # One compiles what all need for themselves, for the others to find it, while they compile the steps.
         for i, member in enumerate(others):
@@ -311,8 +326,7 @@ class Cluster:
             ranks = [member.rank for member in others]
             team.gather("compiled", start_s, of=ranks, silence_s=start_s)
         idle = [[] for _ in range(self.ranks)]
-        self.run(idle, self._packing.idle(size))
-        return {("step", size, number) for number in numbers}
+        return self._run(idle, self._packing.idle(size))
 
     def restore(self) -> bool:
         """Nothing to restore: ranks keep their own caches."""

@@ -380,7 +380,14 @@ class Process:
         self.connections.end()
 
     def listen(self) -> None:
-        """The second thread."""
+        """The second thread; without it nobody would notice that the controller is gone."""
+        try:
+            self._listen()
+        except Exception:
+            logger.exception("failed rank=%d", self._number)
+            self.exit()
+
+    def _listen(self) -> None:
         while True:
             if self._aborting and self._busy.is_set():
                 # Again and again: the step may be opening connections just now.

@@ -82,8 +82,8 @@ class Startup:
         self._setup = self._setup_of(self._serve())
         first = dataclasses.replace(self._setup, initial=placement.slot_expert)
         self.supervisor = self._supervise(pathlib.Path(self._folder.name))
-        for rank in range(self.capacity):
-            self.supervisor.launch(rank, first)
+        for rank in range(self.capacity):  # spares begin like a rank that returns
+            self.supervisor.launch(rank, first if rank < options.ranks else self._setup)
         members = self._wait_for(range(options.ranks))
         self._check_same(members)
         return members, placement
@@ -146,8 +146,7 @@ class Startup:
         deadline = time.monotonic() + self._options.start_s
         while missing := set(ranks) - set(taken):
             for member in self.supervisor.ready:
-                if member.rank in missing:
-                    self.supervisor.take(member)
+                if member.rank in missing and self.supervisor.take(member):
                     taken[member.rank] = member
             if self.supervisor.given_up or time.monotonic() > deadline:
                 for member in taken.values():

@@ -9,6 +9,7 @@ import secrets
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection, Listener
@@ -147,10 +148,13 @@ class Supervisor:
         """All that nobody has taken."""
         return [*self.starting, *self.ready]
 
-    def take(self, member: Member) -> None:
-        """A process that is ready becomes the caller's."""
+    def take(self, member: Member) -> bool:
+        """A process that is ready becomes the caller's; False if it has just died."""
         with self._lock:
-            self._ready.remove(member)
+            there = member in self._ready
+            if there:
+                self._ready.remove(member)
+        return there
 
     def drop(self, rank: int) -> None:
         """Ends a rank's process that nobody has taken."""
@@ -161,19 +165,35 @@ class Supervisor:
         for member in gone:
             member.end()
 
-    def ask(self, member: Member, message: Any) -> None:
-        """Sends a message to a process that is ready; ``answer`` holds its reply when it has come."""
+    def ask(self, member: Member, message: Any, kind: str, timeout_s: float) -> None:
+        """Sends a message to a process that is ready; ``answer`` holds its reply when it has come.
+
+        Args:
+          member: the process.
+          message: with an epoch, to be answered with it.
+          kind: of the answer, if it is not "failed"; others don't count.
+          timeout_s: after this the process is killed, and so started again.
+        """
         member.answer = None
         member.send(message)
-        threading.Thread(target=self._hear, args=(member,), daemon=True).start()
+        threading.Thread(
+            target=self._hear, args=(member, message.epoch, kind, timeout_s), daemon=True
+        ).start()
 
-    def _hear(self, member: Member) -> None:
+    def _hear(self, member: Member, epoch: int, kind: str, timeout_s: float) -> None:
+        until = time.monotonic() + timeout_s
         try:
-            reply = member.connection.recv()
+            while member.connection.poll(max(0.0, until - time.monotonic())):
+                reply = member.connection.recv()
+                member.compiles = reply.compiles
+                if reply.kind in (kind, "failed") and reply.epoch == epoch:
+                    member.answer = reply
+                    self._on_change()
+                    return
         except (EOFError, OSError):
             return  # the process's end is noticed elsewhere
-        member.compiles, member.answer = reply.compiles, reply
-        self._on_change()
+        logger.warning("rank %d has not answered for %g s", member.rank, timeout_s)
+        member.process.kill()
 
     def inject(self, rank: int, fault: Fault) -> None:
         """A fault for a rank's next process."""

@@ -37,6 +37,7 @@ class Team:
         self._silence_s = silence_s
         self._pings = 0
         self.last_error = "none"
+        self.asked = ""  # what was asked of members last, but for giving up
         self._strikes: Counter[int] = (
             Counter()
         )  # errors of a rank's own since the last step that all have done
@@ -92,6 +93,7 @@ class Team:
           RankFailed: if some have died, fall silent, fail by themselves or take too long; naming nobody if it was a collective
             that failed although all live.
         """
+        self.asked = self.asked if kind == "aborted" else kind
         answers: dict[int, Reply] = {}
         asked = pinged = time.monotonic()
         silence_s = silence_s or self._silence_s

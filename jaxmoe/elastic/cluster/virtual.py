@@ -57,23 +57,30 @@ class _Hall:
         with self._changed:
             parts = self._parts.setdefault(what, {})
             parts[rank] = part
-            if set(parts) == set(ranks):
-                try:
-                    self._results[what] = compute(parts)
-                except Exception as error:
-                    self._results[what] = error
-                self._parts, self._cut = {}, set()  # what is older has been given up
-                self._results = {what: self._results[what]}
-                self._changed.notify_all()
-            else:
+            last = set(parts) == set(ranks)
+            if not last:
                 self._waiting.add(rank)
                 self._changed.wait_for(lambda: what in self._results or rank in self._cut)
                 self._waiting.discard(rank)
                 self._cut.discard(rank)
-            result = self._results.get(what)
+                result = self._results.get(what)
+        if last:  # without the lock: others may be cut off meanwhile
+            result = self._outcome(compute, parts)
+            with self._changed:
+                self._parts, self._results = {}, {what: result}  # what is older has been given up
+                self._changed.notify_all()
         if not isinstance(result, dict):
             raise process_rank.CollectiveFailed(f"the others did not come: {result}")
         return result[rank]
+
+    @staticmethod
+    def _outcome(
+        compute: Callable[[dict[int, tuple]], dict[int, StepResult]], parts: dict[int, tuple]
+    ) -> dict[int, StepResult] | Exception:
+        try:
+            return compute(parts)
+        except Exception as error:
+            return error
 
     def cut(self, rank: int) -> None:
         """Ends a rank's waiting."""
