@@ -1,7 +1,6 @@
 """What the benches share: interleaved timing, and the transformers peer on the same weights."""
 
 import argparse
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -56,19 +55,6 @@ def interleave(
             if turn >= warmup:
                 seconds[name].append(value)
     return seconds
-
-
-def row(name: str, values: list[float], unit: str, **more: Any) -> dict[str, Any]:
-    """A report row: the median, with the extremes and the number of rounds."""
-    return {
-        "name": name,
-        "value": statistics.median(values),
-        "unit": unit,
-        "best": min(values),
-        "worst": max(values),
-        "rounds": len(values),
-        **more,
-    }
 
 
 def parser(description: str) -> argparse.ArgumentParser:

@@ -17,6 +17,7 @@ import numpy as np
 
 import jaxmoe
 from bench import _harness
+from jaxmoe.report import median_row
 
 
 def _difference(generate: Callable[[int], Any], new: int) -> Callable[[], float]:
@@ -73,7 +74,7 @@ def _rows(
     rows, speed = [], {}
     for name, values in seconds.items():
         steps = [v / (args.new - 1) * 1e3 for v in values]
-        rows.append(_harness.row(f"{name}, decode step", steps, "ms", **shape))
+        rows.append(median_row(f"{name}, decode step", steps, "ms", **shape))
         speed[name] = args.batch / rows[-1]["value"] * 1e3
         rows.append({"name": f"{name}, decode", "value": speed[name], "unit": "tokens/s", **shape})
     return rows, speed

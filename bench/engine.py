@@ -22,6 +22,7 @@ import numpy as np
 
 from bench import _harness, _load
 from jaxmoe.engine import Engine, EngineOptions, SamplingParams
+from jaxmoe.report import median_row
 
 _LOOK_S = 0.25  # between looks at the engine's smoothed times
 _BUSY_PERCENT = 10
@@ -101,7 +102,7 @@ def _repeated_prompts(
             _ttft(engine, prompt)
             seconds[name].append(_ttft(engine, prompt))
     rows = [
-        _harness.row(
+        median_row(
             f"ttft of a repeated prompt, {name}",
             [s * 1e3 for s in values],
             "ms",
@@ -175,12 +176,12 @@ def _throughput(
         "new": args.new,
         "step_tokens": args.step_tokens,
     }
-    rows = [_harness.row(name, values, "tokens/s", **shape) for name, values in speeds.items()]
+    rows = [median_row(name, values, "tokens/s", **shape) for name, values in speeds.items()]
     ours, *others = [row["value"] for row in rows]
     ratios = {f"over {row['name']}": ours / row["value"] for row in rows[1:]}
     share = [o * 100 for o in overheads]
     if share:  # a run may be over before the first look
-        rows.append(_harness.row("scheduling, of a step", share, "%", **shape))
+        rows.append(median_row("scheduling, of a step", share, "%", **shape))
     return rows, ratios
 
 

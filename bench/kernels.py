@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bench import _harness
+from jaxmoe.report import median_row
 from pallas_kernels import grouped_matmul
 from pallas_kernels.numerics import dot, precision_of
 
@@ -121,8 +122,8 @@ def main() -> None:
     rows = []
     for name, values in _harness.interleave(measures, rounds=args.rounds).items():
         _, work, unit = runs[name]
-        rows.append(_harness.row(name, [work / s for s in values], unit))
-        rows.append(_harness.row(f"{name}, time", [s * 1e6 for s in values], "us"))
+        rows.append(median_row(name, [work / s for s in values], unit))
+        rows.append(median_row(f"{name}, time", [s * 1e6 for s in values], "us"))
     _harness.finish("kernels", rows, {}, args.json)
 
 

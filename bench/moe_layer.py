@@ -14,6 +14,7 @@ from bench import _harness
 from jaxmoe.layers.mlp import gate
 from jaxmoe.moe import Experts, apply_experts
 from jaxmoe.moe.experts import grouped_experts
+from jaxmoe.report import median_row
 from pallas_kernels import combine, dispatch
 from pallas_kernels.numerics import precision_of
 
@@ -90,7 +91,7 @@ def main() -> None:
         seconds = _harness.interleave(measures, rounds=args.rounds)
         flops = 6 * args.tokens * active * size * hidden
         for side, values in seconds.items():
-            entry = _harness.row(f"{name} {side}", [v * 1e3 for v in values], "ms")
+            entry = median_row(f"{name} {side}", [v * 1e3 for v in values], "ms")
             more = {"tokens": args.tokens, "dtype": args.dtype}
             rows.append(entry | {"gflops": flops / entry["value"] / 1e6} | more)
         ideal = rows[-len(seconds)]["value"]

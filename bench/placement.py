@@ -10,6 +10,7 @@ import numpy as np
 
 from bench import _harness
 from jaxmoe import elastic
+from jaxmoe.report import median_row
 
 LAYERS, EXPERTS, EXPERT_BYTES = 61, 256, 3 * 7168 * 2048
 
@@ -60,7 +61,7 @@ def main() -> None:
     measures = {name: _harness.timed(run) for name, run in runs.items()}
     timings = _harness.interleave(measures, rounds=args.rounds)
     rows = [
-        _harness.row(name, [1e3 * second for second in seconds], "ms")
+        median_row(name, [1e3 * second for second in seconds], "ms")
         for name, seconds in timings.items()
     ]
     _harness.finish("placement", rows, {}, args.json)

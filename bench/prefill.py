@@ -13,6 +13,7 @@ import numpy as np
 
 import jaxmoe
 from bench import _harness
+from jaxmoe.report import median_row
 
 
 def _theirs(model: Any, tokens: np.ndarray) -> Callable[[], np.ndarray]:
@@ -50,7 +51,7 @@ def main() -> None:
     shape = {"preset": args.preset, "dtype": args.dtype, "batch": args.batch, "prompt": args.prompt}
     rows, speed = [], {}
     for name, values in seconds.items():
-        rows.append(_harness.row(f"{name}, prefill", [v * 1e3 for v in values], "ms", **shape))
+        rows.append(median_row(f"{name}, prefill", [v * 1e3 for v in values], "ms", **shape))
         speed[name] = args.batch * args.prompt / rows[-1]["value"] * 1e3
         rows.append({"name": f"{name}, prefill", "value": speed[name], "unit": "tokens/s", **shape})
     same = float(np.mean([np.mean(outputs[0] == other) for other in outputs]))

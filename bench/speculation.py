@@ -18,6 +18,7 @@ import numpy as np
 from bench import _harness
 from jaxmoe.cli._models import load
 from jaxmoe.engine import Engine, EngineOptions, SamplingParams
+from jaxmoe.report import median_row
 
 
 def _prompts(count: int, length: int, seed: int) -> list[list[int]]:
@@ -54,7 +55,7 @@ def _measure(engines: dict[int, Engine], args: Any, batch: int) -> tuple[list[di
     rows, ratios = [], {}
     for drafts, values in speeds.items():
         name = f"{drafts} drafts, batch {batch}"
-        rows.append(_harness.row(name, values, "tokens/s", prompt=args.prompt, new=args.new))
+        rows.append(median_row(name, values, "tokens/s", prompt=args.prompt, new=args.new))
         if drafts:
             after = engines[drafts].stats()
             guessed = after.drafted_tokens - before[drafts].drafted_tokens

@@ -17,7 +17,8 @@ import tempfile
 import threading
 import time
 
-from bench._harness import finish, parser, row
+from bench._harness import finish, parser
+from jaxmoe.report import median_row
 from jaxmoe.train import TrainConfig, demo_config
 from jaxmoe.train.elastic import ElasticOptions, RanksLost, train_elastic
 
@@ -119,17 +120,17 @@ def main() -> None:
             with contextlib.suppress(RanksLost):
                 _train(base, saving, model, elastic, f"{folder}/restart")
     rows = [
-        row("step, undisturbed", faults._step_s, "s"),
-        row("SIGKILL to the next step done", faults.to_next_step, "s"),
-        row("SIGKILL until as far as before", faults.to_same_step, "s"),
-        row("of which stood still in the controller", [e.seconds for e in faults.lost], "s"),
-        row("steps redone", faults.redone, "steps"),
-        row("pause while a rank joins", [e.seconds for e in faults.joined], "s"),
-        row("of which the snapshot", [e.phases["copy"] for e in faults.joined], "s"),
-        row("programs compiled while recovering", [e.compiled for e in faults.lost + faults.joined], "programs"),
-        row("restart: SIGKILL to the next step done", base.to_next_step, "s"),
-        row("restart: SIGKILL until as far as before", base.to_same_step, "s"),
-        row("restart: steps redone", base.redone, "steps"),
+        median_row("step, undisturbed", faults._step_s, "s"),
+        median_row("SIGKILL to the next step done", faults.to_next_step, "s"),
+        median_row("SIGKILL until as far as before", faults.to_same_step, "s"),
+        median_row("of which stood still in the controller", [e.seconds for e in faults.lost], "s"),
+        median_row("steps redone", faults.redone, "steps"),
+        median_row("pause while a rank joins", [e.seconds for e in faults.joined], "s"),
+        median_row("of which the snapshot", [e.phases["copy"] for e in faults.joined], "s"),
+        median_row("programs compiled while recovering", [e.compiled for e in faults.lost + faults.joined], "programs"),
+        median_row("restart: SIGKILL to the next step done", base.to_next_step, "s"),
+        median_row("restart: SIGKILL until as far as before", base.to_same_step, "s"),
+        median_row("restart: steps redone", base.redone, "steps"),
     ]  # fmt: skip
     ratio = statistics.median(base.to_next_step) / statistics.median(faults.to_next_step)
     finish("train_elastic", rows, {"restart_over_recovery": ratio}, args.json)

@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import platform
+import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -88,6 +89,19 @@ def make_report(
         "versions": versions(),
         "rows": [dict(row) for row in rows],
         "ratios": dict(ratios or {}),
+    }
+
+
+def median_row(name: str, values: Sequence[float], unit: str, **more: Any) -> dict[str, Any]:
+    """A row of repeated measurements: the median, with the extremes and the number of rounds."""
+    return {
+        "name": name,
+        "value": statistics.median(values),
+        "unit": unit,
+        "best": min(values),
+        "worst": max(values),
+        "rounds": len(values),
+        **more,
     }
 
 

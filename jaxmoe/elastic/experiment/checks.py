@@ -90,8 +90,7 @@ def of_events(events: Sequence[Any], epoch: int, refuses: bool) -> list[str]:
     """Epochs only grow, and every expert has a copy, from ``epoch`` on."""
     problems = []
     for event in events:
-        # A refusal commits nothing: it may come within an epoch.
-        if event.epoch <= epoch and event.type != "refused":
+        if event.epoch <= epoch:
             problems.append(f"epoch {event.epoch} of {event.type} {event.ranks} follows {epoch}")
         epoch = max(epoch, event.epoch)
         if event.min_copies < 1 and not refuses:

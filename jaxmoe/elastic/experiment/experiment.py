@@ -15,6 +15,7 @@ from jaxmoe.elastic.experiment.metrics import PHASES, Pause, rate
 from jaxmoe.elastic.experiment.run import Run, run_schedule
 from jaxmoe.elastic.experiment.schedule import Schedule
 from jaxmoe.elastic.experiment.stand import Model, Stand, Workload
+from jaxmoe.report import median_row
 
 logger = logging.getLogger(__name__)
 
@@ -191,45 +192,35 @@ def summarise(found: Findings) -> tuple[list[dict[str, Any]], dict[str, float]]:
             continue
         seconds = [pause.seconds for pause in pauses]
         ratios[f"{name}_s"], ratios[f"{name}_worst_s"] = statistics.median(seconds), max(seconds)
-        rows.append(_row(name, seconds, "s"))
+        rows.append(median_row(name, seconds, "s"))
         for phase in ("before", *PHASES, "refill"):
             values = [pause.phases[phase] for pause in pauses if phase in pause.phases]
             if values:
-                rows.append(_row(f"{name}: {phase}", values, "s"))
+                rows.append(median_row(f"{name}: {phase}", values, "s"))
         everyone = [pause.everyone_s for pause in pauses if pause.everyone_s is not None]
         if everyone:
-            rows.append(_row(f"{name}: until every request goes on", everyone, "s"))
+            rows.append(median_row(f"{name}: until every request goes on", everyone, "s"))
     after = [value for run in found.runs for value in rates_after_loss(run)]
     if after:
-        rows.append(_row("throughput after a loss", after, "tokens/s"))
+        rows.append(median_row("throughput after a loss", after, "tokens/s"))
     if found.healthy:
-        rows.append(_row("throughput of healthy survivors", found.healthy, "tokens/s"))
+        rows.append(median_row("throughput of healthy survivors", found.healthy, "tokens/s"))
     if after and found.healthy:
         healthy = statistics.median(found.healthy)
         ratios["throughput_after_ratio"] = statistics.median(after) / healthy
     if found.restarts:
-        rows.append(_row("pause of a full restart", [r.pause_s for r in found.restarts], "s"))
+        rows.append(median_row("pause of a full restart", [r.pause_s for r in found.restarts], "s"))
         ratios["restart_pause_s"] = statistics.median(r.pause_s for r in found.restarts)
     if found.steady:
         rows += [
-            _row(f"throughput, {name}", values, "tokens/s") for name, values in found.steady.items()
+            median_row(f"throughput, {name}", values, "tokens/s")
+            for name, values in found.steady.items()
         ]
         ratios["steady_overhead"] = steady_overhead(found.steady)
-    rows.append(_row("start of the cluster", [found.start_s], "s"))
+    rows.append(median_row("start of the cluster", [found.start_s], "s"))
     counted = found.counts._asdict()
     rows += [{"name": name, "value": n, "unit": "requests"} for name, n in counted.items()]
     ratios |= {name: counted[name] for name in ("lost", "duplicated", "wrong_tokens")}
     ratios["survivor_compiles"] = sum(run.survivor_compiles for run in found.runs)
     ratios["problems"] = len(found.problems)
     return rows, ratios
-
-
-def _row(name: str, values: list[float], unit: str) -> dict[str, Any]:
-    return {
-        "name": name,
-        "value": statistics.median(values),
-        "unit": unit,
-        "best": min(values),
-        "worst": max(values),
-        "rounds": len(values),
-    }

@@ -74,7 +74,7 @@ def pauses_of(
     pauses = []
     for event in events:
         gap = gap_at(times, event.at + event.seconds / 2)
-        if gap is None or event.type == "refused":
+        if gap is None:
             continue  # no token before or after: what is lost with it is counted elsewhere
         phases = {name: float(s) for name, s in event.phases.items()}
         causes = [at for at, ranks in faults if at <= event.at and set(ranks) & set(event.ranks)]
