@@ -1,4 +1,4 @@
-"""``jaxmoe demo``: train, save, restore on another mesh, write text, serve and lose a rank. Six minutes on a laptop."""
+"""``jaxmoe demo``: train, save, restore on another mesh, write text, serve and lose a rank. Some minutes on a laptop."""
 
 import dataclasses
 import pathlib

@@ -119,7 +119,7 @@ class TrainConfig:
 
 
 def demo_config() -> tuple[ModelConfig, TrainConfig]:
-    """Model and run of the demo: about four minutes of training on two cores.
+    """Model and run of the demo: about three minutes of training on two cores.
 
     The initial deviation is larger than the preset's: at a width of 128, 0.02 leaves the layers almost silent and
     costs about 150 of the first 300 steps.

@@ -42,9 +42,8 @@ class Controller:
         self._tasks: queue.SimpleQueue[tuple[Callable[[], None], Future]] = queue.SimpleQueue()
         self._closed = False
         self.events: list[Event] = []
-        self.owed: set[int] = (
-            set()
-        )  # ranks that have lost their caches, which the engine does not know yet
+        # Ranks that have lost their caches, which the engine does not know yet.
+        self.owed: set[int] = set()
         self._begin(0)
 
     def _begin(self, epoch: int) -> None:
@@ -144,6 +143,10 @@ class Controller:
     def open(self) -> tuple[int, ...]:
         """Ranks that get new requests."""
         return tuple(rank for rank in self.team.membership.ranks if rank not in self.drains.running)
+
+    def change(self) -> Change:
+        """What the engine has to know."""
+        return Change(self.open, frozenset(self.owed))
 
     def _joiner(self) -> Member | None:
         """The process that something is to be done for, so that it takes part."""
@@ -274,8 +277,11 @@ class Controller:
         if self._tries > MOST_TRIES:
             tries, self._tries = self._tries, 0
             raise JaxMoeError(f"a step has failed {tries} times: {self.team.last_error}")
-        self.layout.settle(FLOOR, self._options.chunk_moves, anew=False)
-        return Change(self.open, frozenset(lost))
+        self._settle(anew=False)
+        return self.change()
+
+    def _settle(self, *, anew: bool) -> None:
+        self.layout.settle(FLOOR, self._options.chunk_moves, anew=anew)
 
     def _abort(self) -> None:
         """Members end what they are doing. Who does not come out of a step hangs; anything else may take its time."""
@@ -297,20 +303,20 @@ class Controller:
             self._begin(epoch + 2)
         phases.mark("load")
         self._tell("renewed", self.team.membership.ranks, phases)
-        return Change(self.open, frozenset(range(self._startup.capacity)))
+        return self.change()
 
     def _go_on_draining(self) -> Change | None:
         new = [drain for drain in self.drains.running.values() if not drain.announced]
         for drain in new:
             drain.announced = True
         if new:
-            return Change(self.open, frozenset())
+            return self.change()
         due = [rank for rank, drain in self.drains.running.items() if drain.due]
         if not due:
             return None
         if missing := self._needed(due[0]):  # others have gone meanwhile
             self.drains.running.pop(due[0]).future.set_exception(missing)
-            return Change(self.open, frozenset())
+            return self.change()
         return self._leave(due[0])
 
     def _leave(self, rank: int) -> Change:
@@ -327,8 +333,8 @@ class Controller:
         self.owed.add(rank)
         self._out(rank)
         self._tell("drained", [rank], phases)
-        self.layout.settle(FLOOR, self._options.chunk_moves, anew=True)
-        return Change(self.open, frozenset([rank]))
+        self._settle(anew=True)
+        return self.change()
 
     def _out(self, rank: int) -> None:
         self.drains.done.add(rank)
@@ -339,10 +345,7 @@ class Controller:
         """A rank that is ready gets its experts, while the others serve; when it has them, it takes part."""
         plan = self._plans.pop(member, None)
         if not self._startup.same(member):
-            logger.error("rank %d has loaded other weights than the others: given up", member.rank)
-            self._startup.supervisor.drop(member.rank)
-            self._startup.supervisor.given_up.add(member.rank)
-            return None
+            return self._give_up(member, "it has loaded other weights than the others")
         if self.layout.refusal is not None:
             return self._join(member, None)
         if plan is None or plan.epoch != self.team.epoch:
@@ -356,11 +359,14 @@ class Controller:
             logger.warning("rank %d could not get its experts: %s", member.rank, answer.value)
             self._failures[member.rank] += 1
             if self._failures[member.rank] > MOST_TRIES:
-                self._startup.supervisor.drop(member.rank)
-                self._startup.supervisor.given_up.add(member.rank)
-                return None
+                return self._give_up(member, "it cannot get its experts")
             return self.mend()  # a source may be damaged
         return self._join(member, plan)
+
+    def _give_up(self, member: Member, why: str) -> None:
+        logger.error("rank %d is given up: %s", member.rank, why)
+        self._startup.supervisor.drop(member.rank)
+        self._startup.supervisor.given_up.add(member.rank)
 
     def _join(self, member: Member, plan: Plan | None) -> Change | None:
         phases, rank = Phases(), member.rank
@@ -377,8 +383,8 @@ class Controller:
         except RankFailed as error:
             return self.recover(error.ranks)
         self._tell("joined", [rank], phases)
-        self.layout.settle(FLOOR, self._options.chunk_moves, anew=True)
-        return Change(self.open, frozenset())
+        self._settle(anew=True)
+        return self.change()
 
     def _tidy(self) -> None:
         phases = Phases()
@@ -404,8 +410,8 @@ class Controller:
         self.team.commit(self.team.membership.renewed())
         self.layout.repair(phases, wrong=wrong)
         self._tell("repaired", {rank for rank, _, _ in wrong}, phases)
-        self.layout.settle(FLOOR, self._options.chunk_moves, anew=False)
-        return Change(self.open, frozenset())
+        self._settle(anew=False)
+        return self.change()
 
 
 def _fail(future: Future, why: str) -> None:

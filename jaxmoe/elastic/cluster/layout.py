@@ -33,12 +33,11 @@ class Phases:
         self.seconds: dict[str, float] = defaultdict(float)
         self._began = self._last = time.perf_counter()
 
-    def mark(self, phase: str) -> float:
-        """What has passed since the last mark was for this; returns it."""
+    def mark(self, phase: str) -> None:
+        """What has passed since the last mark was for this."""
         now = time.perf_counter()
-        passed, self._last = now - self._last, now
-        self.seconds[phase] += passed
-        return passed
+        self.seconds[phase] += now - self._last
+        self._last = now
 
     def of_which(self, phase: str, other: str, seconds: float) -> None:
         """So much of what was marked for ``phase`` was for another."""

@@ -271,7 +271,7 @@ class FetchValue:
 
 @dataclasses.dataclass(frozen=True)
 class InstallValue:
-    """With "installed": a hash of the tables, and seconds by what they were spent on."""
+    """With "installed": a hash of the tables, and of the time seconds for loading programs ("executable")."""
 
     digest: str
     seconds: dict[str, float]

@@ -253,11 +253,11 @@ class Cluster:
 
     def _delivered(self, result: Any) -> Any:
         """The result; a change with everything lost that the engine has not been told of, whatever has come between."""
-        owed = self._controller.owed
-        if not isinstance(result, Change) and not (result is None and owed):
-            return result
-        self._controller.owed = set()
-        return Change(self._controller.open, frozenset(owed))
+        if result is None and self._controller.owed:
+            result = self._controller.change()
+        if isinstance(result, Change):
+            self._controller.owed = set()
+        return result
 
     def pack(self, works: list[list[Work]]) -> list[Batch] | None:
         """The ranks' batches; None if there is nothing to do."""
@@ -289,7 +289,7 @@ class Cluster:
             change = self._controller.mend()
             # All is as it was loaded: then it is the model that says so.
             self._trust = change is None
-            return change or Change(self._controller.open, frozenset())
+            return change or self._controller.change()
         self._controller.step_done(len(batches[0].tokens))
         self.computing_s = time.perf_counter() - began
         load = sum(np.asarray(value.load, np.int64) for value in values.values())

@@ -85,6 +85,28 @@ def assemble(mesh: Mesh, spec: PartitionSpec, parts: Sequence[jax.Array]) -> jax
     return jax.make_array_from_single_device_arrays(shape, NamedSharding(mesh, spec), list(parts))
 
 
+def devices_by_rank() -> dict[int, list[jax.Device]]:
+    """Every process's devices, in the order of their ids."""
+    found: dict[int, list[jax.Device]] = {}
+    for device in sorted(jax.devices(), key=lambda d: d.id):
+        found.setdefault(device.process_index, []).append(device)
+    return found
+
+
+def with_others(mesh: Mesh, compute: Callable[[], Any]) -> Any:
+    """What ``compute`` gives, in which all ranks of the mesh take part.
+
+    Raises:
+      CollectiveFailed: if it fails, unless it is this rank's own fault: out of memory, or alone in the mesh.
+    """
+    try:
+        return compute()
+    except Exception as error:
+        if mesh.size == 1 or "RESOURCE_EXHAUSTED" in str(error):
+            raise
+        raise CollectiveFailed(f"{type(error).__name__}: {error}") from error
+
+
 class Rank:
     """The state of the process and what it does with each message.
 
@@ -113,11 +135,7 @@ class Rank:
         faults.damage = self._damage
 
     def _devices_of_all(self) -> dict[int, list[jax.Device]]:
-        """Every rank's devices."""
-        found: dict[int, list[jax.Device]] = {}
-        for device in sorted(jax.devices(), key=lambda d: d.id):
-            found.setdefault(device.process_index, []).append(device)
-        return found
+        return devices_by_rank()
 
     def _shard(self, key: bytes) -> Shard:
         device = self._devices[self.number][0]
@@ -136,7 +154,6 @@ class Rank:
     def install(self, message: Install) -> InstallValue:
         """Fills slots, then puts the arrays together over the new mesh; nothing is copied for that."""
         self._faults.at("install")
-        began = time.perf_counter()
         self._go_to(dict(message.order)[self.number])
         self.shard.fill(message.fills)
         self._mesh = self._mesh_of(message.order)
@@ -148,8 +165,7 @@ class Rank:
         written = time.perf_counter()
         self._programs.forget([self._home], list(self._mesh.devices.flat))
         self._ready(message.sizes, self._mesh)
-        seconds = {"write": written - began, "executable": time.perf_counter() - written}
-        return InstallValue(self._digest, seconds)
+        return InstallValue(self._digest, {"executable": time.perf_counter() - written})
 
     def prepare(self, message: Prepare) -> None:
         """Loads programs for a mesh that may come; on a thread of its own."""
@@ -296,13 +312,7 @@ class Rank:
         """This rank's part of what all of them compute together."""
         operands = self._operands(self._mesh, message.batch)
         program = self._program(len(message.batch.tokens), self._mesh, operands)
-        try:
-            result = jax.block_until_ready(program(*operands))
-        except Exception as error:
-            # Out of memory, or alone in the mesh: that is nobody else's fault.
-            if self._mesh.size == 1 or "RESOURCE_EXHAUSTED" in str(error):
-                raise
-            raise CollectiveFailed(f"{type(error).__name__}: {error}") from error
+        result = with_others(self._mesh, lambda: jax.block_until_ready(program(*operands)))
         return jax.tree.map(lambda x: x.addressable_shards[0].data, result)
 
 
@@ -338,6 +348,12 @@ class Process:
         self.faults = Faults(self._signal, self.cut, self._replay)
         self.connections = distributed.Connections(set())
         jax.monitoring.register_event_duration_secs_listener(self._count)
+
+    def begin(self, coordinator: str, capacity: int) -> None:
+        """Joins the other processes, and listens from now on."""
+        distributed.join(coordinator, self._number, capacity)
+        self.connections = distributed.Connections({int(coordinator.rsplit(":", 1)[1])})
+        threading.Thread(target=self.listen, daemon=True).start()
 
     def _count(self, event: str, duration: float, **_: Any) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
@@ -434,12 +450,20 @@ class Process:
             self._busy.clear()
             self.reply(kind, message.epoch, getattr(message, "number", 0), value)
 
-    def _do(self, rank: Rank, message: Any) -> tuple[str, Any]:
+    def _do(self, rank: Any, message: Any) -> tuple[str, Any]:
         if isinstance(message, Abort):
             self.aborted()
-            return "aborted", None
+            return "aborted", self._left(rank)
         if message.epoch < self._given_up:
             raise Overtaken(f"epoch {message.epoch} has been given up for {self._given_up}.")
+        return self._answer(rank, message)
+
+    def _left(self, rank: Any) -> Any:
+        """What the controller has to know of a rank that has given up what it was doing."""
+        return None
+
+    def _answer(self, rank: Any, message: Any) -> tuple[str, Any]:
+        """Does what a message asks for; the kind of the answer and its value."""
         if isinstance(message, Step):
             return "done", rank.step(message)
         if isinstance(message, Fetch):
@@ -458,19 +482,26 @@ def _keep_compilations(folder: str) -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-def main() -> None:
-    """``python -m jaxmoe.elastic.cluster.rank ADDRESS NUMBER INCARNATION``, with the key on standard input."""
+def call_controller() -> tuple[Connection, bytes, int, int, Any]:
+    """Calls whoever has started this process, as its arguments say: ADDRESS NUMBER INCARNATION, with the key on standard input.
+
+    Returns:
+      The connection, the key, the rank's number, its incarnation, and the first message, a setup.
+    """
     address, number, incarnation = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     logging.basicConfig(level=logging.WARNING, format=f"rank {number}: %(message)s")
     key = sys.stdin.buffer.read()
     connection = Client(address, authkey=key)
     connection.send((number, incarnation))
-    setup: Setup = connection.recv()
+    return connection, key, number, incarnation, connection.recv()
+
+
+def main() -> None:
+    """``python -m jaxmoe.elastic.cluster.rank``, with arguments as of ``call_controller``."""
+    connection, key, number, incarnation, setup = call_controller()
     _keep_compilations(str(pathlib.Path(setup.programs) / "xla"))
-    distributed.join(setup.coordinator, number, setup.capacity)
     process = Process(connection, number, incarnation)
-    process.connections = distributed.Connections({int(setup.coordinator.rsplit(":", 1)[1])})
-    threading.Thread(target=process.listen, daemon=True).start()
+    process.begin(setup.coordinator, setup.capacity)
     rank = Rank(setup, number, key, process.faults)
     if setup.initial is None:
         rank.warm_up()  # alone: nobody waits for a rank that returns

@@ -9,21 +9,22 @@ import logging
 import os
 import pathlib
 import signal
-import sys
 import threading
 import time
-from collections.abc import Callable
-from multiprocessing.connection import Client
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxmoe.elastic import distributed
 from jaxmoe.elastic.cluster.faults import Faults
-from jaxmoe.elastic.cluster.messages import Abort
-from jaxmoe.elastic.cluster.rank import CollectiveFailed, Overtaken, Process
+from jaxmoe.elastic.cluster.rank import (
+    CollectiveFailed,
+    Process,
+    call_controller,
+    devices_by_rank,
+    with_others,
+)
 from jaxmoe.elastic.executables import Executables
 from jaxmoe.sharding import make_mesh
 from jaxmoe.train.data import batch, load_corpus
@@ -65,9 +66,7 @@ class Rank:
         self._corpus = load_corpus(setup.data)
         if self._corpus.fingerprint != setup.fingerprint:
             raise ValueError("the text has changed since the run began; restore it.")
-        self._devices: dict[int, list[jax.Device]] = {}
-        for device in sorted(jax.devices(), key=lambda device: device.id):
-            self._devices.setdefault(device.process_index, []).append(device)
+        self._devices = devices_by_rank()
         self._programs = Executables(pathlib.Path(setup.programs))
         self._abstract = abstract_state(setup.config, setup.train_config)
         self._axes = parts.expert_axes(setup.config, setup.train_config)
@@ -210,23 +209,15 @@ class Rank:
         tokens = batch(self._corpus, run.seed, message.number, run.batch_size, run.seq_len + 2)
         program = self._step_program(self._mesh)
         state, self._state = self._state, None  # donated
-        self._state, metrics = self._with_others(
-            lambda: jax.block_until_ready(program(state, place_batch(self._mesh, tokens)))
+        self._state, metrics = with_others(
+            self._mesh,
+            lambda: jax.block_until_ready(program(state, place_batch(self._mesh, tokens))),
         )
         self._faults.at("computed")
         if message.evaluate is not None:
-            bits = self._with_others(lambda: self._evaluate(final=message.evaluate == "final"))
+            final = message.evaluate == "final"
+            bits = with_others(self._mesh, lambda: self._evaluate(final=final))
         return StepValue(jax.device_get(metrics), bits, self._protected)
-
-    def _with_others(self, compute: Callable[[], Any]) -> Any:
-        if self._mesh.size == 1:
-            return compute()  # its errors are nobody else's
-        try:
-            return compute()
-        except Exception as error:
-            if "RESOURCE_EXHAUSTED" in str(error):
-                raise
-            raise CollectiveFailed(f"{type(error).__name__}: {error}") from error
 
     def _evaluate(self, *, final: bool) -> float:
         run = self.setup.train_config
@@ -285,12 +276,10 @@ def _rows(mesh: Mesh, rows: int, length: int, dtype: Any) -> jax.ShapeDtypeStruc
 class TrainProcess(Process):
     """The two threads, with the messages of training."""
 
-    def _do(self, rank: Rank, message: Any) -> tuple[str, Any]:
-        if isinstance(message, Abort):
-            self.aborted()
-            return "aborted", rank.inventory()
-        if message.epoch < self._given_up:
-            raise Overtaken(f"epoch {message.epoch} has been given up for {self._given_up}.")
+    def _left(self, rank: Rank) -> dict[int, frozenset[int]]:
+        return rank.inventory()
+
+    def _answer(self, rank: Rank, message: Any) -> tuple[str, Any]:
         if isinstance(message, Step):
             return "done", rank.step(message)
         if isinstance(message, Snapshot):
@@ -303,20 +292,14 @@ class TrainProcess(Process):
 
 
 def main() -> None:
-    """``python -m jaxmoe.train.elastic.rank ADDRESS NUMBER INCARNATION``, with the key on standard input."""
+    """``python -m jaxmoe.train.elastic.rank``, with arguments as of ``cluster.rank.call_controller``."""
     # A terminal's Ctrl-C reaches all processes: the controller saves, and its end is the end of its ranks.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # gloo writes about every connection
-    address, number, incarnation = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-    logging.basicConfig(level=logging.WARNING, format=f"rank {number}: %(message)s")
-    connection = Client(address, authkey=sys.stdin.buffer.read())
-    connection.send((number, incarnation))
-    setup: Setup = connection.recv()
-    distributed.join(setup.coordinator, number, setup.capacity)
+    connection, _, number, incarnation, setup = call_controller()
     process = TrainProcess(connection, number, incarnation)
-    process.connections = distributed.Connections({int(setup.coordinator.rsplit(":", 1)[1])})
-    threading.Thread(target=process.listen, daemon=True).start()
+    process.begin(setup.coordinator, setup.capacity)
     rank = Rank(setup, number, name_of(number, incarnation), process.faults)
     process.reply("ready", -1)
     process.serve(rank)
