@@ -19,7 +19,8 @@ RUNS ?= 200
 PIP_INSTALL = $(VENV)/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 comma = ,
 TEST_STAMP = $(VENV)/.installed-test-$(subst $(comma),-,$(EXTRAS))
-RUN_TESTS = $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile
+# A worker that dies fails the run at once: with another in its place pytest-xdist would wait for ever.
+RUN_TESTS = $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile --max-worker-restart 0
 
 .PHONY: demo test test-all chaos lint clean
 .DELETE_ON_ERROR:

@@ -3,9 +3,12 @@
 The first lines run before JAX creates its backends and before the packages are imported; keep them there.
 """
 
+import gc
 import os
+import pathlib
 
 DEVICES = 8
+MOST_MAPS = 20_000
 _FLAGS = {
     "--xla_force_host_platform_device_count": DEVICES,
     # XLA ends the process when a simulated device is this late to a collective: the default of 40 s is too little
@@ -61,6 +64,19 @@ def _type_checks(request):
     )
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _room_for_programs():
+    """Forgets compiled programs before there are too many of them.
+
+    Each has memory maps of its own, of which Linux allows a process 65530: XLA ends the process when there is none left.
+    """
+    yield
+    maps = pathlib.Path("/proc/self/maps")
+    if maps.exists() and len(maps.read_bytes().splitlines()) > MOST_MAPS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")

@@ -53,7 +53,7 @@ def recover(
     host_backup: bool = True,
     clients: int = 12,
     baselines: bool = True,
-    rounds: int = 20,
+    steps: int = 1500,
     restarts: int = 2,
     programs: pathlib.Path | None = None,
     output: pathlib.Path = pathlib.Path("runs/recover"),
@@ -81,7 +81,7 @@ def recover(
       host_backup: Keep experts in the hosts' memory too.
       clients: Of the closed loop.
       baselines: Also measure a full restart, and a build whose ranks and tables are constants.
-      rounds: Turns of the comparison with that build.
+      steps: Steps of each build, taking turns, in the comparison of the two.
       restarts: How often everything is restarted.
       programs: Folder of compiled programs to keep between experiments; default a new one.
       output: Directory of the report.
@@ -92,7 +92,7 @@ def recover(
         ("ranks", ranks, 2),
         ("repeat", repeat, 1),
         ("clients", clients, 1),
-        ("rounds", rounds, 1),
+        ("steps", steps, 1),
         ("restarts", restarts, 1),
         ("spares", spares, 0),
     ):
@@ -113,7 +113,7 @@ def recover(
         tuple(_schedules(faults, repeat, seed, ranks, spare)),
         clients,
         baselines,
-        rounds,
+        steps,
         restarts=restarts,
         seed=seed,
     )

@@ -13,8 +13,8 @@ Write = tuple[int, int]  # slot, and the expert that it gets
 def chunks(old: Placement, new: Placement, max_moves: int) -> Iterator[Placement]:
     """Placements on the way from ``old`` to ``new``, the last one equal to it; each to be adopted between two steps.
 
-    Neighbours differ in at most ``max_moves`` slots, and each covers every expert. Most slots change once; experts that only trade
-    places need more where a cycle is longer than a chunk.
+    Neighbours differ in at most ``max_moves`` slots, and each covers every expert. Most slots change once; experts that
+    only trade places need more where a cycle is longer than a chunk.
 
     Args:
       old: the current placement.

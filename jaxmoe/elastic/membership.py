@@ -5,11 +5,13 @@ Ranks are never renumbered: a lost rank leaves a hole, and a replacement takes t
 
 import dataclasses
 import threading
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from jaxmoe.errors import JaxMoeError
+
+_REMEMBERED = 1000  # memberships; every part of a rebalancing has one
 
 
 class StaleMembership(JaxMoeError):
@@ -173,7 +175,7 @@ class Ledger:
     """
 
     def __init__(self, first: Membership):
-        self._history = [first]
+        self._history = deque([first], _REMEMBERED)
         self._lock = threading.Lock()
 
     @property
@@ -183,7 +185,7 @@ class Ledger:
 
     @property
     def history(self) -> tuple[Membership, ...]:
-        """All committed memberships, oldest first."""
+        """The latest memberships that were committed, at most 1000, oldest first."""
         return tuple(self._history)
 
     def commit(self, expected_epoch: int, new: Membership) -> Membership:

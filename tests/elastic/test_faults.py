@@ -88,7 +88,7 @@ def test_drawn_schedules_cost_nothing(stand, seed):
 
 @pytest.mark.slow
 def test_the_command_reports_and_leaves_with_zero(tmp_path):
-    options = ["--ranks", "3", "--faults", "kill:1@5", "--rounds", "1", "--restarts", "1"]
+    options = ["--ranks", "3", "--faults", "kill:1@5", "--steps", "40", "--restarts", "1"]
     output, report = tmp_path / "out", tmp_path / "recover.json"
     main(["recover", *options, "--output", str(output), "--json", str(report)])
     found = json.loads(report.read_text())

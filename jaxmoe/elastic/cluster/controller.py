@@ -2,6 +2,7 @@
 
 import logging
 import queue
+import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
@@ -14,7 +15,7 @@ from jaxmoe.elastic.cluster.options import ClusterOptions
 from jaxmoe.elastic.cluster.orders import OrdersExhausted
 from jaxmoe.elastic.cluster.startup import FLOOR, Startup
 from jaxmoe.elastic.cluster.status import Event, EventType
-from jaxmoe.elastic.cluster.supervisor import Member
+from jaxmoe.elastic.cluster.supervisor import Member, Supervisor
 from jaxmoe.elastic.cluster.team import RankFailed, Team
 from jaxmoe.elastic.membership import Membership
 from jaxmoe.elastic.placement import CoverageLost
@@ -40,11 +41,19 @@ class Controller:
     def __init__(self, startup: Startup, options: ClusterOptions):
         self._startup, self._options = startup, options
         self._tasks: queue.SimpleQueue[tuple[Callable[[], None], Future]] = queue.SimpleQueue()
-        self._closed = False
+        self._closed = threading.Event()
+        self._quiet = False  # nothing has been heard of the ranks for a while
         self.events: list[Event] = []
         # Ranks that have lost their caches, which the engine does not know yet.
         self.owed: set[int] = set()
         self._begin(0)
+        threading.Thread(target=self._beat, daemon=True).start()
+
+    def _beat(self) -> None:
+        """Has the ranks asked now and then whether they live, though nothing else is asked of them."""
+        while not self._closed.wait(self._options.silence_s):
+            self._quiet = True
+            self._startup.on_change()
 
     def _begin(self, epoch: int) -> None:
         """Starts all processes and begins an epoch."""
@@ -73,7 +82,7 @@ class Controller:
 
     def end(self) -> None:
         """Ends all processes; whoever still waits for something learns that it will not come."""
-        self._closed = True
+        self._closed.set()
         self._end_processes()
         self._disappoint("the cluster is closed.")
         while not self._tasks.empty():
@@ -92,12 +101,17 @@ class Controller:
 
     def between_steps(self, work: Callable[[], None], future: Future) -> None:
         """Has the engine's thread do something; ``future`` is told if it can't."""
-        if self._closed:
+        if self._closed.is_set():
             _fail(future, "the cluster is closed.")
             return
         self._tasks.put((work, future))
 
     # -- orders from outside -----------------------------------------------------------------------
+
+    @property
+    def supervisor(self) -> Supervisor:
+        """Of the processes that do not take part."""
+        return self._startup.supervisor
 
     def drain(self, rank: int, drain: Drain) -> None:
         """Begins to take a rank out."""
@@ -124,7 +138,7 @@ class Controller:
 
     def resume(self, rank: int, future: Future) -> None:
         """Starts a rank that is out."""
-        there = {*(m.rank for m in self._startup.supervisor.waiting), *self.team.members}
+        there = {*(m.rank for m in self.supervisor.waiting), *self.team.members}
         if rank in there:
             future.set_exception(
                 ValueError(f"rank must be out to be resumed; got {rank}, which has a process.")
@@ -133,7 +147,7 @@ class Controller:
         if rank in self.drains.done:
             self.drains.done.discard(rank)
             self._wanted += 1
-        self._startup.supervisor.given_up.discard(rank)
+        self.supervisor.given_up.discard(rank)
         self._launch(rank)
         future.set_result(None)
 
@@ -152,7 +166,7 @@ class Controller:
         """The process that something is to be done for, so that it takes part."""
         if len(self.team.membership.ranks) >= self._wanted:
             return None
-        ready = self._startup.supervisor.ready
+        ready = self.supervisor.ready
         asked = [member for member in ready if member in self._plans]
         if asked:  # one at a time: every change makes the plans of others void
             return asked[0] if asked[0].answer is not None else None
@@ -166,6 +180,7 @@ class Controller:
             or self.drains.running
             or self._joiner()
             or self.owed
+            or self._quiet
             or (self.layout.restless and not self._fetching)
         )
 
@@ -200,12 +215,16 @@ class Controller:
             return self._go_on_joining(member)
         if self.layout.restless and not self._fetching:
             return self._tidy()
+        if self._quiet:
+            self._quiet = False
+            if silent := self.team.silent():
+                return self.recover(silent)
         return None
 
     @property
     def _fetching(self) -> bool:
         """Whether a process is getting its experts: the placement had better not change now."""
-        return any(member in self._plans for member in self._startup.supervisor.ready)
+        return any(member in self._plans for member in self.supervisor.ready)
 
     def _tell(self, kind: EventType, ranks: Iterable[int], phases: Phases) -> None:
         """Takes note of a change."""
@@ -231,7 +250,7 @@ class Controller:
 
     def step_done(self, size: int) -> None:
         """A step of ``size`` tokens has been computed by all."""
-        self._tries = 0
+        self._tries, self._quiet = 0, False
         self._sizes.append(size)
         # What is lost is computed again, in large steps.
         self.layout.sizes = tuple({size, self._startup.largest_step})
@@ -352,7 +371,7 @@ class Controller:
             plan = self._plans[member] = self.layout.join_plan(member.rank)
             fills = self.layout.fills_for(plan, member.rank)
             fetch = Fetch(self.team.epoch, fills, self.layout.prepare_for(member.rank))
-            self._startup.supervisor.ask(member, fetch, "fetched", self._options.deadline_s)
+            self.supervisor.ask(member, fetch, "fetched", self._options.deadline_s)
             return None
         answer = member.answer
         if answer.kind == "failed" or answer.value.failed:
@@ -365,12 +384,12 @@ class Controller:
 
     def _give_up(self, member: Member, why: str) -> None:
         logger.error("rank %d is given up: %s", member.rank, why)
-        self._startup.supervisor.drop(member.rank)
-        self._startup.supervisor.given_up.add(member.rank)
+        self.supervisor.drop(member.rank)
+        self.supervisor.given_up.add(member.rank)
 
     def _join(self, member: Member, plan: Plan | None) -> Change | None:
         phases, rank = Phases(), member.rank
-        if not self._startup.supervisor.take(member):
+        if not self.supervisor.take(member):
             return None  # it has just died
         self._failures.pop(rank, None)
         self.team.commit(self.team.membership.with_joined(rank, member.incarnation))

@@ -32,6 +32,7 @@ class Faults:
         self._signal = send_signal
         self._cut, self._replay = cut, replay
         self._waiting: list[Fault] = []
+        self._lock = threading.Lock()
         self._muted_until = 0.0
         self.damage: Callable[[Fault], None] = lambda fault: None
 
@@ -45,13 +46,15 @@ class Faults:
         if fault.point == "now" and fault.action not in _OF_THE_WORKER:
             self._happen(fault)
         else:
-            self._waiting.append(fault)
+            with self._lock:
+                self._waiting.append(fault)
 
     def at(self, point: str) -> None:
         """Here the process is; what was meant for this point happens."""
         # What shall happen now, but is for this thread to do, happens wherever it comes by first.
-        due = [fault for fault in self._waiting if fault.point in (point, "now")]
-        self._waiting = [fault for fault in self._waiting if fault not in due]
+        with self._lock:
+            due = [fault for fault in self._waiting if fault.point in (point, "now")]
+            self._waiting = [fault for fault in self._waiting if fault.point not in (point, "now")]
         for fault in due:
             later = point == "step" and fault.action in ("kill", "stop", "cut")
             if later and fault.seconds:

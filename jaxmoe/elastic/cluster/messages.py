@@ -254,7 +254,7 @@ class Reply:
 
 @dataclasses.dataclass(frozen=True)
 class ReadyValue:
-    """With "ready": the address for other ranks, [layers, experts] checksums of the experts' weights, and that of all other weights."""
+    """With "ready": the address for other ranks, [layers, experts] checksums of experts, and that of all other weights."""
 
     address: str
     canaries: np.ndarray

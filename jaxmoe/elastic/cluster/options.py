@@ -14,7 +14,7 @@ class ClusterOptions:
     spares: int = 0
     """Further processes, loaded and warm, that take the place of lost ones."""
     host_backup: bool = False
-    """Whether ranks keep copies of experts in host memory, each on two hosts: faster than the checkpoint, if no device has one."""
+    """Whether ranks keep copies of experts in host memory, each on two hosts: faster than the checkpoint."""
     respawn: bool = True
     """Whether a rank that has died is started again."""
     silence_s: float = 2.0

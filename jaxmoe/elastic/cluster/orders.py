@@ -1,4 +1,4 @@
-"""Meshes that have never been: on CPU a mesh whose connections were shut down, or whose members have changed, cannot be used again.
+"""Meshes that have never been: on CPU one whose connections were shut down, or whose members have changed, cannot be used again.
 
 Gloo remembers its connections by the mesh's devices in their order, and has no way to forget them. So every epoch gets an order
 of its own; when the orders of a set of ranks are used up, one of them goes on, on another of its process's devices.

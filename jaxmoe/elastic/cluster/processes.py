@@ -28,6 +28,7 @@ from jaxmoe.engine import sampling
 from jaxmoe.engine.runner import Change, Outcome, Packing, Sizes, asks_of, outcomes_of
 from jaxmoe.engine.scheduler import Work
 from jaxmoe.engine.step import Batch
+from jaxmoe.errors import JaxMoeError
 
 
 class Cluster:
@@ -57,7 +58,7 @@ class Cluster:
         self._number = 0  # of the last step
         self._trust = False  # in the next step's results, whatever they are
         self._startup: Startup | None = None
-        self._controller: Controller | None = None  # known once started
+        self._begun: Controller | None = None  # once started
         self.load = np.zeros((0, 0), np.int64)
         self.drafted = self.accepted = 0
         self.computing_s = 0.0  # of the last step, from its orders to its results
@@ -81,7 +82,7 @@ class Cluster:
         self.buckets = self._packing.buckets
         self._startup = self._startup_of(sizes)
         try:
-            self._controller = Controller(self._startup, self.options)
+            self._begun = Controller(self._startup, self.options)
         except BaseException:
             self._startup.close()
             raise
@@ -93,22 +94,28 @@ class Cluster:
 
     def close(self) -> None:
         """Ends all processes."""
-        if self._controller is not None:
-            self._controller.end()
+        if self._begun is not None:
+            self._begun.end()
         if self._startup is not None:
             self._startup.close()
 
     # -- what there is -----------------------------------------------------------------------------
 
     @property
+    def _controller(self) -> Controller:
+        if self._begun is None:
+            raise JaxMoeError("the cluster has no ranks yet; pass it to Engine(cluster=...) first.")
+        return self._begun
+
+    @property
     def active(self) -> tuple[int, ...]:
         """Ranks that take part."""
-        return self._controller.team.membership.ranks if self._controller else ()
+        return self._begun.team.membership.ranks if self._begun else ()
 
     @property
     def epoch(self) -> int:
         """Of the membership; every change, every new try and every part of a rebalancing has one of its own."""
-        return self._controller.team.epoch if self._controller else 0
+        return self._begun.team.epoch if self._begun else 0
 
     @property
     def events(self) -> list[Event]:
@@ -128,7 +135,7 @@ class Cluster:
     @property
     def rank_experts(self) -> list[list[int]]:
         """Experts in each rank's slots of the first layer that has some; none for a rank that is away."""
-        if self._controller is None:
+        if self._begun is None:
             return [[] for _ in range(self.ranks)]
         by_rank = self._controller.layout.placement.slot_expert[0].reshape(self.ranks, -1)
         return [[expert for expert in own if expert >= 0] for own in by_rank.tolist()]
@@ -142,11 +149,11 @@ class Cluster:
     @property
     def starting_pids(self) -> dict[int, int]:
         """Processes on their way: starting, or ready and not taken in yet."""
-        return {m.rank: m.process.pid for m in self._startup.supervisor.waiting}
+        return {m.rank: m.process.pid for m in self._controller.supervisor.waiting}
 
     def status(self) -> ClusterStatus:
         """This moment."""
-        supervisor, drains = self._startup.supervisor, self._controller.drains
+        supervisor, drains = self._controller.supervisor, self._controller.drains
         placement, held = self._controller.layout.placement, self.rank_experts
         states: dict[int, tuple[State, Member]] = {
             member.rank: (state, member)
@@ -196,8 +203,8 @@ class Cluster:
         self.on_change()
 
     def drain(self, rank: int, timeout_s: float = 30.0) -> Future:
-        """Takes a rank out on purpose: it gets no new requests; when it has none, or after ``timeout_s``, its experts move, then it
-        ends. Requests that it still has go on elsewhere.
+        """Takes a rank out on purpose: it gets no new requests; when it has none, or after ``timeout_s``, its experts move,
+        then it ends. Requests that it still has go on elsewhere.
 
         Returns:
           Its result, None, is there when the rank is out. It raises ValueError if the rank does not take part, and CoverageLost
@@ -209,7 +216,7 @@ class Cluster:
         return drain.future
 
     def resume(self, rank: int) -> Future:
-        """Starts a rank again that was drained, or whose process has died too often; the result is there when it is on its way."""
+        """Starts a rank again that was drained, or has died too often; the result is there when it is on its way."""
         self._check_rank(rank)
         future: Future = Future()
         self._between_steps(functools.partial(self._controller.resume, rank, future), future)
@@ -222,7 +229,7 @@ class Cluster:
           ValueError: if it has none.
         """
         self._check_rank(rank)
-        there = {m.rank: m for m in self._startup.supervisor.waiting}
+        there = {m.rank: m for m in self._controller.supervisor.waiting}
         member = {**there, **self._controller.team.members}.get(rank)
         if member is None:
             raise ValueError(f"rank must have a process; got {rank}, which has none. See status().")
@@ -235,7 +242,7 @@ class Cluster:
         if member is not None and member.alive:
             member.send(fault)
         else:
-            self._startup.supervisor.inject(rank, fault)
+            self._controller.supervisor.inject(rank, fault)
 
     def _check_rank(self, rank: int) -> None:
         if not 0 <= rank < self.ranks:

@@ -1,52 +1,41 @@
 """A rank: one process, one device at a time, some experts, the cache pages of its own requests.
 
-It does what the controller says (``messages``), one thing after another; a second thread listens meanwhile, so that it can be
-asked whether it lives and be told to give up. It commits a step's rows at once: they lie beyond what the controller counts as
-computed until all ranks have answered, and a step that is run again writes them again.
+It does what the controller says (``messages``), one thing after another. It commits a step's rows at once: they lie beyond what
+the controller counts as computed until all ranks have answered, and a step that is run again writes them again.
 """
 
 import functools
-import logging
-import os
 import pathlib
-import queue
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from multiprocessing.connection import Client, Connection, Listener
+from multiprocessing.connection import Listener
 from typing import Any
 
 import jax
-import jax.monitoring
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxmoe.cache import init_cache
-from jaxmoe.elastic import distributed
 from jaxmoe.elastic.cluster.faults import Faults
 from jaxmoe.elastic.cluster.messages import (
-    Abort,
     Compile,
-    FailureValue,
     Fault,
     Fetch,
     FetchValue,
     Install,
     InstallValue,
-    Ping,
     Prepare,
     ReadyValue,
-    Reply,
     Setup,
     Step,
     StepValue,
-    Stop,
     Verify,
     VerifyValue,
 )
 from jaxmoe.elastic.cluster.shard import AXIS, Shard, serve
+from jaxmoe.elastic.cluster.worker import Worker, call_controller, with_others
 from jaxmoe.elastic.executables import Executables
 from jaxmoe.elastic.placement import Placement
 from jaxmoe.engine import sampling
@@ -57,19 +46,7 @@ from jaxmoe.params import Params
 from jaxmoe.sharding import make_mesh
 from pallas_kernels import native
 
-logger = logging.getLogger(__name__)
-
-_ABORT_AGAIN_S = 0.01
-_STUCK_S = 0.1
 BY_RANK, BY_PAGE, EVERYWHERE = PartitionSpec(AXIS), PartitionSpec(None, AXIS), PartitionSpec()
-
-
-class Overtaken(RuntimeError):
-    """What was asked for belongs to an epoch that has been given up."""
-
-
-class CollectiveFailed(RuntimeError):
-    """A computation with other ranks has ended without a result."""
 
 
 def _global_shape(mesh: Mesh, spec: PartitionSpec, local: Any) -> tuple[int, ...]:
@@ -91,20 +68,6 @@ def devices_by_rank() -> dict[int, list[jax.Device]]:
     for device in sorted(jax.devices(), key=lambda d: d.id):
         found.setdefault(device.process_index, []).append(device)
     return found
-
-
-def with_others(mesh: Mesh, compute: Callable[[], Any]) -> Any:
-    """What ``compute`` gives, in which all ranks of the mesh take part.
-
-    Raises:
-      CollectiveFailed: if it fails, unless it is this rank's own fault: out of memory, or alone in the mesh.
-    """
-    try:
-        return compute()
-    except Exception as error:
-        if mesh.size == 1 or "RESOURCE_EXHAUSTED" in str(error):
-            raise
-        raise CollectiveFailed(f"{type(error).__name__}: {error}") from error
 
 
 class Rank:
@@ -327,140 +290,8 @@ def loader(setup: Setup) -> Callable[[], Params]:
     return lambda: checkpoint.load(weights.path, dtype, mtp=False)[0]
 
 
-class Process:
-    """The two threads.
-
-    Args:
-      connection: to the controller.
-      number, incarnation: of the rank.
-    """
-
-    def __init__(self, connection: Connection, number: int, incarnation: int):
-        self._connection, self._sending = connection, threading.Lock()
-        self._number, self._incarnation = number, incarnation
-        self._work: queue.SimpleQueue = queue.SimpleQueue()  # None is the end
-        self._busy = threading.Event()
-        self._given_up = -1  # what belongs to this epoch's predecessors is not begun
-        self._aborting, self._abort_began = False, 0.0
-        self._compiles = 0
-        self._last: Reply | None = None
-        self.prepare: Callable[[Prepare], None] = lambda message: None
-        self.faults = Faults(self._signal, self.cut, self._replay)
-        self.connections = distributed.Connections(set())
-        jax.monitoring.register_event_duration_secs_listener(self._count)
-
-    def begin(self, coordinator: str, capacity: int) -> None:
-        """Joins the other processes, and listens from now on."""
-        distributed.join(coordinator, self._number, capacity)
-        self.connections = distributed.Connections({int(coordinator.rsplit(":", 1)[1])})
-        threading.Thread(target=self.listen, daemon=True).start()
-
-    def _count(self, event: str, duration: float, **_: Any) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
-            self._compiles += 1
-
-    def reply(self, kind: str, epoch: int, number: int = 0, value: Any = None) -> None:
-        """Answers the controller; a controller that is gone ends the process."""
-        message = Reply(kind, self._number, self._incarnation, epoch, number, value, self._compiles)
-        if kind != "pong":
-            self._last = message
-        if not self.faults.muted:
-            self._send(message)
-
-    def _send(self, message: Reply) -> None:
-        try:
-            with self._sending:
-                self._connection.send(message)
-        except OSError:
-            self.exit()
-
-    def exit(self) -> None:
-        """Ends the process at once."""
-        os._exit(0)
-
-    def _signal(self, number: int) -> None:
-        os.kill(os.getpid(), number)
-
-    def _replay(self) -> None:
-        if self._last is not None:
-            self._send(self._last)
-
-    def cut(self) -> None:
-        """Ends what this rank computes with others."""
-        stuck = self._aborting and time.monotonic() - self._abort_began > _STUCK_S
-        self.connections.abort(stuck=stuck)
-
-    def aborted(self) -> None:
-        """Nothing is being computed with others any more."""
-        self._aborting = False
-        self.connections.end()
-
-    def listen(self) -> None:
-        """The second thread; without it nobody would notice that the controller is gone."""
-        try:
-            self._listen()
-        except Exception:
-            logger.exception("failed rank=%d", self._number)
-            self.exit()
-
-    def _listen(self) -> None:
-        while True:
-            if self._aborting and self._busy.is_set():
-                # Again and again: the step may be opening connections just now.
-                self.cut()
-                if not self._connection.poll(_ABORT_AGAIN_S):
-                    continue
-            try:
-                message = self._connection.recv()
-            except (EOFError, OSError):
-                return self.exit()  # the controller is gone; nobody else may give orders
-            if isinstance(message, Stop):
-                return self.exit()
-            if isinstance(message, Ping):
-                idle = self._work.empty() and not self._busy.is_set()
-                self.reply("pong", message.epoch, message.number, idle)
-                continue
-            if isinstance(message, Fault):
-                self.faults.add(message)
-                continue
-            if isinstance(message, Prepare):
-                threading.Thread(target=self.prepare, args=(message,), daemon=True).start()
-                continue
-            if isinstance(message, Abort):
-                self._abort_began = time.monotonic()
-                self._given_up, self._aborting = message.epoch, True
-            self._work.put(message)
-
-    def serve(self, rank: Rank) -> None:
-        """The first thread."""
-        self.prepare = rank.prepare
-        while True:
-            message = self._work.get()
-            if message is None:
-                return
-            self._busy.set()
-            try:
-                kind, value = self._do(rank, message)
-            except Exception as error:  # whatever it is, the controller decides
-                own = not isinstance(error, CollectiveFailed | Overtaken)
-                # What fails because a peer has died is its peer's story, and told by the controller.
-                log = logger.exception if own else logger.info
-                log("failed rank=%d message=%s", self._number, type(message).__name__)
-                kind, value = "failed", FailureValue(f"{type(error).__name__}: {error}", own)
-            self._busy.clear()
-            self.reply(kind, message.epoch, getattr(message, "number", 0), value)
-
-    def _do(self, rank: Any, message: Any) -> tuple[str, Any]:
-        if isinstance(message, Abort):
-            self.aborted()
-            return "aborted", self._left(rank)
-        if message.epoch < self._given_up:
-            raise Overtaken(f"epoch {message.epoch} has been given up for {self._given_up}.")
-        return self._answer(rank, message)
-
-    def _left(self, rank: Any) -> Any:
-        """What the controller has to know of a rank that has given up what it was doing."""
-        return None
+class RankWorker(Worker):
+    """The process of a ``Rank``."""
 
     def _answer(self, rank: Any, message: Any) -> tuple[str, Any]:
         """Does what a message asks for; the kind of the answer and its value."""
@@ -482,35 +313,21 @@ def _keep_compilations(folder: str) -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-def call_controller() -> tuple[Connection, bytes, int, int, Any]:
-    """Calls whoever has started this process, as its arguments say: ADDRESS NUMBER INCARNATION, with the key on standard input.
-
-    Returns:
-      The connection, the key, the rank's number, its incarnation, and the first message, a setup.
-    """
-    address, number, incarnation = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-    logging.basicConfig(level=logging.WARNING, format=f"rank {number}: %(message)s")
-    key = sys.stdin.buffer.read()
-    connection = Client(address, authkey=key)
-    connection.send((number, incarnation))
-    return connection, key, number, incarnation, connection.recv()
-
-
 def main() -> None:
     """``python -m jaxmoe.elastic.cluster.rank``, with arguments as of ``call_controller``."""
     connection, key, number, incarnation, setup = call_controller()
     _keep_compilations(str(pathlib.Path(setup.programs) / "xla"))
-    process = Process(connection, number, incarnation)
-    process.begin(setup.coordinator, setup.capacity)
-    rank = Rank(setup, number, key, process.faults)
+    worker = RankWorker(connection, number, incarnation)
+    worker.begin(setup.coordinator, setup.capacity)
+    rank = Rank(setup, number, key, worker.faults)
     if setup.initial is None:
         rank.warm_up()  # alone: nobody waits for a rank that returns
     listener = Listener(f"{setup.folder}/weights-{number}-{incarnation}", authkey=key)
     threading.Thread(target=serve, args=(listener, rank.shard.give), daemon=True).start()
-    process.reply(
+    worker.reply(
         "ready", -1, value=ReadyValue(listener.address, rank.shard.canaries, rank.shard.trunk)
     )
-    process.serve(rank)
+    worker.serve(rank)
 
 
 if __name__ == "__main__":

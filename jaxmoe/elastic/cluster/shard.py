@@ -16,12 +16,15 @@ import numpy as np
 from jaxmoe import params as params_lib
 from jaxmoe.config import ModelConfig
 from jaxmoe.elastic.cluster.messages import FetchValue, Fill, Setup
+from jaxmoe.elastic.cluster.sockets import limit
 from jaxmoe.elastic.executables import Executables
 from jaxmoe.elastic.inventory import CHECKPOINT, checksum
 from jaxmoe.params import Params
 from jaxmoe.sharding import specs
 
 logger = logging.getLogger(__name__)
+
+_STOPPED_S = 10.0  # a peer of whom nothing comes for so long gives no weights
 
 AXIS = "expert"
 Leaves = tuple[np.ndarray, ...]
@@ -135,6 +138,7 @@ class Shard:
     def _ask(self, address: str, asked: list[tuple[int, int, int | None]]) -> list[Leaves | None]:
         """What another rank's ``give`` says."""
         with Client(address, authkey=self._key) as connection:
+            limit(connection, _STOPPED_S)
             connection.send(asked)
             return connection.recv()
 

@@ -62,7 +62,7 @@ class Startup:
         on_change: Callable[[], None],
     ):
         self._weights, self._config, self._options = weights, config, options
-        self._sizes, self._slots, self._on_change = sizes, slots, on_change
+        self._sizes, self._slots, self.on_change = sizes, slots, on_change
         self.capacity = options.ranks + options.spares
         self._folder = tempfile.TemporaryDirectory(prefix="jaxmoe-")
         self.supervisor: Supervisor | None = None
@@ -95,7 +95,14 @@ class Startup:
         return coordinator
 
     def _supervise(self, folder: pathlib.Path) -> Supervisor:
-        return Supervisor(folder, self._on_change, devices=self._options.devices)
+        options = self._options
+        return Supervisor(
+            folder,
+            self.on_change,
+            silence_s=options.silence_s,
+            start_s=options.start_s,
+            devices=options.devices,
+        )
 
     def orders(self) -> Orders:
         """Of meshes of these processes."""

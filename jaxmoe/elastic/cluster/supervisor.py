@@ -1,25 +1,34 @@
 """The processes of the ranks: started, kept while they wait for their part, started again when they die on the way, ended."""
 
+import contextlib
 import dataclasses
 import itertools
 import logging
 import os
 import pathlib
 import secrets
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
 from multiprocessing import AuthenticationError
-from multiprocessing.connection import Connection, Listener
+from multiprocessing.connection import (
+    Connection,
+    Listener,
+    answer_challenge,
+    deliver_challenge,
+)
 from typing import Any
 
 from jaxmoe.elastic.cluster.messages import Fault
+from jaxmoe.elastic.cluster.sockets import limit
 
 logger = logging.getLogger(__name__)
 
 MOST_STARTS = 3  # of a rank that dies each time before it is ready
+_GREETING_S = 10.0  # for a caller to show that it knows the key, and to say who it is
 
 
 @dataclasses.dataclass(eq=False)
@@ -54,11 +63,12 @@ class Member:
         return self.process.poll() is None
 
     def send(self, message: Any) -> bool:
-        """Whether the message is out; False if the process is gone. From any thread."""
+        """Whether the message is out; False if the process is gone, or does not read it and so is killed. From any thread."""
         try:
             with self._sending:
                 self.connection.send(message)
         except OSError:
+            self.process.kill()  # what follows half a message would not be understood
             return False
         return True
 
@@ -84,6 +94,8 @@ class Supervisor:
     Args:
       folder: for the control socket.
       on_change: called, on any thread, when a process has ended, is ready, or has answered.
+      silence_s: a process that stops in the middle of a message for so long is taken for dead.
+      start_s: a process that is not ready after so long is killed, and so started again.
       module: that a rank runs, with an address, its number, its incarnation, and a key on standard input.
       devices: on CPU, of each process.
     """
@@ -93,12 +105,16 @@ class Supervisor:
         folder: pathlib.Path,
         on_change: Callable[[], None],
         *,
+        silence_s: float,
+        start_s: float,
         module: str = "jaxmoe.elastic.cluster.rank",
         devices: int = 1,
     ):
         self._on_change, self._module, self._devices = on_change, module, devices
+        self._silence_s, self._start_s = silence_s, start_s
         self._key = secrets.token_bytes(32)
-        self._listener = Listener(str(folder / "control"), authkey=self._key)
+        # Without a key: who calls is asked for it on a thread of its own, so that nobody can hold up the others.
+        self._listener = Listener(str(folder / "control"))
         self._lock = threading.Lock()
         self._incarnations = itertools.count()
         self._starting: list[Member] = []
@@ -106,7 +122,8 @@ class Supervisor:
         self._faults: dict[int, list[Fault]] = {}
         self.given_up: set[int] = set()  # ranks that have died too often while starting
         self._closed = False
-        threading.Thread(target=self._accept, daemon=True).start()
+        self._accepting = threading.Thread(target=self._accept, daemon=True)
+        self._accepting.start()
 
     def launch(self, rank: int, setup: Any, starts: int = 1) -> None:
         """Starts a process for a rank, with ``setup`` as the first message to it; it is among ``ready`` once it says so."""
@@ -207,14 +224,29 @@ class Supervisor:
     def close(self) -> None:
         """Ends the processes that nobody has taken, and takes in no more."""
         with self._lock:
+            if self._closed:
+                return
             self._closed = True
             rest = [*self._starting, *self._ready]
         for member in rest:
             member.end()
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as caller:
+            caller.connect(
+                self._listener.address
+            )  # wakes the thread that accepts; closing would not
+        self._accepting.join()
         self._listener.close()
 
     def _watch(self, member: Member) -> None:
         """Tells of the process's end, though nothing may be being asked of it; starts it again if nobody has taken it."""
+        try:
+            member.process.wait(self._start_s)
+        except subprocess.TimeoutExpired:
+            with self._lock:
+                late = member in self._starting
+            if late:
+                logger.warning("rank %d has not been ready for %g s", member.rank, self._start_s)
+                member.process.kill()
         member.process.wait()
         with self._lock:
             starting, waiting = member in self._starting, member in self._ready
@@ -238,12 +270,15 @@ class Supervisor:
         while not self._closed:
             try:
                 connection = self._listener.accept()
-            except (OSError, EOFError, AuthenticationError):
-                continue  # closed, or one that did not know the key
+            except OSError:
+                continue  # the caller has gone away already
             threading.Thread(target=self._welcome, args=(connection,), daemon=True).start()
 
     def _welcome(self, connection: Connection) -> None:
         try:
+            limit(connection, _GREETING_S)
+            deliver_challenge(connection, self._key)
+            answer_challenge(connection, self._key)
             called = tuple(connection.recv())
             with self._lock:
                 known = [m for m in self._starting if (m.rank, m.incarnation) == called]
@@ -252,8 +287,10 @@ class Supervisor:
                 return
             (member,) = known
             connection.send(member.setup)
+            connection.poll(None)  # a model is loaded meanwhile
+            limit(connection, self._silence_s)
             reply = connection.recv()
-        except (EOFError, OSError):
+        except (EOFError, OSError, AuthenticationError):
             connection.close()
             return
         member.connection, member.ready, member.compiles = connection, reply.value, reply.compiles

@@ -98,9 +98,10 @@ class Team:
         asked = pinged = time.monotonic()
         silence_s = silence_s or self._silence_s
         expected = set(self.members if of is None else of)
-        heard, idle = dict.fromkeys(expected, asked), Counter[int]()
+        # Of the others too: those of whom something is expected may be waiting for one of them.
+        heard, idle = dict.fromkeys(self.members, asked), Counter[int]()
         while missing := expected - set(answers):
-            for reply in self._received(missing, silence_s / 4):
+            for reply in self._received(self.members, silence_s / 4):
                 heard[reply.rank] = time.monotonic()
                 if reply.kind == "failed" and kind != "aborted":
                     self.last_error = reply.value.error
@@ -111,7 +112,7 @@ class Team:
                 elif reply.kind == "pong":
                     idle[reply.rank] = idle[reply.rank] + 1 if reply.value else 0
             now = time.monotonic()
-            silent = {rank for rank in missing if now - heard[rank] > silence_s}
+            silent = {rank for rank in heard if now - heard[rank] > silence_s}
             # Twice idle, and no answer: it has been lost on the way. Once, it may be just coming.
             silent |= {rank for rank in missing if idle[rank] > 1 and rank not in answers}
             if silent:
@@ -120,7 +121,7 @@ class Team:
                 raise RankFailed(missing - set(answers))
             if now - pinged > silence_s / 4:
                 pinged = now
-                self._ping(missing)
+                self._ping(self.members)
         if kind == "done":
             self._strikes.clear()
         return answers
@@ -150,12 +151,16 @@ class Team:
         return self._pings
 
     def _blame(self, failure: Reply) -> set[int]:
-        """Whose fault a failure is: of a rank that has failed by itself before; else of whoever is dead or does not answer, as a
-        rule a peer that is just dying."""
+        """Whose fault a failure is: of a rank that has failed by itself before; else of whoever is dead or does not answer, as
+        a rule a peer that is just dying."""
         if failure.value.own:
             self._strikes[failure.rank] += 1
             again = self._strikes[failure.rank] > 1 and len(self.members) > 1
             return {failure.rank} if again else set()
+        return self.silent()
+
+    def silent(self) -> set[int]:
+        """Members that are dead, or do not answer a ping in time."""
         number, waiting = self._ping(self.members), set(self.members)
         until = time.monotonic() + self._silence_s
         try:

@@ -1,7 +1,7 @@
 """A cluster whose ranks are threads of this process, each with one of its devices: for unit tests and notebooks.
 
-Controller, plans, messages and ranks are those of ``processes``; only the start of a rank, its death and the computation of a step
-differ. A rank that is "killed" ends without a word, as a process does, but what it was computing cannot be hurt: evidence
+Controller, plans, messages and ranks are those of ``processes``; only the start of a rank, its death and the computation of a
+step differ. A rank that is "killed" ends without a word, as a process does, but what it was computing cannot be hurt: evidence
 for recovery is what happens to processes.
 """
 
@@ -9,6 +9,7 @@ import functools
 import os
 import pathlib
 import socket
+import subprocess
 import threading
 from collections.abc import Callable, Iterable
 from multiprocessing.connection import Client, Connection
@@ -17,15 +18,24 @@ from typing import Any
 import jax
 
 from jaxmoe.config import ModelConfig
-from jaxmoe.elastic.cluster import rank as process_rank
 from jaxmoe.elastic.cluster.faults import Faults
 from jaxmoe.elastic.cluster.messages import Fault, ReadyValue, Setup, Step, Weights
 from jaxmoe.elastic.cluster.options import ClusterOptions
 from jaxmoe.elastic.cluster.orders import Orders
 from jaxmoe.elastic.cluster.processes import Cluster
+from jaxmoe.elastic.cluster.rank import (
+    BY_PAGE,
+    BY_RANK,
+    EVERYWHERE,
+    Rank,
+    RankWorker,
+    assemble,
+    loader,
+)
 from jaxmoe.elastic.cluster.shard import Leaves, Shard
 from jaxmoe.elastic.cluster.startup import Startup
 from jaxmoe.elastic.cluster.supervisor import Supervisor
+from jaxmoe.elastic.cluster.worker import CollectiveFailed
 from jaxmoe.engine.runner import Sizes
 from jaxmoe.engine.step import StepResult
 
@@ -70,7 +80,7 @@ class _Hall:
                 self._parts, self._results = {}, {what: result}  # what is older has been given up
                 self._changed.notify_all()
         if not isinstance(result, dict):
-            raise process_rank.CollectiveFailed(f"the others did not come: {result}")
+            raise CollectiveFailed(f"the others did not come: {result}")
         return result[rank]
 
     @staticmethod
@@ -111,9 +121,14 @@ class _Thread:
         """None while it lives."""
         return -9 if self._ended.is_set() else None
 
-    def wait(self) -> int:
-        """Until it is dead."""
-        self._ended.wait()
+    def wait(self, timeout_s: float | None = None) -> int:
+        """Until it is dead.
+
+        Raises:
+          subprocess.TimeoutExpired: if it lives longer.
+        """
+        if not self._ended.wait(timeout_s):
+            raise subprocess.TimeoutExpired("a rank", timeout_s)
         return -9
 
     def kill(self) -> None:
@@ -132,10 +147,13 @@ class _Shard(Shard):
     hall: _Hall
 
     def _ask(self, address: str, asked: list[tuple[int, int, int | None]]) -> list[Leaves | None]:
-        return [self.hall.give[address](*each) for each in asked]
+        give = self.hall.give.get(address)
+        if give is None:
+            raise ConnectionRefusedError(f"rank {address} is dead.")
+        return [give(*each) for each in asked]
 
 
-class _Rank(process_rank.Rank):
+class _Rank(Rank):
     def __init__(self, setup: Setup, number: int, faults: Faults, hall: _Hall):
         self._hall = hall
         super().__init__(setup, number, b"", faults)
@@ -145,7 +163,7 @@ class _Rank(process_rank.Rank):
         return {rank: [jax.devices()[rank]] for rank in range(self.setup.capacity)}
 
     def _shard(self, key: bytes) -> Shard:
-        load = process_rank.loader(self.setup)
+        load = loader(self.setup)
         device = self._devices[self.number][0]
         shard = _Shard(self.setup, self.number, load, self._programs, device, key)
         shard.hall = self._hall
@@ -175,10 +193,10 @@ class _Rank(process_rank.Rank):
         """The operands of all ranks, in the order of the mesh, as arrays of the mesh."""
 
         def whole(spec: Any, *shards: jax.Array) -> jax.Array:
-            return process_rank.assemble(self._mesh, spec, shards)
+            return assemble(self._mesh, spec, shards)
 
         params, *others = zip(*parts, strict=True)
-        kinds = (process_rank.BY_PAGE, process_rank.BY_RANK, process_rank.EVERYWHERE)
+        kinds = (BY_PAGE, BY_RANK, EVERYWHERE)
         return jax.tree.map(whole, self.shard.specs, *params), *(
             jax.tree.map(functools.partial(whole, kind), *trees)
             for kind, trees in zip(kinds, others, strict=False)  # frozen tables are no operand
@@ -192,7 +210,7 @@ def _part_of(result: StepResult, device: jax.Device) -> StepResult:
     return jax.tree.map(part, result)
 
 
-class _Process(process_rank.Process):
+class _Worker(RankWorker):
     def __init__(self, thread: _Thread, number: int, incarnation: int, hall: _Hall):
         self._thread, self._hall = thread, hall
         super().__init__(thread.connection, number, incarnation)
@@ -213,9 +231,11 @@ class _Process(process_rank.Process):
 
 
 class _Supervisor(Supervisor):
-    def __init__(self, folder: pathlib.Path, on_change: Callable[[], None]):
+    def __init__(
+        self, folder: pathlib.Path, on_change: Callable[[], None], options: ClusterOptions
+    ):
         self._hall = _Hall()
-        super().__init__(folder, on_change)
+        super().__init__(folder, on_change, silence_s=options.silence_s, start_s=options.start_s)
 
     def _spawn(self, rank: int, incarnation: int) -> Any:
         return _Thread(lambda thread: self._run(thread, rank, incarnation))
@@ -224,16 +244,19 @@ class _Supervisor(Supervisor):
         thread.connection = Client(self._listener.address, authkey=self._key)
         thread.connection.send((number, incarnation))
         setup: Setup = thread.connection.recv()
-        process = _Process(thread, number, incarnation, self._hall)
-        threading.Thread(target=process.listen, daemon=True).start()
-        rank = _Rank(setup, number, process.faults, self._hall)
+        worker = _Worker(thread, number, incarnation, self._hall)
+        threading.Thread(target=worker.listen, daemon=True).start()
+        rank = _Rank(setup, number, worker.faults, self._hall)
         if setup.initial is None:
             rank.warm_up()
         address = f"{number}-{incarnation}"
         self._hall.give[address] = rank.shard.give
         value = ReadyValue(address, rank.shard.canaries, rank.shard.trunk)
-        process.reply("ready", -1, value=value)
-        process.serve(rank)
+        worker.reply("ready", -1, value=value)
+        try:
+            worker.serve(rank)
+        finally:
+            del self._hall.give[address]
 
 
 class _Startup(Startup):
@@ -241,7 +264,7 @@ class _Startup(Startup):
         return "127.0.0.1:0"  # ranks need not find each other
 
     def _supervise(self, folder: pathlib.Path) -> Supervisor:
-        return _Supervisor(folder, self._on_change)
+        return _Supervisor(folder, self.on_change, self._options)
 
     def orders(self) -> Orders:
         return Orders(1, reusable=True)

@@ -1,10 +1,9 @@
-"""What recovery is compared with: ending everything and starting again, and a build whose ranks cannot change."""
+"""What recovery is compared with: ending everything and starting again, and ranks that were healthy all the time."""
 
 import dataclasses
 import os
 import signal
 import time
-from collections.abc import Mapping
 
 import numpy as np
 
@@ -72,24 +71,3 @@ def without(stand: Stand, rank: int, seed: int, seconds: float) -> float:
         return throughput(stand, seed, seconds)
     finally:
         stand.wait_until_whole()
-
-
-def interleaved(
-    stands: Mapping[str, Stand], rounds: int, seconds: float, seed: int
-) -> dict[str, list[float]]:
-    """Tokens per second of several clusters in turns (A B B A ...), each turn with the same requests for all.
-
-    Args:
-      stands: by name; those that are not in turn stand idle.
-      rounds: turns that count; one more comes first.
-      seconds: of each turn.
-      seed: of the first turn's load.
-    """
-    rates: dict[str, list[float]] = {name: [] for name in stands}
-    for turn in range(rounds + 1):
-        # There and back again, so that nobody is always the first after a break.
-        for name, stand in list(stands.items())[:: 1 if turn % 2 else -1]:
-            value = throughput(stand, seed + turn, seconds)
-            if turn:
-                rates[name].append(value)
-    return rates

@@ -15,12 +15,14 @@ from jaxmoe.elastic.experiment.metrics import PHASES, Pause, rate
 from jaxmoe.elastic.experiment.run import Run, run_schedule
 from jaxmoe.elastic.experiment.schedule import Schedule
 from jaxmoe.elastic.experiment.stand import Model, Stand, Workload
+from jaxmoe.elastic.experiment.steady import in_turns
 from jaxmoe.report import median_row
 
 logger = logging.getLogger(__name__)
 
 RECOVERED_S = 3.0  # after a loss, throughput has to be that of healthy survivors
 _LEAST_WINDOW_S = 1.0
+_HEALTHY_S = 4.0  # of load on healthy survivors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,8 +35,7 @@ class Plan:
       schedules: one for each run.
       clients: of the closed loop.
       baselines: whether to compare with a restart and with a frozen build.
-      rounds: of the comparison with the frozen build.
-      round_s: how long each of its turns is.
+      steps: of each build, in the comparison with the frozen one.
       restarts: how often everything is restarted.
       seed: of the baselines' load.
     """
@@ -44,8 +45,7 @@ class Plan:
     schedules: tuple[Schedule, ...]
     clients: int = 12
     baselines: bool = True
-    rounds: int = 20
-    round_s: float = 2.0
+    steps: int = 1500
     restarts: int = 2
     seed: int = 0
 
@@ -58,7 +58,7 @@ class Findings:
       runs: one for each schedule.
       healthy: tokens per second with one rank out as planned.
       restarts: of everything.
-      steady: tokens per second by build, "elastic" and "frozen", in interleaved turns.
+      steady: seconds of steps by build, "elastic" and "frozen", that took turns.
       start_s: of the cluster, from nothing to its first request.
       orphans: processes that were still there after the end.
     """
@@ -126,7 +126,7 @@ def _runs(plan: Plan, stand: Stand, found: Findings, say: Callable[[str], None])
     for i, schedule in enumerate(plan.schedules):
         if i in measured:
             rank = (i + 1) % plan.cluster.ranks
-            found.healthy.append(baselines.without(stand, rank, plan.seed, 2 * plan.round_s))
+            found.healthy.append(baselines.without(stand, rank, plan.seed, _HEALTHY_S))
             say(f"{plan.cluster.ranks - 1} healthy ranks: {found.healthy[-1]:.0f} tokens/s")
         run = _run(stand, schedule)
         found.runs.append(run)
@@ -157,7 +157,7 @@ def _baselines(plan: Plan, stand: Stand, found: Findings, say: Callable[[str], N
     frozen = dataclasses.replace(stand.options, frozen=True)
     with Stand(plan.model, stand.workload, frozen, clients=plan.clients) as other:
         both = {"elastic": stand, "frozen": other}
-        found.steady = baselines.interleaved(both, plan.rounds, plan.round_s, plan.seed)
+        found.steady = in_turns(both, plan.steps, plan.seed)
     found.orphans += other.orphans
     say(f"elastic over frozen: {steady_overhead(found.steady):.2%} slower")
 
@@ -166,9 +166,9 @@ def _baselines(plan: Plan, stand: Stand, found: Findings, say: Callable[[str], N
 
 
 def steady_overhead(steady: dict[str, list[float]]) -> float:
-    """By how much the elastic build is slower: the median over turns, 0.01 for one percent."""
+    """By how much the elastic build is slower: the median over steps, 0.01 for one percent."""
     pairs = zip(steady["elastic"], steady["frozen"], strict=True)
-    return statistics.median(frozen / elastic - 1 for elastic, frozen in pairs)
+    return statistics.median(elastic / frozen - 1 for elastic, frozen in pairs)
 
 
 def rates_after_loss(run: Run) -> list[float]:
@@ -212,10 +212,7 @@ def summarise(found: Findings) -> tuple[list[dict[str, Any]], dict[str, float]]:
         rows.append(median_row("pause of a full restart", [r.pause_s for r in found.restarts], "s"))
         ratios["restart_pause_s"] = statistics.median(r.pause_s for r in found.restarts)
     if found.steady:
-        rows += [
-            median_row(f"throughput, {name}", values, "tokens/s")
-            for name, values in found.steady.items()
-        ]
+        rows += [median_row(f"step, {name}", values, "s") for name, values in found.steady.items()]
         ratios["steady_overhead"] = steady_overhead(found.steady)
     rows.append(median_row("start of the cluster", [found.start_s], "s"))
     counted = found.counts._asdict()

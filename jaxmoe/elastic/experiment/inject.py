@@ -5,6 +5,8 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
 
 import numpy as np
 
@@ -36,6 +38,7 @@ class Injector:
         self._began, self._last = began, began
         self.done: list[tuple[float, Injection, tuple[int, ...]]] = []
         self.missed: list[str] = []
+        self._drains: list[Future[Any]] = []
 
     def do(self, injection: Injection) -> None:
         """Waits for the injection's time and does it."""
@@ -75,12 +78,14 @@ class Injector:
 
     def _has_happened(self, injection: Injection) -> bool:
         wanted, after = set(injection.ranks), injection.after
-        if after == "returning":
-            return bool(wanted & set(self._cluster.starting_pids))
         events = [event for event in list(self._cluster.events) if event.at >= self._last]
+        # A moment that has passed meanwhile has come too.
+        if after == "returning":
+            joined = any(event.type == "joined" for event in events)
+            return joined or bool(self._cluster.starting_pids)
         if after == "draining":
             states = {rank.state for rank in self._cluster.status().ranks}
-            return "draining" in states or any(event.type == "drained" for event in events)
+            return "draining" in states or any(drain.done() for drain in self._drains)
         if after == "joined":
             return any(e.type == "joined" and wanted & set(e.ranks) for e in events)
         return any(event.type == "lost" for event in events)
@@ -89,8 +94,10 @@ class Injector:
         """Whether those that it is about are there."""
         if injection.point in _ARMED or injection.kind == "resume":
             return True
-        there = self._cluster.starting_pids if injection.kind == "kill_joiner" else None
-        return set(injection.ranks) <= set(self._cluster.pids if there is None else there)
+        there = dict(self._cluster.pids)
+        if injection.kind == "kill_joiner":  # it may have joined by now
+            there |= self._cluster.starting_pids
+        return set(injection.ranks) <= set(there)
 
     # -- what --------------------------------------------------------------------------------------
 
@@ -105,11 +112,12 @@ class Injector:
     def _do_to(self, rank: int, injection: Injection) -> None:
         kind, point = injection.kind, injection.point
         if kind == "drain":
-            self._cluster.drain(rank)
+            self._drains.append(self._cluster.drain(rank))
         elif kind == "resume":
             self._cluster.resume(rank)
         elif kind == "kill_joiner":
-            _signal(self._cluster.starting_pids.get(rank), signal.SIGKILL)
+            pids = {**self._cluster.pids, **self._cluster.starting_pids}
+            _signal(pids.get(rank), signal.SIGKILL)
         elif kind in ("kill", "kill_holders") and point == "now":
             _signal(self._cluster.pids.get(rank), signal.SIGKILL)
         elif kind == "stop" and point == "now":

@@ -249,8 +249,8 @@ def _checked(found: Findings, ratios: Mapping[str, float]) -> str:
     return (
         "<h2>What held</h2>"
         + _table(["", "number"], rows)
-        + "<p>After every run also: epochs only grew, every expert had a copy, all ranks had the same tables and weights with the "
-        "right checksums, no page was held and no descriptor or thread had leaked.</p>"
+        + "<p>After every run also: epochs only grew, every expert had a copy, all ranks had the same tables and weights "
+        "with the right checksums, no page was held and no descriptor or thread had leaked.</p>"
         + (f"<ul>{problems}</ul>" if problems else "")
     )
 

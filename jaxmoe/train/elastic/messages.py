@@ -105,7 +105,7 @@ class Snapshot:
 
 @dataclasses.dataclass(frozen=True)
 class StepValue:
-    """With "done": the step's metrics, held-out bits per byte if asked for, and the last step of which this rank has all it keeps."""
+    """With "done": metrics, held-out bits per byte if asked for, and the last step of which this rank has all it keeps."""
 
     metrics: dict[str, Any]
     bits_per_byte: float | None

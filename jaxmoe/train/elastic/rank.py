@@ -18,13 +18,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxmoe.elastic.cluster.faults import Faults
-from jaxmoe.elastic.cluster.rank import (
-    CollectiveFailed,
-    Process,
-    call_controller,
-    devices_by_rank,
-    with_others,
-)
+from jaxmoe.elastic.cluster.rank import devices_by_rank
+from jaxmoe.elastic.cluster.worker import CollectiveFailed, Worker, call_controller, with_others
 from jaxmoe.elastic.executables import Executables
 from jaxmoe.sharding import make_mesh
 from jaxmoe.train.data import batch, load_corpus
@@ -273,7 +268,7 @@ def _rows(mesh: Mesh, rows: int, length: int, dtype: Any) -> jax.ShapeDtypeStruc
     return jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))
 
 
-class TrainProcess(Process):
+class TrainWorker(Worker):
     """The two threads, with the messages of training."""
 
     def _left(self, rank: Rank) -> dict[int, frozenset[int]]:
@@ -292,17 +287,17 @@ class TrainProcess(Process):
 
 
 def main() -> None:
-    """``python -m jaxmoe.train.elastic.rank``, with arguments as of ``cluster.rank.call_controller``."""
+    """``python -m jaxmoe.train.elastic.rank``, with arguments as of ``cluster.worker.call_controller``."""
     # A terminal's Ctrl-C reaches all processes: the controller saves, and its end is the end of its ranks.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # gloo writes about every connection
     connection, _, number, incarnation, setup = call_controller()
-    process = TrainProcess(connection, number, incarnation)
-    process.begin(setup.coordinator, setup.capacity)
-    rank = Rank(setup, number, name_of(number, incarnation), process.faults)
-    process.reply("ready", -1)
-    process.serve(rank)
+    worker = TrainWorker(connection, number, incarnation)
+    worker.begin(setup.coordinator, setup.capacity)
+    rank = Rank(setup, number, name_of(number, incarnation), worker.faults)
+    worker.reply("ready", -1)
+    worker.serve(rank)
 
 
 if __name__ == "__main__":

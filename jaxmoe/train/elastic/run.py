@@ -95,7 +95,12 @@ class ElasticRun:
         step = self._read()
         phases.mark("read")
         self._supervisor = Supervisor(
-            self._folder, lambda: None, module="jaxmoe.train.elastic.rank", devices=options.devices
+            self._folder,
+            lambda: None,
+            silence_s=options.silence_s,
+            start_s=options.start_s,
+            module="jaxmoe.train.elastic.rank",
+            devices=options.devices,
         )
         coordinator = f"127.0.0.1:{_free_port()}"
         self._service = distributed.serve(coordinator, options.ranks)
@@ -183,7 +188,7 @@ class ElasticRun:
         }
 
     def _install(self, step: int, held: dict[str, frozenset[int]], phases: Phases) -> int:
-        """Begins an epoch with the state of ``step``, of which everyone in ``held`` has experts; returns how many programs were compiled."""
+        """Begins an epoch with the state of ``step``, whose experts those in ``held`` have; returns programs compiled."""
         names = self._names()
         order = self._planned.pop(frozenset(names), None) or self._fresh(names)
         ranks = [rank for rank, _ in order]
@@ -331,7 +336,7 @@ class ElasticRun:
                 self._launch(rank)
 
     def _without(self, gone: set[int], phases: Phases) -> tuple[str, int]:
-        """Ends ``gone`` and what the others compute, and begins an epoch; returns where its state is from, and programs compiled."""
+        """Ends ``gone`` and what the others compute, and begins an epoch; returns its state's origin, and programs compiled."""
         team = self._team
         for rank in gone:
             team.members.pop(rank).end()

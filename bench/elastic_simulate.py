@@ -1,0 +1,142 @@
+"""What recovery takes on machines that are not here, computed with the real placement and repair code.
+
+    python -m bench.elastic_simulate --json bench/results/elastic_simulate.json
+
+First EEP's published recoveries (arXiv 2605.10670, DeepSeek-V3 on 32 GPUs) beside the same policy in the model. Then minimal repair
+with a floor of two copies on 64 to 1024 ranks: its fixed costs are those that were measured here on processes (``--measured``, a report
+of ``jaxmoe recover``), its plans are made for real and timed, and weights move over the links of ``simulate.Machine``. Programs and
+caches of a large model take longer to bring back than the measured ones: these pauses are lower bounds in that.
+"""
+
+import json
+import pathlib
+import statistics
+import time
+
+import numpy as np
+
+from bench import _harness
+from jaxmoe import elastic
+from jaxmoe.elastic.simulate import Machine, draw_loads, lost_by_node, recover
+from jaxmoe.presets import presets
+
+# Lost ranks: seconds of the pause; shares in place, from peers, from hosts.
+EEP = {
+    1: (10.546, (0.0981, 0.8879, 0.0139)),
+    2: (10.920, (0.0996, 0.8711, 0.0292)),
+    4: (9.348, (0.0983, 0.8374, 0.0642)),
+    8: (5.783, (0.0784, 0.7894, 0.1323)),
+    16: (6.540, (0.0585, 0.5361, 0.4053)),
+}
+_KINDS = ("in place", "peer", "host")
+_FIXED = ("abort", "agree", "executable", "refill")  # what takes as long, whatever moves
+
+
+def _published(seeds: int) -> tuple[list[dict], dict[str, float]]:
+    """EEP's runs, its policy in the model, and minimal repair with EEP's fixed costs."""
+    rows, worst_s, worst_share = [], 0.0, 0.0
+    for count, (seconds, shares) in EEP.items():
+        machine, runs = Machine(), {}
+        for policy in ("eep", "minimal"):
+            runs[policy] = [
+                recover(machine, lost_by_node(machine, count, seed), policy, seed=seed)
+                for seed in range(seeds)
+            ]
+        modelled = statistics.mean(run.pause_s for run in runs["eep"])
+        found = [statistics.mean(run.shares[kind] for run in runs["eep"]) for kind in _KINDS]
+        off = [abs(mine / theirs - 1) for mine, theirs in zip(found, shares, strict=True)]
+        worst_s, worst_share = max(worst_s, abs(modelled / seconds - 1)), max(worst_share, *off)
+        name = f"{count} of 32 lost"
+        rows += [
+            {"name": f"{name}: EEP, published", "value": seconds, "unit": "s"},
+            {"name": f"{name}: EEP's policy, modelled", "value": modelled, "unit": "s"},
+            *({"name": f"{name}: {kind}, published", "value": a, "unit": "share"} for kind, a in zip(_KINDS, shares, strict=True)),
+            *({"name": f"{name}: {kind}, modelled", "value": a, "unit": "share"} for kind, a in zip(_KINDS, found, strict=True)),
+            {"name": f"{name}: minimal repair, modelled", "value": statistics.mean(run.pause_s for run in runs["minimal"]), "unit": "s"},
+            {"name": f"{name}: minimal repair, in the background", "value": statistics.mean(run.background_s for run in runs["minimal"]), "unit": "s"},
+        ]  # fmt: skip
+    return rows, {"eep_pause_worst_error": worst_s, "eep_share_worst_error": worst_share}
+
+
+def _measured(path: pathlib.Path) -> tuple[float, float, float]:
+    """Seconds until a loss was noticed, of the fixed costs after that, and of the whole pause, in a report of ``recover``."""
+    values = {row["name"]: row["value"] for row in json.loads(path.read_text())["rows"]}
+    fixed = sum(values[f"pause: {phase}"] for phase in _FIXED)
+    return values["pause: detect"], fixed, values["pause"]
+
+
+def _plan_seconds(machine: Machine, lost: list[int], seed: int) -> float:
+    """Of the controller, for a plan."""
+    load, _ = draw_loads(machine, seed)
+    whole = elastic.Membership.initial(machine.ranks)
+    placement = elastic.rebalance(load, whole, machine.slots_per_rank)
+    inventory = machine.inventory(placement).without(lost, machine.slots_per_rank)
+    again = placement.replace_slots(placement.slot_expert)  # derived tables are remembered
+    links, fewer = machine.bandwidths(lost), whole.without(lost)
+    began = time.perf_counter()
+    elastic.plan_repair(again, fewer, inventory, links, load=load)
+    return time.perf_counter() - began
+
+
+def _larger(detect_s: float, fixed_s: float, seed: int) -> list[dict]:
+    """Minimal repair with our fixed costs."""
+    rows = []
+    for ranks in (64, 128, 256, 512, 1024):
+        slots = max(1, 512 // ranks)
+        machine = Machine(ranks=ranks, slots_per_rank=slots, detect_s=detect_s, agree_s=fixed_s)
+        lone = [int(np.random.default_rng(seed).integers(ranks))]
+        for lost in (lone, lost_by_node(machine, 8, seed), lost_by_node(machine, ranks // 8, seed)):
+            if len(lost) == 8 and any(
+                row["name"].startswith(f"{ranks} ranks, 8 lost") for row in rows
+            ):
+                continue  # an eighth of 64 is a node
+            found = recover(machine, lost, "minimal", seed=seed)
+            planned = _plan_seconds(machine, lost, seed)
+            name = f"{ranks} ranks, {len(lost)} lost"
+            rows += [
+                {"name": f"{name}: pause", "value": found.pause_s + planned, "unit": "s"},
+                {"name": f"{name}: of which the plan, measured", "value": planned, "unit": "s"},
+                {"name": f"{name}: moved before serving goes on", "value": found.moved_bytes / 1e9, "unit": "GB"},
+                {"name": f"{name}: in the background", "value": found.background_s, "unit": "s"},
+                {"name": f"{name}: busiest rank when serving goes on", "value": found.imbalance, "unit": "times the mean"},
+            ]  # fmt: skip
+    return rows
+
+
+def _tiny(detect_s: float, fixed_s: float) -> Machine:
+    """The experiment's cluster: 4 ranks that hold every expert twice."""
+    model = presets["tiny"]
+    return Machine(
+        ranks=4,
+        ranks_per_node=4,
+        slots_per_rank=model.n_routed_experts // 2,
+        layers=sum(kind.mlp == "moe" for kind in model.layer_kinds),
+        experts=model.n_routed_experts,
+        expert_bytes=3 * 4 * model.hidden_size * model.moe_intermediate_size,
+        detect_s=detect_s,
+        agree_s=fixed_s,
+    )
+
+
+def main() -> None:
+    """Runs the bench."""
+    options = _harness.parser(__doc__.splitlines()[0])
+    default = pathlib.Path("bench/results/recover.json")
+    options.add_argument("--measured", type=pathlib.Path, default=default, help="fixed costs")
+    options.add_argument("--seeds", type=int, default=3, help="of loads, for EEP's runs")
+    args = options.parse_args()
+    detect_s, fixed_s, pause_s = _measured(args.measured)
+    rows, ratios = _published(args.seeds)
+    small = _tiny(detect_s, fixed_s)
+    modelled = recover(small, [1], "minimal", seed=args.seed).pause_s
+    rows += [
+        {"name": "4 processes here, 1 lost: measured", "value": pause_s, "unit": "s"},
+        {"name": "4 processes here, 1 lost: modelled", "value": modelled, "unit": "s"},
+    ]
+    rows += _larger(detect_s, fixed_s, args.seed)
+    ratios["small_run_modelled_over_measured"] = modelled / pause_s
+    _harness.finish("elastic_simulate", rows, ratios, args.json)
+
+
+if __name__ == "__main__":
+    main()
