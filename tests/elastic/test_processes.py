@@ -23,6 +23,9 @@ RANKS = 3
 OPTIONS = EngineOptions(max_running=4, max_step_tokens=8, page_size=4, pages=40, max_length=96)
 WAIT_S = 120  # a hang is a failure
 
+# Kills are in `make test` too: test_faults.py, and over HTTP serve/test_ranks.py.
+pytestmark = pytest.mark.slow
+
 
 @functools.cache
 def _prompts() -> list[list[int]]:
@@ -120,7 +123,6 @@ def test_a_killed_rank_costs_no_request_no_token_and_no_compilation(serving):
     assert engine.stats().epoch >= epoch + 2
 
 
-@pytest.mark.slow
 def test_a_rank_that_dies_while_nothing_runs_is_missed_and_returns(serving):
     engine, cluster = serving
     before = len(cluster.events)
@@ -130,7 +132,6 @@ def test_a_rank_that_dies_while_nothing_runs_is_missed_and_returns(serving):
     _under_load(engine, lambda: None)
 
 
-@pytest.mark.slow
 def test_a_rank_that_stops_is_fenced_and_replaced(serving):
     engine, cluster = serving
     pid = cluster.pids[1]
@@ -140,7 +141,6 @@ def test_a_rank_that_stops_is_fenced_and_replaced(serving):
     _under_load(engine, lambda: None)
 
 
-@pytest.mark.slow
 def test_a_rank_that_dies_again_on_its_way_back_is_started_once_more(serving):
     engine, cluster = serving
     _kill(cluster, 1)
@@ -151,7 +151,6 @@ def test_a_rank_that_dies_again_on_its_way_back_is_started_once_more(serving):
     _under_load(engine, lambda: None)
 
 
-@pytest.mark.slow
 def test_two_ranks_killed_one_after_the_other(serving):
     engine, cluster = serving
 

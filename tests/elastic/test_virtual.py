@@ -148,6 +148,15 @@ def test_a_joiner_that_dies_while_it_gets_its_experts_is_started_again(serving):
     _under_load(engine)
 
 
+def test_a_rank_that_falls_silent_while_nothing_is_asked_is_noticed_before_the_next_request(make):
+    engine, cluster = make(silence_s=0.5)
+    silent = cluster.active[0]
+    cluster.inject(silent, Fault("now", "mute", seconds=WAIT_S))
+    _until(lambda: silent not in cluster.active)
+    _whole(cluster)
+    _under_load(engine)
+
+
 def test_a_collective_that_fails_with_nobody_lost_is_tried_again(serving):
     engine, cluster = serving
     before = len(cluster.events)

@@ -164,6 +164,7 @@ def test_nobody_gives_way_to_drafts_and_a_full_step_has_none():
         assert stats.steps <= plain.stats().steps
 
 
+@pytest.mark.slow
 def test_four_ranks_speculate_like_one_device(devices):
     mesh = make_mesh(expert=4, devices=devices[:4])
     with _engine(0.1, DRAFTS, mesh) as engine:
@@ -189,6 +190,7 @@ def test_requests_cancelled_at_random_leave_nothing_behind():
         _assert_empty(engine)
 
 
+@pytest.mark.slow
 def test_warming_up_compiles_what_drafts_need_too():
     sampling.choose.clear_cache()  # of what other tests have compiled
     with _engine(0.1, DRAFTS, max_step_tokens=8) as engine:
@@ -207,22 +209,19 @@ def test_the_modules_step_is_its_whole_pass():
     params, page, length = sharp_params(CONFIG), 4, 23
     rng = np.random.default_rng(1)
     tokens = jnp.asarray(rng.integers(0, 256, (2, length + 1), dtype=np.int32))
-    hidden = run(params, CONFIG, tokens[:, :-1]).hidden
-    whole, _ = mtp_hidden(params["mtp"][0], params, CONFIG, hidden, tokens[:, 1:])
+    hidden = jax.jit(lambda tokens: run(params, CONFIG, tokens).hidden)(tokens[:, :-1])
+    module = params["mtp"][0]
+    whole, _ = jax.jit(lambda *given: mtp_hidden(module, params, CONFIG, *given))(
+        hidden, tokens[:, 1:]
+    )
+    step = jax.jit(lambda *given: run_mtp_step(module, params, CONFIG, *given))
     cache = init_cache(CONFIG, 12, page, mtp=True)
     tables = jnp.asarray(rng.permutation(12).reshape(2, 6).astype(np.int32))
     cache = cache.replace(lengths=jnp.zeros(2, jnp.int32), pages=tables)
     parts = []
     for start, stop in ((0, 5), (5, 6), (6, 17), (17, length)):
         part = slice(start, stop)
-        out = run_mtp_step(
-            params["mtp"][0],
-            params,
-            CONFIG,
-            hidden[:, part],
-            tokens[:, start + 1 : stop + 1],
-            cache,
-        )
+        out = step(hidden[:, part], tokens[:, start + 1 : stop + 1], cache)
         positions = jnp.broadcast_to(jnp.arange(start, stop, dtype=jnp.int32), (2, stop - start))
         entries = write(cache.entries, out.entries, cache.pages, positions)
         cache = Cache(entries, cache.lengths + (stop - start), cache.pages)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import signal
 import socket
 import subprocess
@@ -349,8 +350,12 @@ def test_when_the_server_is_killed_its_ranks_go_too_and_it_can_be_started_again(
     with ranks_process(folder) as (child, url):
         running = pids(url)
         assert len(running) == RANKS
+        command = pathlib.Path(f"/proc/{running[0]}/cmdline").read_text().split("\0")
+        sockets = pathlib.Path(next(word for word in command if word.endswith("/control"))).parent
+        assert sockets.is_dir()
         child.kill()
-        wait_until(lambda: not any(map(is_running, running.values())), limit_s=30)
+        wait_until(lambda: not any(map(is_running, running.values())), limit_s=10)
+        assert not sockets.exists()
     with ranks_process(folder) as (child, url):
         assert streamed(url) == undisturbed
 

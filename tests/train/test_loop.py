@@ -208,6 +208,7 @@ def test_a_setting_that_makes_no_sense_is_named(field, value):
         dataclasses.replace(TrainConfig(), **{field: value})
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_on_another_mesh(corpus, tmp_path, devices):
     half = with_options(steps=6, save_every=3)
     train(MODEL, half, tmp_path, data=corpus)

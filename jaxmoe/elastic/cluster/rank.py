@@ -318,7 +318,7 @@ def main() -> None:
     connection, key, number, incarnation, setup = call_controller()
     _keep_compilations(str(pathlib.Path(setup.programs) / "xla"))
     worker = RankWorker(connection, number, incarnation)
-    worker.begin(setup.coordinator, setup.capacity)
+    worker.begin(setup)
     rank = Rank(setup, number, key, worker.faults)
     if setup.initial is None:
         rank.warm_up()  # alone: nobody waits for a rank that returns

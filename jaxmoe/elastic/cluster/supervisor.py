@@ -228,6 +228,7 @@ class Supervisor:
                 return
             self._closed = True
             rest = [*self._starting, *self._ready]
+            self._starting, self._ready = [], []
         for member in rest:
             member.end()
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as caller:

@@ -5,6 +5,7 @@ that the process can be asked whether it lives, and be told to give up.
 import logging
 import os
 import queue
+import shutil
 import sys
 import threading
 import time
@@ -82,15 +83,17 @@ class Worker:
         self._given_up = -1  # what belongs to this epoch's predecessors is not begun
         self._aborting, self._abort_began = False, 0.0
         self._compiled_before = _compiles
+        self._parent, self._folder = os.getppid(), None
         self._last: Reply | None = None
         self.prepare: Callable[[Prepare], None] = lambda message: None
         self.faults = Faults(self._signal, self.cut, self._replay)
         self.connections = distributed.Connections(set())
 
-    def begin(self, coordinator: str, capacity: int) -> None:
-        """Joins the other processes, and listens from now on."""
-        distributed.join(coordinator, self._number, capacity)
-        self.connections = distributed.Connections({int(coordinator.rsplit(":", 1)[1])})
+    def begin(self, setup: Any) -> None:
+        """Joins the other processes of a ``setup`` (its coordinator, capacity and folder), and listens from now on."""
+        self._folder = setup.folder
+        distributed.join(setup.coordinator, self._number, setup.capacity)
+        self.connections = distributed.Connections({int(setup.coordinator.rsplit(":", 1)[1])})
         threading.Thread(target=self.listen, daemon=True).start()
 
     def reply(self, kind: str, epoch: int, number: int = 0, value: Any = None) -> None:
@@ -112,6 +115,11 @@ class Worker:
     def exit(self) -> None:
         """Ends the process at once."""
         os._exit(0)
+
+    def _clear(self) -> None:
+        """Removes the folder of a controller that could not do it itself, having been killed."""
+        if os.getppid() != self._parent and self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)  # other ranks do it too
 
     def _signal(self, number: int) -> None:
         os.kill(os.getpid(), number)
@@ -148,6 +156,7 @@ class Worker:
             try:
                 message = self._connection.recv()
             except (EOFError, OSError):
+                self._clear()
                 return self.exit()  # the controller is gone; nobody else may give orders
             if isinstance(message, Stop):
                 return self.exit()

@@ -294,7 +294,7 @@ def main() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # gloo writes about every connection
     connection, _, number, incarnation, setup = call_controller()
     worker = TrainWorker(connection, number, incarnation)
-    worker.begin(setup.coordinator, setup.capacity)
+    worker.begin(setup)
     rank = Rank(setup, number, name_of(number, incarnation), worker.faults)
     worker.reply("ready", -1)
     worker.serve(rank)
