@@ -162,16 +162,22 @@ class Executables:
                 program = load(portable, devices)
                 self.counters.loaded += 1
             except Exception as error:  # private API: whatever it raises, there is the public way
-                reason = f"{name}: {type(error).__name__}: {error}"
-                logger.warning("compiled for want of loading: %s", reason)
-                self.counters.fallbacks.append(reason)
+                self._fall_back(f"compiled {name} for want of loading it", error)
         if program is None:
             program = lower().compile()
             self.counters.compiled += 1
             if portable is None:
-                self._keep(name, export(program, devices))
+                try:
+                    self._keep(name, export(program, devices))
+                except jax.errors.JaxRuntimeError as error:
+                    # XLA writes no sort that has run, and JAX may have found this program among those that it has compiled before.
+                    self._fall_back(f"{name} is for this process only", error)
         self._ready[name, ids] = program
         return program
+
+    def _fall_back(self, what: str, error: Exception) -> None:
+        self.counters.fallbacks.append(f"{what}: {type(error).__name__}: {error}")
+        logger.warning("%s", self.counters.fallbacks[-1])
 
     def known(self, name: str, number: int) -> bool:
         """Whether a program for so many devices need not be compiled."""
@@ -193,8 +199,7 @@ class Executables:
             try:
                 self._portable[name, number] = pickle.loads(path.read_bytes())
             except Exception as error:  # cut short, or of another time: it is compiled again
-                self.counters.fallbacks.append(f"{path.name}: {type(error).__name__}: {error}")
-                logger.warning("compiled for want of reading: %s", self.counters.fallbacks[-1])
+                self._fall_back(f"compiled {path.name} for want of reading it", error)
                 return None
         return self._portable[name, number]
 

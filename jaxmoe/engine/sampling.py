@@ -2,7 +2,7 @@
 
 import enum
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -239,7 +239,10 @@ def prepare(asking: list[list[Ask]], rows: int, vocab: int) -> Inputs | None:
 
 
 def finish(
-    logits: Float[Array, "R V"], best: Int[Array, " R"], inputs: Inputs | None
+    logits: Float[Array, "R V"],
+    best: Int[Array, " R"],
+    inputs: Inputs | None,
+    program: Callable[..., Sampled] = choose,
 ) -> Sampled | None:
     """The next token of every row of logits, on the host; None (after waiting for the step) if nobody asks.
 
@@ -247,6 +250,7 @@ def finish(
       logits: of the rows that ``inputs`` is for.
       best: the most probable token of every row.
       inputs: from ``prepare``.
+      program: ``choose``, or something that gives the same.
     """
     if inputs is None:
         jax.block_until_ready(logits)
@@ -254,15 +258,15 @@ def finish(
     kind, *operands = inputs
     if kind == Kind.GREEDY:
         return Sampled(np.asarray(best))
-    return jax.device_get(choose(logits, *operands, kind=kind))
+    return jax.device_get(program(logits, *operands, kind=kind))
 
 
-def warm_up(logits: Float[Array, "R V"]) -> list[Kind]:
+def warm_up(logits: Float[Array, "R V"], program: Callable[..., Sampled] = choose) -> list[Kind]:
     """Compiles every kind of sampling for so many rows, but for the greedy one, which needs nothing; returns the kinds."""
     rows, vocab = logits.shape
     settings = settings_of([], rows, np.zeros((0, 2), np.uint32))
     changes = (*histories([], rows, vocab), _biases([], rows, vocab))
     kinds = [kind for kind in Kind if kind > Kind.GREEDY]
     for kind in kinds:
-        choose(logits, settings, *(changes if kind >= Kind.CHANGES else (None,) * 3), kind=kind)
+        program(logits, settings, *(changes if kind >= Kind.CHANGES else (None,) * 3), kind=kind)
     return kinds

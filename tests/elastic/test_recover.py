@@ -194,7 +194,7 @@ def _run(problems=()):
     marks = ((3.0, "kill:1@3"), (3.05, "lost 1"), (10.0, "joined 1"))
     schedule = parse_schedule("kill:1@3", 2)
     return Run(
-        schedule, counts, tuple(problems), tuple(pauses), 0, times, marks, tuple(events), 13.0
+        schedule, counts, tuple(problems), tuple(pauses), 0, times, marks, tuple(events), 13.0, 14.0
     )
 
 

@@ -41,6 +41,7 @@ from jaxmoe.elastic.placement import Placement
 from jaxmoe.engine import sampling
 from jaxmoe.engine.runner import Packing
 from jaxmoe.engine.step import Batch, StepResult, make_program
+from jaxmoe.engine.stream import key_data
 from jaxmoe.moe import ExpertTables
 from jaxmoe.params import Params
 from jaxmoe.sharding import make_mesh
@@ -102,7 +103,8 @@ class Rank:
 
     def _shard(self, key: bytes) -> Shard:
         device = self._devices[self.number][0]
-        return Shard(self.setup, self.number, loader(self.setup), self._programs, device, key)
+        load = loader(self.setup, self._programs, device)
+        return Shard(self.setup, self.number, load, self._programs, device, key)
 
     # -- epochs ------------------------------------------------------------------------------------
 
@@ -126,7 +128,7 @@ class Rank:
         )
         self._tables, self._digest = self._tables_of(placement), placement.digest
         written = time.perf_counter()
-        self._programs.forget([self._home], list(self._mesh.devices.flat))
+        self._programs.forget([self._first], [self._home], list(self._mesh.devices.flat))
         self._ready(message.sizes, self._mesh)
         return InstallValue(self._digest, {"executable": time.perf_counter() - written})
 
@@ -220,6 +222,15 @@ class Rank:
             compute = jax.jit(lambda *operands: elastic(*operands, tables))
         return self._programs.get(name, list(mesh.devices.flat), lambda: compute.lower(*operands))
 
+    def _choose(self, logits: jax.Array, *operands: Any, kind: sampling.Kind) -> sampling.Sampled:
+        """``sampling.choose`` from a program that every rank can load: JAX's own cache knows it by the device."""
+        name = f"choose-{kind.name.lower()}-{len(logits)}"
+
+        def lower() -> jax.stages.Lowered:
+            return sampling.choose.lower(logits, *operands, kind=kind)
+
+        return self._programs.get(name, [self._first], lower)(logits, *operands)
+
     def _commit(self, new: dict[str, jax.Array], batch: Batch) -> None:
         program = make_program(self.setup.config, None)
         size = len(batch.tokens)
@@ -240,7 +251,8 @@ class Rank:
             return
         # On the device by decree, as a step's are: JAX compiles anew for arrays that could as well be elsewhere.
         rows, vocab = self.setup.sizes.rows(message.size), self.setup.config.vocab_size
-        sampling.warm_up(jax.device_put(np.zeros((rows, vocab), np.float32), self._first))
+        logits = jax.device_put(np.zeros((rows, vocab), np.float32), self._first)
+        sampling.warm_up(logits, self._choose)
         nothing = {
             name: np.zeros((len(rows), message.size, 1, rows.shape[-1]), rows.dtype)
             for name, rows in self._entries.items()
@@ -263,7 +275,7 @@ class Rank:
         logits = result.logits
         if self._home != self._first:
             logits = jax.device_put(logits, self._first)
-        sampled = sampling.finish(logits, result.best, message.inputs)
+        sampled = sampling.finish(logits, result.best, message.inputs, self._choose)
         valid = message.batch.positions >= 0
         finite = bool(np.isfinite(np.asarray(result.hidden)[valid]).all())
         if finite or message.trust:
@@ -279,14 +291,22 @@ class Rank:
         return jax.tree.map(lambda x: x.addressable_shards[0].data, result)
 
 
-def loader(setup: Setup) -> Callable[[], Params]:
-    """Reads the whole model."""
+def loader(setup: Setup, programs: Executables, device: jax.Device) -> Callable[[], Params]:
+    """Reads the whole model; random weights are drawn on ``device``."""
     from jaxmoe import checkpoint
     from jaxmoe.params import init_params
 
     weights, dtype = setup.weights, jnp.dtype(setup.weights.dtype)
+
+    def draw(key: jax.Array) -> Params:
+        return init_params(setup.config, jax.random.wrap_key_data(key), dtype=dtype)
+
+    def drawn() -> Params:
+        key = jax.device_put(key_data(weights.seed), device)
+        return programs.get("draw", [device], lambda: jax.jit(draw).lower(key))(key)
+
     if weights.path is None:
-        return lambda: init_params(setup.config, jax.random.key(weights.seed), dtype=dtype)
+        return drawn
     return lambda: checkpoint.load(weights.path, dtype, mtp=False)[0]
 
 

@@ -157,14 +157,13 @@ class _Rank(Rank):
     def __init__(self, setup: Setup, number: int, faults: Faults, hall: _Hall):
         self._hall = hall
         super().__init__(setup, number, b"", faults)
-        self._first = jax.devices()[0]  # samples for all, so that sampling is compiled once
 
     def _devices_of_all(self) -> dict[int, list[jax.Device]]:
         return {rank: [jax.devices()[rank]] for rank in range(self.setup.capacity)}
 
     def _shard(self, key: bytes) -> Shard:
-        load = loader(self.setup)
         device = self._devices[self.number][0]
+        load = loader(self.setup, self._programs, device)
         shard = _Shard(self.setup, self.number, load, self._programs, device, key)
         shard.hall = self._hall
         return shard

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import logging
 import pathlib
 import statistics
@@ -21,7 +22,7 @@ from jaxmoe.report import median_row
 logger = logging.getLogger(__name__)
 
 RECOVERED_S = 3.0  # after a loss, throughput has to be that of healthy survivors
-_LEAST_WINDOW_S = 1.0
+_WINDOW_S, _LEAST_WINDOW_S = 2.0, 1.0  # of load that is looked at then
 _HEALTHY_S = 4.0  # of load on healthy survivors
 
 
@@ -172,12 +173,13 @@ def steady_overhead(steady: dict[str, list[float]]) -> float:
 
 
 def rates_after_loss(run: Run) -> list[float]:
-    """Tokens per second from ``RECOVERED_S`` after each loss until the next change of ranks."""
+    """Tokens per second from ``RECOVERED_S`` after the loss of a rank on, whether it is back by then or not."""
     rates = []
-    changes = [pause for pause in run.pauses if pause.type in ("lost", "joined", "drained")]
-    for i, pause in enumerate(changes[:-1]):
-        begin, end = pause.at_s + RECOVERED_S, changes[i + 1].at_s
-        if pause.type == "lost" and len(pause.ranks) == 1 and end - begin >= _LEAST_WINDOW_S:
+    losses = [pause for pause in run.pauses if pause.type == "lost"]
+    for pause, after in itertools.zip_longest(losses, losses[1:]):
+        begin = pause.at_s + RECOVERED_S
+        end = min(begin + _WINDOW_S, after.at_s if after else run.loaded_s)
+        if len(pause.ranks) == 1 and end - begin >= _LEAST_WINDOW_S:
             rates.append(rate(run.times, begin, end))
     return rates
 

@@ -37,6 +37,7 @@ class Run:
       times: when tokens came, from the load's first on, in seconds.
       marks: (seconds, what) of injections and of the cluster's events.
       events: the latter, as they are.
+      loaded_s: how long clients sent requests.
       seconds: how long it took.
     """
 
@@ -48,12 +49,13 @@ class Run:
     times: np.ndarray
     marks: tuple[tuple[float, str], ...]
     events: tuple[Event, ...]
+    loaded_s: float
     seconds: float
 
     @classmethod
     def failed(cls, schedule: Schedule, problem: str) -> "Run":
         """One of which nothing else is known."""
-        return cls(schedule, checks.Counts(), (problem,), (), 0, np.zeros(0), (), (), 0.0)
+        return cls(schedule, checks.Counts(), (problem,), (), 0, np.zeros(0), (), (), 0.0, 0.0)
 
     def to_dict(self) -> dict[str, Any]:
         """For reports."""
@@ -93,6 +95,7 @@ def run_schedule(stand: Stand, schedule: Schedule, *, settle_s: float = SETTLE_S
     time.sleep(stand.options.silence_s + NOTICED_S)  # until then the ranks may seem to be all there
     back = stand.wait_until_whole()
     time.sleep(settle_s)
+    loaded_s = time.monotonic() - began
     records = load.stop(_END_S)
     if not (
         back and stand.wait_until_whole()
@@ -121,6 +124,7 @@ def run_schedule(stand: Stand, schedule: Schedule, *, settle_s: float = SETTLE_S
         token_times(records) - began,
         tuple(sorted(marks)),
         tuple(events),
+        loaded_s,
         time.monotonic() - started,
     )
 

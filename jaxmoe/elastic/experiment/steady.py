@@ -1,7 +1,7 @@
 """What elasticity costs while nothing happens: two clusters under the same load, whose steps take turns.
 
 Turns of seconds are of no use here: on a shared machine they differ by more than what is looked for. So the clusters alternate step
-by step, and steps of the same make-up are compared with each other.
+by step, and a step is compared with the next one of the other cluster, if that is of the same size.
 """
 
 import threading
@@ -45,22 +45,22 @@ class _Timed:
     """Has a cluster's engine take turns with others, and takes the time of its steps: from one look at the ranks to the next.
 
     Attributes:
-      steps: (tokens computed of each request, by rank; seconds) of every step.
+      steps: (tokens of the compiled step, seconds) of every step.
     """
 
     def __init__(self, cluster: Cluster, index: int, turns: _Turns, enough: int):
         self._index, self._turns, self._enough = index, turns, enough
         self._poll, self._pack = cluster.poll, cluster.pack
-        self._began, self._work = 0.0, ()
-        self.steps: list[tuple[tuple, float]] = []
+        self._began, self._size = 0.0, 0
+        self.steps: list[tuple[int, float]] = []
         self.done = threading.Event()
         # On the object: the engine asks it, and no other way leads between two of its steps.
         cluster.poll, cluster.pack = self.poll, self.pack
 
     def poll(self) -> Any:
-        if self._work:
-            self.steps.append((self._work, time.perf_counter() - self._began))
-            self._work = ()
+        if self._size:
+            self.steps.append((self._size, time.perf_counter() - self._began))
+            self._size = 0
             if len(self.steps) >= self._enough:
                 self.done.set()
         self._turns.done(self._index)
@@ -69,8 +69,9 @@ class _Timed:
         return self._poll()
 
     def pack(self, works: list) -> Any:
-        self._work = tuple(tuple(work.size for work in mine) for mine in works)
-        return self._pack(works)
+        batches = self._pack(works)
+        self._size = len(batches[0].tokens) if batches else 0
+        return batches
 
     def remove(self, cluster: Cluster) -> None:
         """The cluster is as it was."""
@@ -89,7 +90,7 @@ def in_turns(
       skip: further ones before, which do not count.
 
     Returns:
-      By name, as long as each other: the i-th of each is of the same make-up; steps that are not are left out.
+      By name, as long as each other: the i-th of each is of the same size; steps that are not are left out.
     """
     turns = _Turns(len(stands))
     timed = {
@@ -106,7 +107,7 @@ def in_turns(
         timed[name].remove(stand.cluster)
     found: dict[str, list[float]] = {name: [] for name in stands}
     for row in zip(*(each.steps[skip : skip + steps] for each in timed.values()), strict=True):
-        if len({work for work, _ in row}) == 1:
+        if len({size for size, _ in row}) == 1:
             for name, (_, seconds) in zip(found, row, strict=True):
                 found[name].append(seconds)
     return found
