@@ -51,6 +51,7 @@ def recover(
     redundant_experts: int | None = None,
     spares: int = 0,
     host_backup: bool = True,
+    respawn_delay_s: float = 0.0,
     clients: int = 12,
     baselines: bool = True,
     steps: int = 1500,
@@ -79,6 +80,8 @@ def recover(
       redundant_experts: Copies of experts beyond the first; default: one more of each.
       spares: Processes that wait ready to step in.
       host_backup: Keep experts in the hosts' memory too.
+      respawn_delay_s: A rank that has died is started again after so many seconds. Where ranks share few processors, the throughput of those that
+        are left, without the work of starting another, shows only so.
       clients: Of the closed loop.
       baselines: Also measure a full restart, and a build whose ranks and tables are constants.
       steps: Steps of each build, taking turns, in the comparison of the two.
@@ -104,6 +107,7 @@ def recover(
         redundant_experts=redundant_experts,
         spares=spares,
         host_backup=host_backup,
+        respawn_delay_s=respawn_delay_s,
         deadline_s=10.0,
         programs=None if programs is None else str(programs),
     )

@@ -149,11 +149,14 @@ def test_a_joiner_that_dies_while_it_gets_its_experts_is_started_again(serving):
 
 
 def test_a_rank_that_falls_silent_while_nothing_is_asked_is_noticed_before_the_next_request(make):
-    engine, cluster = make(silence_s=0.5)
+    engine, cluster = make(silence_s=0.5, respawn_delay_s=1.0)
     silent = cluster.active[0]
     cluster.inject(silent, Fault("now", "mute", seconds=WAIT_S))
     _until(lambda: silent not in cluster.active)
     _whole(cluster)
+    lost, joined = (next(e for e in cluster.events if e.type == t) for t in ("lost", "joined"))
+    assert lost.ranks == joined.ranks == (silent,)
+    assert joined.at - lost.at > cluster.options.respawn_delay_s
     _under_load(engine)
 
 

@@ -3,6 +3,7 @@
 import logging
 import queue
 import threading
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
@@ -65,6 +66,7 @@ class Controller:
         self._prepared: tuple[int, frozenset[int]] | None = None  # epoch and sizes
         self._steps, self._seen = 0, -1  # steps of the epoch that the last one belonged to
         self._failures: Counter[int] = Counter()  # of ranks to get their experts
+        self._returns: dict[int, float] = {}  # of ranks that are to be started: when
         members, placement = self._startup.begin()
         taking_part = tuple(rank in members for rank in range(capacity))
         incarnations = tuple(
@@ -181,6 +183,7 @@ class Controller:
             or self._joiner()
             or self.owed
             or self._quiet
+            or any(due <= time.monotonic() for due in self._returns.values())
             or (self.layout.restless and not self._fetching)
         )
 
@@ -201,6 +204,7 @@ class Controller:
     def _poll(self) -> Change | None:
         if dead := self.team.dead:
             return self.recover(dead)
+        self._launch_due()
         while not self._tasks.empty():
             work, future = self._tasks.get()
             try:
@@ -262,7 +266,14 @@ class Controller:
             self.layout.likely, self._prepared = tuple(likely), ready
             self.layout.prepare()
 
+    def _launch_due(self) -> None:
+        """Starts ranks that have been away for long enough."""
+        now = time.monotonic()
+        for rank in [rank for rank, due in self._returns.items() if due <= now]:
+            self._launch(rank)
+
     def _launch(self, rank: int) -> None:
+        self._returns.pop(rank, None)
         self.layout.began(rank)
         self._startup.launch(rank)
 
@@ -292,7 +303,8 @@ class Controller:
             if rank in self.drains.running:
                 self._out(rank)
             elif self._options.respawn:
-                self._launch(rank)
+                self._returns[rank] = time.monotonic() + self._options.respawn_delay_s
+        self._launch_due()
         if self._tries > MOST_TRIES:
             tries, self._tries = self._tries, 0
             raise JaxMoeError(f"a step has failed {tries} times: {self.team.last_error}")

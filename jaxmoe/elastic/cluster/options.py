@@ -17,6 +17,8 @@ class ClusterOptions:
     """Whether ranks keep copies of experts in host memory, each on two hosts: faster than the checkpoint."""
     respawn: bool = True
     """Whether a rank that has died is started again."""
+    respawn_delay_s: float = 0.0
+    """How long after its death: a process that starts takes time from those that serve, if they share processors."""
     silence_s: float = 2.0
     """After so long without an answer to a ping a rank counts as dead."""
     deadline_s: float = 60.0
@@ -43,3 +45,5 @@ class ClusterOptions:
         for name in ("silence_s", "deadline_s", "start_s"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be > 0 seconds; got {getattr(self, name)}.")
+        if not self.respawn_delay_s >= 0:
+            raise ValueError(f"respawn_delay_s must be >= 0 seconds; got {self.respawn_delay_s}.")

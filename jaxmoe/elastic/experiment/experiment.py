@@ -173,13 +173,13 @@ def steady_overhead(steady: dict[str, list[float]]) -> float:
 
 
 def rates_after_loss(run: Run) -> list[float]:
-    """Tokens per second from ``RECOVERED_S`` after the loss of a rank on, whether it is back by then or not."""
+    """Tokens per second from ``RECOVERED_S`` after the loss of a rank on, until ranks change again."""
     rates = []
-    losses = [pause for pause in run.pauses if pause.type == "lost"]
-    for pause, after in itertools.zip_longest(losses, losses[1:]):
+    changes = [pause for pause in run.pauses if pause.type in ("lost", "joined", "drained")]
+    for pause, after in itertools.zip_longest(changes, changes[1:]):
         begin = pause.at_s + RECOVERED_S
         end = min(begin + _WINDOW_S, after.at_s if after else run.loaded_s)
-        if len(pause.ranks) == 1 and end - begin >= _LEAST_WINDOW_S:
+        if pause.type == "lost" and len(pause.ranks) == 1 and end - begin >= _LEAST_WINDOW_S:
             rates.append(rate(run.times, begin, end))
     return rates
 
