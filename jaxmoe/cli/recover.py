@@ -16,6 +16,8 @@ from jaxmoe.elastic.experiment.stand import Model
 from jaxmoe.report import make_report, write_report
 from jaxmoe.train.config import check_seed
 
+_MOST_DELAY_S = 60.0  # after which schedules wait in vain for ranks
+
 
 def _spare_ranks(ranks: int, experts: int, redundant: int | None) -> int:
     """How many ranks may be gone with every expert still having a slot on another."""
@@ -62,8 +64,8 @@ def recover(
 ) -> None:
     """Serves a model on rank processes under load, does faults to them, brings them back, and reports what happened.
 
-    Writes report.html, timeline.png and the controller's log.txt. Every token is compared with those of an undisturbed run on one device; the exit
-    status is 1 if one differs, a request is lost, or anything else does not hold that must.
+    Writes report.html, timeline.png and the controller's log.txt. Every token is compared with those of an undisturbed run on one
+    device; the exit status is 1 if one differs, a request is lost, or anything else does not hold that must.
 
     Faults are written KIND:RANK@SECONDS, one after another with commas between: kill:1@3, kill:0+2@3 (two at once),
     kill:1@3/step (or /computed, /committed, /fetch, /install: at that point of its work), stop:1@3x0.5 (SIGSTOP, for so many
@@ -80,8 +82,8 @@ def recover(
       redundant_experts: Copies of experts beyond the first; default: one more of each.
       spares: Processes that wait ready to step in.
       host_backup: Keep experts in the hosts' memory too.
-      respawn_delay_s: A rank that has died is started again after so many seconds. Where ranks share few processors, the throughput of those that
-        are left, without the work of starting another, shows only so.
+      respawn_delay_s: A rank that has died is started again after so many seconds. Where ranks share few processors, only so does
+        the throughput of those that are left show without the work of starting another.
       clients: Of the closed loop.
       baselines: Also measure a full restart, and a build whose ranks and tables are constants.
       steps: Steps of each build, taking turns, in the comparison of the two.
@@ -100,6 +102,10 @@ def recover(
         ("spares", spares, 0),
     ):
         _check(name, value, least)
+    if not 0 <= respawn_delay_s <= _MOST_DELAY_S:
+        raise ValueError(
+            f"--respawn-delay-s must be from 0 to {_MOST_DELAY_S:g}; got {respawn_delay_s}."
+        )
     named = Model.named(model)
     spare = _spare_ranks(ranks, named.config.n_routed_experts or 1, redundant_experts)
     cluster = ClusterOptions(
@@ -168,4 +174,8 @@ def _again(plan: Plan, schedule: Schedule) -> list[str]:
         faults = "random:1"
     words = ["--model", plan.model.name, "--ranks", options.ranks, "--clients", plan.clients]
     words += ["--faults", faults, "--seed", schedule.seed, "--no-baselines"]
+    words += ["--spares", options.spares, "--respawn-delay-s", options.respawn_delay_s]
+    if options.redundant_experts is not None:
+        words += ["--redundant-experts", options.redundant_experts]
+    words += [] if options.host_backup else ["--no-host-backup"]
     return [str(word) for word in words]

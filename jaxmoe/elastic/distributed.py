@@ -8,6 +8,7 @@ On GPU the runtime aborts by itself (``jax_enable_recoverability``).
 """
 
 import contextlib
+import logging
 import os
 import pathlib
 import re
@@ -16,6 +17,8 @@ import threading
 from typing import Any
 
 import jax
+
+logger = logging.getLogger(__name__)
 
 # Under the addresses of a mesh's members, which gloo exchanges as "cpu:gloo/<device ids>/<index>". Of this length it is not one
 # (whole 8 byte words follow the header) and is refused with an error; gloo reads shorter values beyond their end.
@@ -117,7 +120,12 @@ class Connections:
           stuck: whether earlier calls have not helped: then this process waits for another to connect, which has given up.
         """
         self._shut_down()
-        _end_rendezvous(stuck)
+        try:
+            _end_rendezvous(stuck)
+        except (
+            Exception
+        ) as error:  # the service is busy: it is called again, as long as it has not helped
+            logger.warning("rendezvous not ended: %s", error)
 
     def end(self) -> None:
         """Ends all connections of earlier meshes, while no collective runs and before the next mesh connects.

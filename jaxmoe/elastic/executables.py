@@ -170,7 +170,7 @@ class Executables:
                 try:
                     self._keep(name, export(program, devices))
                 except jax.errors.JaxRuntimeError as error:
-                    # XLA writes no sort that has run, and JAX may have found this program among those that it has compiled before.
+                    # XLA writes no sort that has run, and JAX may have found this one compiled already.
                     self._fall_back(f"{name} is for this process only", error)
         self._ready[name, ids] = program
         return program

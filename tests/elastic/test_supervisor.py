@@ -1,4 +1,4 @@
-"""Processes that hang while they start, do not listen, or stop in the middle of a message; and callers that do not belong there."""
+"""Processes that hang while they start, do not listen, or stop in the middle of a message; and callers that have no business."""
 
 import pathlib
 import socket

@@ -1,4 +1,4 @@
-"""The controller with ranks as threads: what processes cannot show quickly, fault by fault, with every token as if nothing had happened."""
+"""The controller with ranks as threads: what processes cannot show quickly, with every token as if nothing had happened."""
 
 import functools
 import itertools
@@ -148,8 +148,16 @@ def test_a_joiner_that_dies_while_it_gets_its_experts_is_started_again(serving):
     _under_load(engine)
 
 
+def test_a_step_that_takes_too_long_costs_the_rank_that_does_not_come_out_of_it(make):
+    engine, cluster = make(silence_s=2.0, deadline_s=1.0)
+    slow, before = cluster.active[0], len(cluster.events)
+    _under_load(engine, lambda: cluster.inject(slow, Fault("step", "sleep", seconds=20.0)))
+    _whole(cluster)
+    assert [e.ranks for e in cluster.events[before:] if e.type == "lost"] == [(slow,)]
+
+
 def test_a_rank_that_falls_silent_while_nothing_is_asked_is_noticed_before_the_next_request(make):
-    engine, cluster = make(silence_s=0.5, respawn_delay_s=1.0)
+    engine, cluster = make(silence_s=1.0, respawn_delay_s=1.0)
     silent = cluster.active[0]
     cluster.inject(silent, Fault("now", "mute", seconds=WAIT_S))
     _until(lambda: silent not in cluster.active)

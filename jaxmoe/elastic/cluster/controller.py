@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 MOST_TRIES = 5  # of a step that fails although no rank is gone
 _RECENT_STEPS = 64  # whose sizes are likely
+_START_AGAIN_S = 1.0  # after a process could not be started at all
 _CALM_STEPS = 8  # after a change, before the next one is prepared for
 
 
@@ -63,6 +64,7 @@ class Controller:
         self._plans: dict[Member, Plan] = {}  # of ranks that wait: what they are getting
         self._tries = 0
         self._sizes: deque[int] = deque(maxlen=_RECENT_STEPS)
+        self._seconds: deque[float] = deque(maxlen=_RECENT_STEPS)
         self._prepared: tuple[int, frozenset[int]] | None = None  # epoch and sizes
         self._steps, self._seen = 0, -1  # steps of the epoch that the last one belonged to
         self._failures: Counter[int] = Counter()  # of ranks to get their experts
@@ -87,8 +89,7 @@ class Controller:
         self._closed.set()
         self._end_processes()
         self._disappoint("the cluster is closed.")
-        while not self._tasks.empty():
-            _fail(self._tasks.get()[1], "the cluster is closed.")
+        self._fail_tasks()
 
     def _end_processes(self) -> None:
         for member in list(self.team.members.values()):  # the engine may be changing them
@@ -107,6 +108,16 @@ class Controller:
             _fail(future, "the cluster is closed.")
             return
         self._tasks.put((work, future))
+        if self._closed.is_set():  # just now: nobody may have seen it
+            self._fail_tasks()
+
+    def _fail_tasks(self) -> None:
+        while True:
+            try:
+                _, future = self._tasks.get_nowait()
+            except queue.Empty:
+                return
+            _fail(future, "the cluster is closed.")
 
     # -- orders from outside -----------------------------------------------------------------------
 
@@ -169,6 +180,7 @@ class Controller:
         if len(self.team.membership.ranks) >= self._wanted:
             return None
         ready = self.supervisor.ready
+        self._plans = {m: plan for m, plan in self._plans.items() if m in ready}
         asked = [member for member in ready if member in self._plans]
         if asked:  # one at a time: every change makes the plans of others void
             return asked[0] if asked[0].answer is not None else None
@@ -252,10 +264,11 @@ class Controller:
             event.seconds,
         )
 
-    def step_done(self, size: int) -> None:
+    def step_done(self, size: int, seconds: float) -> None:
         """A step of ``size`` tokens has been computed by all."""
         self._tries, self._quiet = 0, False
         self._sizes.append(size)
+        self._seconds.append(seconds)
         # What is lost is computed again, in large steps.
         self.layout.sizes = tuple({size, self._startup.largest_step})
         self._steps = self._steps + 1 if self._seen == self.team.epoch else 1
@@ -275,7 +288,11 @@ class Controller:
     def _launch(self, rank: int) -> None:
         self._returns.pop(rank, None)
         self.layout.began(rank)
-        self._startup.launch(rank)
+        try:
+            self._startup.launch(rank)
+        except OSError as error:  # no memory, no descriptors: requests go on without it
+            logger.error("rank %d could not be started: %s", rank, error)
+            self._returns[rank] = time.monotonic() + _START_AGAIN_S
 
     def recover(self, gone: Iterable[int]) -> Change:
         """Goes on without ``gone``, and without those that fail meanwhile; with nobody gone, with the same ranks once more."""
@@ -317,7 +334,7 @@ class Controller:
     def _abort(self) -> None:
         """Members end what they are doing. Who does not come out of a step hangs; anything else may take its time."""
         self.team.tell(Abort(self.team.epoch))
-        hanging = self._options.silence_s
+        hanging = max(self._options.silence_s, 3 * max(self._seconds, default=0.0))
         limit = hanging if self.team.asked == "done" else self._options.deadline_s
         self.team.gather("aborted", limit)
 

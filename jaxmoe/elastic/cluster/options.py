@@ -1,6 +1,7 @@
 """Sizes and limits of a cluster."""
 
 import dataclasses
+import math
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +19,7 @@ class ClusterOptions:
     respawn: bool = True
     """Whether a rank that has died is started again."""
     respawn_delay_s: float = 0.0
-    """How long after its death: a process that starts takes time from those that serve, if they share processors."""
+    """How long after its death, whether the others can serve or not: starting takes time from them, if they share processors."""
     silence_s: float = 2.0
     """After so long without an answer to a ping a rank counts as dead."""
     deadline_s: float = 60.0
@@ -43,7 +44,11 @@ class ClusterOptions:
         if self.redundant_experts is not None and self.redundant_experts < 0:
             raise ValueError(f"redundant_experts must be >= 0; got {self.redundant_experts}.")
         for name in ("silence_s", "deadline_s", "start_s"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be > 0 seconds; got {getattr(self, name)}.")
-        if not self.respawn_delay_s >= 0:
-            raise ValueError(f"respawn_delay_s must be >= 0 seconds; got {self.respawn_delay_s}.")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(
+                    f"{name} must be > 0 seconds and finite; got {getattr(self, name)}."
+                )
+        if not 0 <= self.respawn_delay_s < math.inf:
+            raise ValueError(
+                f"respawn_delay_s must be >= 0 seconds and finite; got {self.respawn_delay_s}."
+            )

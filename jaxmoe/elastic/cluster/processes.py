@@ -297,8 +297,8 @@ class Cluster:
             # All is as it was loaded: then it is the model that says so.
             self._trust = change is None
             return change or self._controller.change()
-        self._controller.step_done(len(batches[0].tokens))
         self.computing_s = time.perf_counter() - began
+        self._controller.step_done(len(batches[0].tokens), self.computing_s)
         load = sum(np.asarray(value.load, np.int64) for value in values.values())
         self.load = layout.load = load + (self.load if self.load.size else 0)
         return [

@@ -7,7 +7,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing import AuthenticationError
-from multiprocessing.connection import Client, Connection, Listener
+from multiprocessing.connection import (
+    Client,
+    Connection,
+    Listener,
+    answer_challenge,
+    deliver_challenge,
+)
 from typing import Any
 
 import jax
@@ -137,8 +143,10 @@ class Shard:
 
     def _ask(self, address: str, asked: list[tuple[int, int, int | None]]) -> list[Leaves | None]:
         """What another rank's ``give`` says."""
-        with Client(address, authkey=self._key) as connection:
+        with Client(address) as connection:
             limit(connection, _STOPPED_S)
+            answer_challenge(connection, self._key)
+            deliver_challenge(connection, self._key)
             connection.send(asked)
             return connection.recv()
 

@@ -82,10 +82,14 @@ class Startup:
         self._setup = self._setup_of(self._serve())
         first = dataclasses.replace(self._setup, initial=placement.slot_expert)
         self.supervisor = self._supervise(pathlib.Path(self._folder.name))
-        for rank in range(self.capacity):  # spares begin like a rank that returns
-            self.supervisor.launch(rank, first if rank < options.ranks else self._setup)
-        members = self._wait_for(range(options.ranks))
-        self._check_same(members)
+        try:
+            for rank in range(self.capacity):  # spares begin like a rank that returns
+                self.supervisor.launch(rank, first if rank < options.ranks else self._setup)
+            members = self._wait_for(range(options.ranks))
+            self._check_same(members)
+        except BaseException:
+            self.end()
+            raise
         return members, placement
 
     def _serve(self) -> str:

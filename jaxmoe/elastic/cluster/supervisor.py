@@ -115,7 +115,7 @@ class Supervisor:
         self._key = secrets.token_bytes(32)
         # Without a key: who calls is asked for it on a thread of its own, so that nobody can hold up the others.
         self._listener = Listener(str(folder / "control"))
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._incarnations = itertools.count()
         self._starting: list[Member] = []
         self._ready: list[Member] = []
@@ -126,9 +126,15 @@ class Supervisor:
         self._accepting.start()
 
     def launch(self, rank: int, setup: Any, starts: int = 1) -> None:
-        """Starts a process for a rank, with ``setup`` as the first message to it; it is among ``ready`` once it says so."""
+        """Starts a process for a rank, with ``setup`` as the first message to it; it is among ``ready`` once it says so.
+
+        Does nothing if the rank has a process that nobody has taken.
+
+        Raises:
+          OSError: if the system has no room for one.
+        """
         with self._lock:
-            if self._closed:
+            if self._closed or any(member.rank == rank for member in self.waiting):
                 return
             incarnation = next(self._incarnations)
             process = self._spawn(rank, incarnation)
@@ -146,8 +152,9 @@ class Supervisor:
             env=_environment(self._devices),
             process_group=0,  # Ctrl-C is for the controller
         )
-        process.stdin.write(self._key)
-        process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # it is dead already, which will be noticed
+            process.stdin.write(self._key)
+            process.stdin.close()
         return process
 
     @property
@@ -207,9 +214,9 @@ class Supervisor:
                     member.answer = reply
                     self._on_change()
                     return
-        except (EOFError, OSError):
-            return  # the process's end is noticed elsewhere
-        logger.warning("rank %d has not answered for %g s", member.rank, timeout_s)
+            logger.warning("rank %d has not answered for %g s", member.rank, timeout_s)
+        except Exception as error:  # its end, half a message, or none that can be read
+            logger.info("rank %d has not answered: %s", member.rank, error)
         member.process.kill()
 
     def inject(self, rank: int, fault: Fault) -> None:
@@ -235,7 +242,7 @@ class Supervisor:
             caller.connect(
                 self._listener.address
             )  # wakes the thread that accepts; closing would not
-        self._accepting.join()
+        self._accepting.join(_GREETING_S)
         self._listener.close()
 
     def _watch(self, member: Member) -> None:
@@ -255,16 +262,24 @@ class Supervisor:
                 self._starting.remove(member)
             if waiting:
                 self._ready.remove(member)
-        starts = member.starts + 1 if starting else 1
-        if self._closed or not (starting or waiting):
-            pass
-        elif starts <= MOST_STARTS:
-            logger.warning("rank %d died before it took part, starting it again", member.rank)
-            self.launch(member.rank, member.setup, starts)
-        else:
+            if not self._closed and (starting or waiting):  # else somebody else has it
+                self._again(member, member.starts + 1 if starting else 1)
+        self._on_change()
+
+    def _again(self, member: Member, starts: int) -> None:
+        """Starts a rank anew whose process has died before it took part."""
+        if member.connection is not None:
+            member.connection.close()
+        if starts > MOST_STARTS:
             self.given_up.add(member.rank)
             logger.error("rank %d died %d times while starting: given up", member.rank, MOST_STARTS)
-        self._on_change()
+            return
+        logger.warning("rank %d died before it took part, starting it again", member.rank)
+        try:
+            self.launch(member.rank, member.setup, starts)
+        except OSError as error:
+            self.given_up.add(member.rank)
+            logger.error("rank %d could not be started: %s", member.rank, error)
 
     def _accept(self) -> None:
         """Takes in processes that have started, one thread for each until it is ready."""

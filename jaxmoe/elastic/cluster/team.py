@@ -91,7 +91,7 @@ class Team:
 
         Raises:
           RankFailed: if some have died, fall silent, fail by themselves or take too long; naming nobody if it was a collective
-            that failed although all live.
+            that failed, or a step that took too long, although all live: who is to blame shows when they give up.
         """
         self.asked = self.asked if kind == "aborted" else kind
         answers: dict[int, Reply] = {}
@@ -99,7 +99,7 @@ class Team:
         silence_s = silence_s or self._silence_s
         expected = set(self.members if of is None else of)
         # Of the others too: those of whom something is expected may be waiting for one of them.
-        heard, idle = dict.fromkeys(self.members, asked), Counter[int]()
+        heard, idle, looked = dict.fromkeys(self.members, asked), Counter[int](), asked
         while missing := expected - set(answers):
             for reply in self._received(self.members, silence_s / 4):
                 heard[reply.rank] = time.monotonic()
@@ -112,13 +112,16 @@ class Team:
                 elif reply.kind == "pong":
                     idle[reply.rank] = idle[reply.rank] + 1 if reply.value else 0
             now = time.monotonic()
+            if now - looked > silence_s / 2:  # this process has stood still, not they
+                heard = dict.fromkeys(heard, now)
+            looked = now
             silent = {rank for rank in heard if now - heard[rank] > silence_s}
             # Twice idle, and no answer: it has been lost on the way. Once, it may be just coming.
             silent |= {rank for rank in missing if idle[rank] > 1 and rank not in answers}
             if silent:
                 raise RankFailed(silent)
             if now - asked > deadline_s:
-                raise RankFailed(missing - set(answers))
+                raise RankFailed(() if kind == "done" else missing - set(answers))
             if now - pinged > silence_s / 4:
                 pinged = now
                 self._ping(self.members)
@@ -164,7 +167,11 @@ class Team:
         number, waiting = self._ping(self.members), set(self.members)
         until = time.monotonic() + self._silence_s
         try:
-            while waiting and (left := until - time.monotonic()) > 0:
+            left = self._silence_s
+            while waiting and left:
+                left = max(
+                    0.0, until - time.monotonic()
+                )  # once more at the end, for what has come already
                 for reply in self._received(waiting, left):
                     if reply.kind == "pong" and reply.number == number:
                         waiting.discard(reply.rank)

@@ -92,9 +92,9 @@ class Worker:
     def begin(self, setup: Any) -> None:
         """Joins the other processes of a ``setup`` (its coordinator, capacity and folder), and listens from now on."""
         self._folder = setup.folder
+        threading.Thread(target=self.listen, daemon=True).start()  # the controller may die any time
         distributed.join(setup.coordinator, self._number, setup.capacity)
         self.connections = distributed.Connections({int(setup.coordinator.rsplit(":", 1)[1])})
-        threading.Thread(target=self.listen, daemon=True).start()
 
     def reply(self, kind: str, epoch: int, number: int = 0, value: Any = None) -> None:
         """Answers the controller; a controller that is gone ends the process."""

@@ -160,7 +160,8 @@ def _baselines(plan: Plan, stand: Stand, found: Findings, say: Callable[[str], N
         both = {"elastic": stand, "frozen": other}
         found.steady = in_turns(both, plan.steps, plan.seed)
     found.orphans += other.orphans
-    say(f"elastic over frozen: {steady_overhead(found.steady):.2%} slower")
+    if found.steady:
+        say(f"elastic over frozen: {steady_overhead(found.steady):.2%} slower")
 
 
 # -- figures -----------------------------------------------------------------------------------------
@@ -173,13 +174,14 @@ def steady_overhead(steady: dict[str, list[float]]) -> float:
 
 
 def rates_after_loss(run: Run) -> list[float]:
-    """Tokens per second from ``RECOVERED_S`` after the loss of a rank on, until ranks change again."""
-    rates = []
+    """Tokens per second from ``RECOVERED_S`` after the loss of one of all ranks on, until ranks change again."""
+    rates, whole = [], max((pause.active for pause in run.pauses), default=0)
     changes = [pause for pause in run.pauses if pause.type in ("lost", "joined", "drained")]
     for pause, after in itertools.zip_longest(changes, changes[1:]):
         begin = pause.at_s + RECOVERED_S
         end = min(begin + _WINDOW_S, after.at_s if after else run.loaded_s)
-        if pause.type == "lost" and len(pause.ranks) == 1 and end - begin >= _LEAST_WINDOW_S:
+        one_is_lost = pause.type == "lost" and pause.active == whole - 1
+        if one_is_lost and end - begin >= _LEAST_WINDOW_S:
             rates.append(rate(run.times, begin, end))
     return rates
 

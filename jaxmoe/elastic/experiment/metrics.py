@@ -41,6 +41,7 @@ class Pause:
       seconds: from the last token of the whole instance before it to the first one after.
       phases: what it consisted of, in seconds: "before" from the last token to the fault, "detect" from there to its
         notice, the controller's own phases, "refill" from the end of those to the first token.
+      active: how many ranks took part then.
       everyone_s: from the notice until every request in flight had a token again: those of the lost rank are computed anew.
     """
 
@@ -49,6 +50,7 @@ class Pause:
     at_s: float
     seconds: float
     phases: dict[str, float]
+    active: int
     everyone_s: float | None
 
     def to_dict(self) -> dict[str, Any]:
@@ -90,6 +92,7 @@ def pauses_of(
                 event.at - began,
                 gap[1] - gap[0],
                 phases,
+                len(event.active),
                 _everyone(records, event.at),
             )
         )

@@ -27,7 +27,7 @@ Faults are told apart as F1 crash, F2 crash inside a step, F3 hang, F4 straggler
 recovery, F7 of the joiner, F8 of the controller, F9 partition, F10 loss of last copies, F11 corruption, F12 stale messages,
 F13 differing views, F14 faults beside admission and cancellation, F15 several at once, F16 errors in one expert,
 F17 planned changes. ``COVERS`` says which kind injects which; F8 would end the process that injects, and has its tests
-with the cluster's (``tests/elastic/test_processes.py``).
+with the cluster's (``tests/serve/test_ranks.py``).
 """
 
 import dataclasses

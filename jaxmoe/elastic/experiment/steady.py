@@ -1,7 +1,7 @@
 """What elasticity costs while nothing happens: two clusters under the same load, whose steps take turns.
 
-Turns of seconds are of no use here: on a shared machine they differ by more than what is looked for. So the clusters alternate step
-by step, and a step is compared with the next one of the other cluster, if that is of the same size.
+Turns of seconds are of no use here: on a shared machine they differ by more than what is looked for. So the clusters alternate
+step by step, and a step is compared with the next one of the other cluster, if that is of the same size.
 """
 
 import threading
@@ -90,7 +90,7 @@ def in_turns(
       skip: further ones before, which do not count.
 
     Returns:
-      By name, as long as each other: the i-th of each is of the same size; steps that are not are left out.
+      By name, as long as each other: the i-th of each is of the same size; steps that are not are left out. Empty if none are.
     """
     turns = _Turns(len(stands))
     timed = {
@@ -99,15 +99,16 @@ def in_turns(
     }
     loads = [stand.load(seed).start() for stand in stands.values()]
     for each in timed.values():
-        each.done.wait((skip + steps) * _STEP_S)
+        each.done.wait(_STEP_S + skip + steps)
     turns.end()
     for load in loads:
         load.stop(_STEP_S)
     for name, stand in stands.items():
         timed[name].remove(stand.cluster)
     found: dict[str, list[float]] = {name: [] for name in stands}
-    for row in zip(*(each.steps[skip : skip + steps] for each in timed.values()), strict=True):
+    counted = (each.steps[skip : skip + steps] for each in timed.values())
+    for row in zip(*counted, strict=False):  # one may have had a step less
         if len({size for size, _ in row}) == 1:
             for name, (_, seconds) in zip(found, row, strict=True):
                 found[name].append(seconds)
-    return found
+    return found if all(found.values()) else {}

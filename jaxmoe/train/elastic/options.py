@@ -1,6 +1,7 @@
 """How a training run is kept going while its ranks die and return."""
 
 import dataclasses
+import math
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,5 +30,7 @@ class ElasticOptions:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1; got {getattr(self, name)}.")
         for name in ("silence_s", "deadline_s", "start_s"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be > 0 seconds; got {getattr(self, name)}.")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(
+                    f"{name} must be > 0 seconds and finite; got {getattr(self, name)}."
+                )
