@@ -1,6 +1,7 @@
 """The recovery experiment's own arithmetic and words; ``test_faults`` runs it on processes."""
 
 import base64
+import dataclasses
 import json
 import re
 
@@ -150,7 +151,8 @@ def test_a_refusal_is_a_loss_where_enough_ranks_are_left():
 
 
 def _event(type_, epoch, at=1.0, seconds=0.5, min_copies=1, ranks=(1,), **phases):
-    return Event(type_, ranks, epoch, at, seconds, phases, (0,), min_copies)
+    active = (0, 1) if type_ == "joined" else (0,)
+    return Event(type_, ranks, epoch, at, seconds, phases, active, min_copies)
 
 
 def test_epochs_that_do_not_grow_and_experts_without_a_copy_are_found():
@@ -199,7 +201,13 @@ def _run(problems=()):
 
 
 def test_throughput_after_a_loss_is_measured_from_three_seconds_on_until_the_return():
-    assert rates_after_loss(_run()) == pytest.approx([50.0], rel=0.02)
+    run = _run()
+    assert rates_after_loss(run) == pytest.approx([50.0], rel=0.02)
+    second = dataclasses.replace(run.pauses[0], at_s=6.5, active=run.pauses[0].active - 1)
+    more = dataclasses.replace(run, pauses=(run.pauses[0], second, run.pauses[1]))
+    assert (
+        rates_after_loss(more) == []
+    )  # too soon another; and then fewer are left than are compared
 
 
 def test_the_report_has_the_figures_that_are_compared():

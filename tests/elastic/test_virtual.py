@@ -148,10 +148,11 @@ def test_a_joiner_that_dies_while_it_gets_its_experts_is_started_again(serving):
     _under_load(engine)
 
 
+@pytest.mark.slow
 def test_a_step_that_takes_too_long_costs_the_rank_that_does_not_come_out_of_it(make):
-    engine, cluster = make(silence_s=2.0, deadline_s=1.0)
+    engine, cluster = make(silence_s=2.0, deadline_s=5.0)
     slow, before = cluster.active[0], len(cluster.events)
-    _under_load(engine, lambda: cluster.inject(slow, Fault("step", "sleep", seconds=20.0)))
+    _under_load(engine, lambda: cluster.inject(slow, Fault("step", "sleep", seconds=40.0)))
     _whole(cluster)
     assert [e.ranks for e in cluster.events[before:] if e.type == "lost"] == [(slow,)]
 
