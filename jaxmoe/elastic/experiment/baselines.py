@@ -10,7 +10,7 @@ import numpy as np
 from jaxmoe.elastic.experiment.metrics import rate, token_times
 from jaxmoe.elastic.experiment.stand import Stand
 
-_FIRST_S = 0.5  # of a load, in which its requests are not yet in step with each other
+_FIRST_S = 3.0  # of a load: requests are not yet in step with each other, and programs for the next loss are being loaded
 _BEFORE_S = 3.0  # of load before the kill and after the restart, for the picture
 _PATIENCE_S = 60.0
 
@@ -55,19 +55,14 @@ def restart(stand: Stand, rank: int, seed: int) -> Restart:
     return Restart(float(after[0] - before[-1]), np.concatenate([before, after]) - killed)
 
 
-def throughput(stand: Stand, seed: int, seconds: float) -> float:
-    """Tokens per second under load."""
-    load = stand.load(seed).start()
-    load.first_token.wait(_PATIENCE_S)
-    began = time.monotonic() + _FIRST_S
-    time.sleep(_FIRST_S + seconds)
-    return rate(token_times(load.stop(_PATIENCE_S)), began, began + seconds)
-
-
 def without(stand: Stand, rank: int, seed: int, seconds: float) -> float:
     """Tokens per second of the others, healthy, once a rank has left as planned; it is called back afterwards."""
     stand.cluster.drain(rank).result(_PATIENCE_S)
     try:
-        return throughput(stand, seed, seconds)
+        load = stand.load(seed).start()
+        load.first_token.wait(_PATIENCE_S)
+        began = time.monotonic() + _FIRST_S
+        time.sleep(_FIRST_S + seconds)
+        return rate(token_times(load.stop(_PATIENCE_S)), began, began + seconds)
     finally:
         stand.wait_until_whole()
