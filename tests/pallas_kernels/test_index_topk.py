@@ -98,7 +98,7 @@ class TestSelection:
         hnp.arrays(
             np.float32, (3, 11), elements=st.sampled_from([-np.inf, -1.0, -0.0, 0.0, 1e-6, 2.0])
         ),
-        st.integers(1, 12),
+        st.sampled_from([1, 3, 11, 12]),  # each compiles
     )
     def test_any_pattern_of_ties(self, scores, topk):
         check_selection(scores, topk)
@@ -107,12 +107,12 @@ class TestSelection:
         hnp.arrays(
             np.float32, (2, 9), elements=st.floats(width=32, allow_nan=False, allow_subnormal=False)
         ),
-        st.integers(1, 9),
+        st.sampled_from([1, 4, 9]),
     )
     def test_any_finite_or_infinite_scores(self, scores, topk):
         check_selection(scores, topk)
 
-    @given(hnp.arrays(np.float32, (7,), elements=st.integers(-2, 2)), st.integers(1, 7))
+    @given(hnp.arrays(np.float32, (7,), elements=st.integers(-2, 2)), st.sampled_from([1, 3, 7]))
     def test_a_larger_topk_keeps_what_a_smaller_one_chose(self, scores, topk):
         smaller, larger = select_mask_jit(scores, topk), select_mask_jit(scores, topk + 1)
         assert smaller.sum() == topk and (larger | ~smaller).all()

@@ -88,12 +88,17 @@ class Injector:
             return "draining" in states or any(drain.done() for drain in self._drains)
         if after == "joined":
             return any(e.type == "joined" and wanted & set(e.ranks) for e in events)
-        return any(event.type == "lost" for event in events)
+        # What was done may have met a rank that was just being lost for something else.
+        away = len(self._cluster.active) < self._stand.options.ranks
+        return away or any(event.type == "lost" for event in events)
 
     def _can_be_done(self, injection: Injection) -> bool:
         """Whether those that it is about are there."""
         if injection.point in _ARMED or injection.kind == "resume":
             return True
+        for rank in self._cluster.status().ranks:
+            if rank.rank in injection.ranks and rank.state == "drained":
+                self._cluster.resume(rank.rank).exception()  # refused: it is on its way by now
         there = dict(self._cluster.pids)
         if injection.kind == "kill_joiner":  # it may have joined by now
             there |= self._cluster.starting_pids
