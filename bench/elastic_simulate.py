@@ -103,14 +103,11 @@ def _larger(detect_s: float, fixed_s: float, seed: int) -> list[dict]:
         slots = max(1, 512 // ranks)
         machine = Machine(ranks=ranks, slots_per_rank=slots, detect_s=detect_s, agree_s=fixed_s)
         lone = [int(np.random.default_rng(seed).integers(ranks))]
-        for lost in (lone, lost_by_node(machine, 8, seed), lost_by_node(machine, ranks // 8, seed)):
-            if len(lost) == 8 and any(
-                row["name"].startswith(f"{ranks} ranks, 8 lost") for row in rows
-            ):
-                continue  # an eighth of 64 is a node
+        for count in sorted({1, 8, ranks // 8}):  # a rank, a node, an eighth
+            lost = lone if count == 1 else lost_by_node(machine, count, seed)
             found = recover(machine, lost, "minimal", seed=seed)
             planned = _plan_seconds(machine, lost, seed)
-            name = f"{ranks} ranks, {len(lost)} lost"
+            name = f"{ranks} ranks, {count} lost"
             rows += [
                 _row(f"{name}: pause", found.pause_s + planned, "s"),
                 _row(f"{name}: of which the plan, measured", planned, "s"),

@@ -4,25 +4,17 @@ import dataclasses
 
 import pytest
 
+from bench.elastic_simulate import EEP
 from jaxmoe.elastic import CoverageLost
 from jaxmoe.elastic.simulate import Machine, largest_loss, lost_by_node, recover
 
-# Lost ranks: seconds in all; shares of in place, peer, host.
-PUBLISHED = {
-    1: (10.546, (0.0981, 0.8879, 0.0139)),
-    2: (10.920, (0.0996, 0.8711, 0.0292)),
-    4: (9.348, (0.0983, 0.8374, 0.0642)),
-    8: (5.783, (0.0784, 0.7894, 0.1323)),
-    16: (6.540, (0.0585, 0.5361, 0.4053)),
-}
 
-
-@pytest.mark.parametrize("count", PUBLISHED)
+@pytest.mark.parametrize("count", EEP)
 def test_eeps_policy_has_eeps_sources_and_times(count):
     # A few layers stand for 58, with as many bytes in all.
     whole = Machine()
     machine = dataclasses.replace(whole, layers=8, expert_bytes=whole.expert_bytes * 58 // 8)
-    seconds, shares = PUBLISHED[count]
+    seconds, shares = EEP[count]
     got = recover(machine, lost_by_node(machine, count, 0), "eep")
     assert [got.shares[kind] for kind in ("in place", "peer", "host")] == pytest.approx(
         shares, rel=0.25
