@@ -88,21 +88,23 @@ class Injector:
             return "draining" in states or any(drain.done() for drain in self._drains)
         if after == "joined":
             return any(e.type == "joined" and wanted & set(e.ranks) for e in events)
-        # What was done may have met a rank that was just being lost for something else.
-        away = len(self._cluster.active) < self._stand.options.ranks
-        return away or any(event.type == "lost" for event in events)
+        # What was done last may have met a rank that was just being lost for something else.
+        hit = set(self.done[-1][2]) if self.done else set()
+        return not hit <= set(self._cluster.active) or any(e.type == "lost" for e in events)
 
     def _can_be_done(self, injection: Injection) -> bool:
-        """Whether those that it is about are there."""
+        """Whether those that it is about are there; who has left as planned is called back for it."""
         if injection.point in _ARMED or injection.kind == "resume":
             return True
         for rank in self._cluster.status().ranks:
             if rank.rank in injection.ranks and rank.state == "drained":
                 self._cluster.resume(rank.rank).exception()  # refused: it is on its way by now
-        there = dict(self._cluster.pids)
-        if injection.kind == "kill_joiner":  # it may have joined by now
-            there |= self._cluster.starting_pids
-        return set(injection.ranks) <= set(there)
+        return set(injection.ranks) <= set(self._pids(injection.kind))
+
+    def _pids(self, kind: str) -> dict[int, int]:
+        """Processes that a kind of injection may be about; a joiner may have joined by now."""
+        joining = self._cluster.starting_pids if kind == "kill_joiner" else {}
+        return self._cluster.pids | joining
 
     # -- what --------------------------------------------------------------------------------------
 
@@ -121,8 +123,7 @@ class Injector:
         elif kind == "resume":
             self._cluster.resume(rank)
         elif kind == "kill_joiner":
-            pids = {**self._cluster.pids, **self._cluster.starting_pids}
-            _signal(pids.get(rank), signal.SIGKILL)
+            _signal(self._pids(kind).get(rank), signal.SIGKILL)
         elif kind in ("kill", "kill_holders") and point == "now":
             _signal(self._cluster.pids.get(rank), signal.SIGKILL)
         elif kind == "stop" and point == "now":
