@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 _ABORT_AGAIN_S = 0.01
 _STUCK_S = 0.1
+_ORPHANED_S = 1.0
 
 _compiles = 0  # of this process
 
@@ -118,6 +119,9 @@ class Worker:
 
     def _clear(self) -> None:
         """Removes the folder of a controller that could not do it itself, having been killed."""
+        until = time.monotonic() + _ORPHANED_S
+        while os.getppid() == self._parent and time.monotonic() < until:
+            time.sleep(0.01)  # its connections close a little before it is gone
         if os.getppid() != self._parent and self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)  # other ranks do it too
 
