@@ -1,27 +1,38 @@
 """What the machine can do at best, and how near the kernels come to it.
 
     python -m bench.kernels --op ceilings --json bench/results/kernels_ceilings.json
-    python -m bench.kernels --op grouped_matmul --dtype bfloat16 --against xla dense tokamax torch
+    python -m bench.kernels --op grouped_matmul --shape 256 8 7168 2048 --tokens 16384 --against mosaic_gpu tokamax torch
+    python -m bench.kernels --op dispatch sparse_mla sefp --against xla mosaic_gpu
 
-Times on the device, several calls queued. The grouped matmul's rows are those of --tokens tokens over random experts. "dense"
-multiplies every token by every matrix, as GPUs do so far; tokamax and torch are timed where they are installed.
+Times on the device, several calls queued. The ceilings, a large matrix product and a large copy, are measured in the same run, and
+each row says what part of its own it reaches. ``--op X --help`` lists the options of an op; each takes those that it knows. "dense"
+multiplies every token by every matrix, as GPUs do without a kernel; tokamax and torch are timed where they are installed.
 """
 
+import argparse
+import importlib
+import statistics
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from bench import _harness
-from jaxmoe.report import median_row
-from pallas_kernels import grouped_matmul
-from pallas_kernels.numerics import dot, precision_of
+from jaxmoe.report import make_report, median_row, write_report
+from pallas_kernels.numerics import dot
 
-Runs = dict[
-    str, tuple[Callable[[], Any], float, str]
-]  # what to run, its work, and that work's unit per second
+# What to run, its work, and that work's unit per second.
+Runs = dict[str, tuple[Callable[[], Any], float, str]]
+
+OPS = {
+    "grouped_matmul": "_kernels_grouped_matmul",
+    "dispatch": "_kernels_moe_dispatch",
+    "index_topk": "_kernels_index_topk",
+    "sparse_mla": "_kernels_sparse_mla",
+    "sefp": "_kernels_sefp",
+}
+_SIDES = ["xla", "ragged_dot", "native", "mosaic_gpu", "dense", "tokamax", "torch"]
 
 
 def _random(seed: int, shape: tuple[int, ...], dtype: str) -> jax.Array:
@@ -43,53 +54,6 @@ def _ceilings(size: int) -> Runs:
     return runs
 
 
-def _torch_run(x: jax.Array, w: jax.Array, sizes: np.ndarray) -> Callable[[], Any] | None:
-    import torch
-
-    if not torch.cuda.is_available() or x.dtype != jnp.bfloat16:
-        return None
-    xt, wt = (
-        torch.tensor(np.asarray(a, np.float32), dtype=torch.bfloat16, device="cuda") for a in (x, w)
-    )
-    ends = torch.tensor(np.cumsum(sizes), dtype=torch.int32, device="cuda")
-    return lambda: torch._grouped_mm(xt, wt, offs=ends)
-
-
-def _grouped(args: Any) -> Runs:
-    experts, active, inner, columns = args.shape
-    chosen = np.argsort(np.random.default_rng(args.seed).random((args.tokens, experts)), axis=-1)
-    sizes = np.bincount(chosen[:, :active].reshape(-1), minlength=experts).astype(np.int32)
-    x = _random(2, (args.tokens * active, inner), args.dtype)
-    w = _random(3, (experts, inner, columns), args.dtype)
-    flops = 2 * x.shape[0] * inner * columns / 1e12
-    groups = jnp.asarray(sizes)
-
-    def ours(name: str) -> Callable[[], Any]:
-        run = jax.jit(lambda x, w, s: grouped_matmul(x, w, s, implementation=name))
-        return lambda: run(x, w, groups)
-
-    def dense() -> Callable[[], Any]:
-        tokens, precision = x[: args.tokens], precision_of(x.dtype)
-        run = jax.jit(lambda t, w: jnp.einsum("td,edf->etf", t, w, precision=precision))
-        return lambda: run(tokens, w)
-
-    def tokamax() -> Callable[[], Any]:
-        import tokamax
-
-        run = jax.jit(tokamax.ragged_dot)
-        return lambda: run(x, w, groups)
-
-    runs: Runs = {}
-    for name in args.against:
-        if name == "torch":
-            run = _torch_run(x, w, sizes)
-        else:
-            run = {"dense": dense, "tokamax": tokamax}.get(name, lambda name=name: ours(name))()
-        if run is not None:
-            runs[f"grouped_matmul, {name}, {args.tokens} tokens"] = run, flops, "TFLOP/s"
-    return runs
-
-
 def _timed(name: str, run: Callable[[], Any], calls: int) -> Callable[[], float]:
     if ", torch" not in name:
         return _harness.device_timed(run, calls)
@@ -104,27 +68,54 @@ def _timed(name: str, run: Callable[[], Any], calls: int) -> Callable[[], float]
     return lambda: measure() / calls
 
 
-def main() -> None:
-    """Runs the bench."""
+def _rows(runs: Runs, args: argparse.Namespace, ceilings: dict[str, float]) -> list[dict]:
+    measures = {name: _timed(name, run, args.calls) for name, (run, _, _) in runs.items()}
+    rows = []
+    for name, values in _harness.interleave(measures, rounds=args.rounds).items():
+        _, work, unit = runs[name]
+        row = median_row(name, [work / s for s in values], unit)
+        if unit in ceilings:
+            row["of_ceiling"] = row["value"] / ceilings[unit]
+        rows += [row, median_row(f"{name}, time", [s * 1e6 for s in values], "us")]
+        share = f"  {row['of_ceiling']:6.1%} of ceiling" if unit in ceilings else ""
+        time = statistics.median(values) * 1e6
+        print(f"{name:60}  {row['value']:10.4g} {unit:8} {time:10.1f} us{share}", flush=True)
+    return rows
+
+
+def _options(module: Any | None) -> argparse.ArgumentParser:
     options = _harness.parser(__doc__.splitlines()[0])
-    options.add_argument("--op", choices=["ceilings", "grouped_matmul"], required=True)
+    ops = ["ceilings", *OPS]
+    options.add_argument("--op", nargs="+", choices=ops, required=True)
     options.add_argument("--size", type=int, default=8192, help="of the ceilings' matrices")
     shape = {"nargs": 4, "metavar": ("EXPERTS", "ACTIVE", "IN", "OUT")}
     options.add_argument("--shape", type=int, default=[64, 6, 1024, 1024], **shape)
     options.add_argument("--tokens", type=int, default=2048)
     options.add_argument("--calls", type=int, default=20, help="queued on an accelerator")
-    sides = ["xla", "ragged_dot", "native", "dense", "tokamax", "torch"]
-    options.add_argument("--against", nargs="+", choices=sides, default=["xla", "dense"])
+    options.add_argument("--against", nargs="+", choices=_SIDES, default=["xla", "dense"])
     _harness.add_dtype(options)
-    args = options.parse_args()
-    runs = _ceilings(args.size) if args.op == "ceilings" else _grouped(args)
-    measures = {name: _timed(name, run, args.calls) for name, (run, _, _) in runs.items()}
-    rows = []
-    for name, values in _harness.interleave(measures, rounds=args.rounds).items():
-        _, work, unit = runs[name]
-        rows.append(median_row(name, [work / s for s in values], unit))
-        rows.append(median_row(f"{name}, time", [s * 1e6 for s in values], "us"))
-    _harness.finish("kernels", rows, {}, args.json)
+    if hasattr(module, "add_arguments"):
+        module.add_arguments(options)
+    return options
+
+
+def main() -> None:
+    """Runs the bench."""
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument("--op", nargs="+", default=[])
+    chosen = [op for op in first.parse_known_args()[0].op if op in OPS]
+    modules = [importlib.import_module(f"bench.{OPS[op]}") for op in chosen]
+    if len(modules) <= 1:  # An unknown option is an error if there is nobody else to know it.
+        parsed = [_options(*modules or [None]).parse_args()]
+    else:
+        parsed = [_options(module).parse_known_args()[0] for module in modules]
+    args = parsed[0]
+    rows = _rows(_ceilings(args.size), args, {})
+    for module, own in zip(modules, parsed, strict=False):
+        ceilings = {r["unit"]: r["value"] for r in rows if own.dtype in r["name"] or "copy" in r["name"]}
+        rows += _rows(module.runs(own), own, ceilings)
+    if args.json:
+        write_report(args.json, make_report("kernels", rows, {}))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.numerics import power_of_two
+
 FORMATS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "fp8": jnp.uint8}
 TILE = 128
 _LOWEST = -13  # exponent: 2^-13 is the smallest power of two >= 1e-4
@@ -49,10 +51,10 @@ def encode(rows: jax.Array, values: int, dtype: Any) -> jax.Array:
     numbers = jnp.pad(
         numbers.astype(jnp.float32), [(0, 0)] * (rows.ndim - 1) + [(0, tiles * tile - values)]
     ).reshape(*rows.shape[:-1], tiles, tile)
-    exponent = _exponents(numbers)
-    codes = (numbers * _power_of_two(-exponent)[..., None]).astype(jnp.float8_e4m3fn)
+    exponent = scale_exponents(numbers)
+    codes = (numbers * power_of_two(-exponent)[..., None]).astype(jnp.float8_e4m3fn)
     codes = codes.reshape(*rows.shape[:-1], -1)[..., :values]
-    parts = (codes, _power_of_two(exponent), rest.astype(jnp.bfloat16))
+    parts = (codes, power_of_two(exponent), rest.astype(jnp.bfloat16))
     return jnp.concatenate([_bytes(part) for part in parts], axis=-1)
 
 
@@ -73,16 +75,12 @@ def _tiles(values: int) -> tuple[int, int]:
     return min(values, TILE), math.ceil(values / TILE)
 
 
-def _exponents(numbers: jax.Array) -> jax.Array:
+def scale_exponents(numbers: jax.Array) -> jax.Array:
     """int32 exponents of the scales of float32 tiles [..., tile], from the bits: a division may round."""
     bits = lax.bitcast_convert_type(jnp.abs(numbers).max(-1), jnp.int32)
     # 448 is 1.75 * 2^8: the exponent less 8, and one more if the mantissa is above 1.75.
     above = ((bits & 0x7FFFFF) > 0x600000).astype(jnp.int32)
     return jnp.maximum((bits >> 23) - 127 - 8 + above, _LOWEST)
-
-
-def _power_of_two(exponent: jax.Array) -> jax.Array:
-    return lax.bitcast_convert_type((exponent + 127) << 23, jnp.float32)
 
 
 def _bytes(x: jax.Array) -> jax.Array:

@@ -4,10 +4,23 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
 from pallas_kernels import _implementation, paged
-from pallas_kernels.index_topk import native, reference
+from pallas_kernels.index_topk import mosaic_gpu, mosaic_tpu, native, reference, xla
 
-_BACKENDS = {"native": native.index_topk, "xla": reference.index_topk}
-_STEP_BACKENDS = {"native": native.index_topk_step, "xla": reference.index_topk_step}
+_BACKENDS = {
+    "mosaic_gpu": mosaic_gpu.index_topk,
+    "mosaic_tpu": mosaic_tpu.index_topk,
+    "native": native.index_topk,
+    "reference": reference.index_topk,
+    "xla": xla.index_topk,
+}
+_STEP_BACKENDS = {
+    "mosaic_gpu": mosaic_gpu.index_topk_step,
+    "mosaic_tpu": mosaic_tpu.index_topk_step,
+    "native": native.index_topk_step,
+    "reference": reference.index_topk_step,
+    "xla": xla.index_topk_step,
+}
+# Nothing was ever measured on a TPU: its kernel is for those who name it.
 _PREFERENCE = {"cpu": ("native", "xla"), "gpu": ("xla",), "tpu": ("xla",)}
 
 
@@ -31,7 +44,7 @@ def index_topk(
       weights: signed head weights, all scale factors multiplied in.
       topk: how many to select; the result has min(topk, S) columns.
       visible: how many leading keys each query may see; None means causal with the last query at the last key.
-      implementation: None, "native" (C++ on CPU), "xla", or a sequence.
+      implementation: None, "mosaic_gpu" (Hopper), "mosaic_tpu", "native" (C++ on CPU), "xla", "reference", or a sequence.
 
     Returns:
       int32 positions, best first; -1 fills rows with fewer visible keys.
@@ -94,7 +107,7 @@ def index_topk_step(
       topk: how many to select, at most the capacity + O.
       pages: the sequences' pages; default page b for sequence b.
       spans: first and end of the own keys that each query sees; default 0..t of its own sequence for query t.
-      implementation: None, "native" (C++ on CPU), "xla", or a sequence.
+      implementation: None, "mosaic_gpu" (Hopper), "native" (C++ on CPU), "xla", "reference", or a sequence.
 
     Returns:
       int32 rows in ascending order: below the capacity cached ones, from there on the step's own; -1 after the last.

@@ -1,7 +1,7 @@
 """Public dispatch and combine."""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,11 +9,20 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import _implementation
-from pallas_kernels.moe_dispatch import pallas, reference
+from pallas_kernels.moe_dispatch import config, mosaic_gpu, mosaic_tpu, reference
+from pallas_kernels.moe_dispatch.payload import Encoded, Payload, payload_of
 
-_GATHER = {"xla": reference.gather_rows, "pallas": pallas.gather_rows}
-_SUM = {"xla": reference.weighted_sum, "pallas": pallas.weighted_sum}
-_PREFERENCE = {"cpu": ("xla",), "gpu": ("xla",), "tpu": ("xla",)}
+_GATHER = {
+    "xla": reference.gather_rows,
+    "mosaic_gpu": mosaic_gpu.gather_rows,
+    "mosaic_tpu": mosaic_tpu.gather_rows,
+}
+_SUM = {
+    "xla": reference.weighted_sum,
+    "mosaic_gpu": mosaic_gpu.weighted_sum,
+    "mosaic_tpu": mosaic_tpu.weighted_sum,
+}
+_PREFERENCE = {"cpu": ("xla",), "gpu": ("mosaic_gpu", "xla"), "tpu": ("xla",)}
 
 # Up to this many (token, expert) pairs, ranking by all-pairs comparison beats a sort on every backend tried.
 _PAIRWISE_LIMIT = 256
@@ -23,56 +32,84 @@ class Dispatched(NamedTuple):
     """Tokens in expert order.
 
     Attributes:
-      rows: [T*A, D]; pair (t, a) is row ``position[t, a]``. Rows after the last group belong to ids of -1.
+      rows: [T*A, D], or ``Encoded(values, scales)``; pair (t, a) is row ``position[t, a]``. Rows after the last group belong to
+        ids of -1 and are zeros.
       group_sizes: [E] int32, rows per expert.
       position: [T, A] int32, the row of each pair; -1 where the id was -1.
     """
 
-    rows: Float[Array, "R D"]
+    rows: Float[Array, "R D"] | Encoded
     group_sizes: Int[Array, " E"]
     position: Int[Array, "T A"]
 
 
-def _rank(keys: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Stable order of ``keys`` [N]: (pair index of each row, row of each pair)."""
-    n = keys.shape[0]
-    index = jnp.arange(n, dtype=jnp.int32)
+def _order(ids: jax.Array, num_experts: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Pairs [N] in stable order of their experts, -1 last: (pair of each row, row of each pair, rows per expert)."""
+    n = ids.shape[0]
+    keys = jnp.where(ids >= 0, ids, num_experts)
+    index, experts = jnp.arange(n, dtype=jnp.int32), jnp.arange(num_experts, dtype=jnp.int32)
     if n <= _PAIRWISE_LIMIT:
         before = (keys[None] < keys[:, None]) | (
             (keys[None] == keys[:, None]) & (index[None] < index[:, None])
         )
         row = before.sum(1, dtype=jnp.int32)
-        return jnp.zeros(n, jnp.int32).at[row].set(index, unique_indices=True), row
-    _, order = lax.sort((keys, index), num_keys=1, is_stable=True)
-    return order, jnp.zeros(n, jnp.int32).at[order].set(index, unique_indices=True)
+        order = jnp.zeros(n, jnp.int32).at[row].set(index, unique_indices=True)
+        return order, row, (keys[None] == experts[:, None]).sum(1, dtype=jnp.int32)
+    sorted_keys, order = _sorted(keys, num_experts)
+    row = jnp.zeros(n, jnp.int32).at[order].set(index, unique_indices=True)
+    # Unrolled: as a loop, each of its 20 comparisons would be a launch on GPU.
+    ends = jnp.searchsorted(sorted_keys, experts, side="right", method="scan_unrolled")
+    return order, row, jnp.diff(ends.astype(jnp.int32), prepend=jnp.int32(0))
 
 
-def _gather(implementation, x, index):
-    return _implementation.call("dispatch", _GATHER, _PREFERENCE, implementation, x, index)
+def _sorted(keys: jax.Array, highest: int) -> tuple[jax.Array, jax.Array]:
+    """(keys [N] from 0 to ``highest`` in order, where each came from), stable."""
+    index, bits = jnp.arange(keys.shape[0], dtype=jnp.int32), (keys.shape[0] - 1).bit_length()
+    if (highest + 1) << bits > 2**32:
+        return tuple(lax.sort((keys, index), num_keys=1, is_stable=True))
+    # Both in one word: half the bytes to sort, and no two are equal.
+    words = lax.sort(keys.astype(jnp.uint32) << bits | index.astype(jnp.uint32))
+    return (words >> bits).astype(jnp.int32), (words & jnp.uint32(2**bits - 1)).astype(jnp.int32)
+
+
+def _choose(
+    implementation: _implementation.Implementation, moved_bytes: int
+) -> _implementation.Implementation:
+    """The default for a movement of this size."""
+    return "xla" if implementation is None and moved_bytes < config.SMALL else implementation
+
+
+def _gather(implementation, x, index, target, payload):
+    chosen = _choose(implementation, index.shape[0] * x.shape[1] * x.dtype.itemsize)
+    return _implementation.call("dispatch", _GATHER, _PREFERENCE, chosen, x, index, target, payload)
 
 
 def _sum(implementation, rows, position, weights):
-    return _implementation.call(
-        "combine", _SUM, _PREFERENCE, implementation, rows, position, weights
-    )
+    chosen = _choose(implementation, position.size * rows.shape[1] * rows.dtype.itemsize)
+    return _implementation.call("combine", _SUM, _PREFERENCE, chosen, rows, position, weights)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _permute(implementation, x, pair_of_row, position):
-    del position
-    active = pair_of_row.shape[0] // max(x.shape[0], 1)
-    return _gather(
-        implementation, x, jnp.where(pair_of_row >= 0, pair_of_row // max(active, 1), -1)
-    )
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _permute(implementation, payload, x, index, target):
+    values, *scales = _gather(implementation, x, index, target, payload)
+    return Encoded(values, *scales) if scales else values
 
 
-def _permute_forward(implementation, x, pair_of_row, position):
-    return _permute(implementation, x, pair_of_row, position), position
+def _permute_forward(implementation, payload, x, index, target):
+    rows = _permute(implementation, payload, x, index, target)
+    if isinstance(rows, Encoded):
+        raise NotImplementedError(
+            "dispatch: rows with scales are forward only; dispatch without dtype, and encode behind a gradient of your own."
+        )
+    return rows, (target, jnp.zeros(0, x.dtype))
 
 
-def _permute_backward(implementation, position, d_rows):
+def _permute_backward(implementation, payload, residuals, d_rows):
+    del payload
+    target, like = residuals
     # The transpose of "copy token t to its rows" is "add token t's rows": combine with unit weights.
-    return _sum(implementation, d_rows, position, jnp.ones(position.shape, jnp.float32)), None, None
+    ones = jnp.ones(target.shape, jnp.float32)
+    return _sum(implementation, d_rows.astype(like.dtype), target, ones), None, None
 
 
 _permute.defvjp(_permute_forward, _permute_backward)
@@ -88,6 +125,9 @@ def _unpermute_forward(implementation, rows, position, weights):
 
 
 def _unpermute_backward(implementation, residuals, dy):
+    # XLA's gathers whatever the implementation: they fuse with the products that read them, and a kernel's rows would be
+    # written and read once more.
+    del implementation
     rows, position, weights = residuals
     tokens, active = position.shape
     # Scatter the pairs' indices once (cheap integers), then move rows by gathers only.
@@ -97,18 +137,10 @@ def _unpermute_backward(implementation, residuals, dy):
     row_weight = jnp.where(
         pair >= 0, weights.reshape(-1)[jnp.maximum(pair, 0)], jnp.zeros((), weights.dtype)
     )
-    d_rows = _gather(implementation, dy, jnp.where(pair >= 0, pair // active, -1))
-    d_weights = jnp.stack(
-        [
-            (
-                _gather(implementation, rows, position[:, k]).astype(jnp.float32)
-                * dy.astype(jnp.float32)
-            ).sum(-1)
-            for k in range(active)
-        ],
-        axis=1,
-    )
-    d_rows = d_rows.astype(jnp.float32) * row_weight[:, None].astype(jnp.float32)
+    d_rows = reference.gather(dy, jnp.where(pair >= 0, pair // active, -1)).astype(jnp.float32)
+    d_rows = d_rows * row_weight[:, None].astype(jnp.float32)
+    chosen = (reference.gather(rows, position[:, k]).astype(jnp.float32) for k in range(active))
+    d_weights = jnp.stack([(row * dy.astype(jnp.float32)).sum(-1) for row in chosen], axis=1)
     return d_rows.astype(rows.dtype), None, d_weights.astype(weights.dtype)
 
 
@@ -120,23 +152,26 @@ def dispatch(
     expert_ids: Int[Array, "T A"],
     num_experts: int,
     *,
+    dtype: Any | Payload | None = None,
     implementation: _implementation.Implementation = None,
 ) -> Dispatched:
     """Copies every token to one row per chosen expert, rows sorted by expert and stable in (token, choice).
 
-    Nothing is dropped and nothing is padded: there are exactly T*A rows. Differentiable in ``x``.
+    Nothing is dropped and nothing is padded: there are exactly T*A rows. Differentiable in ``x``, unless rows get scales.
 
     Args:
       x: tokens.
       expert_ids: chosen experts in [0, num_experts); -1 for no expert (padding).
       num_experts: E.
-      implementation: None, "xla", "pallas" (interpret mode off TPU), or a sequence.
+      dtype: what rows become on their way: None for x's dtype, a floating dtype, float8_e4m3fn for values with a float32 scale per
+        128 of them (the smallest power of two that is at least 1e-4 and 1/448 of the largest magnitude), or a ``Payload``.
+      implementation: None, "xla", "mosaic_gpu" (Hopper), "mosaic_tpu" (both simulated on CPU), or a sequence.
 
     Returns:
-      ``Dispatched(rows, group_sizes, position)``.
+      ``Dispatched(rows, group_sizes, position)``; with scales, rows are ``Encoded(values, scales)``.
 
     Raises:
-      ValueError: if shapes disagree.
+      ValueError: if shapes disagree, or for a dtype that is none of those.
 
     Example:
       >>> import jax.numpy as jnp
@@ -149,11 +184,12 @@ def dispatch(
             f"dispatch: x must be [T, D] and expert_ids [T, A] with one T; got {x.shape} and {expert_ids.shape}."
         )
     ids = expert_ids.reshape(-1).astype(jnp.int32)
-    pair_of_row, row_of_pair = _rank(jnp.where(ids >= 0, ids, num_experts))
-    group_sizes = jax.nn.one_hot(ids, num_experts, dtype=jnp.int32).sum(0)
-    position = jnp.where(ids >= 0, row_of_pair, -1).reshape(expert_ids.shape)
-    pair_of_row = jnp.where(jnp.arange(ids.shape[0]) < group_sizes.sum(), pair_of_row, -1)
-    return Dispatched(_permute(implementation, x, pair_of_row, position), group_sizes, position)
+    pair_of_row, row_of_pair, group_sizes = _order(ids, num_experts)
+    used = jnp.arange(ids.shape[0]) < group_sizes.sum()
+    index = jnp.where(used, pair_of_row // max(expert_ids.shape[1], 1), -1)
+    target = jnp.where(ids >= 0, row_of_pair, ~row_of_pair).reshape(expert_ids.shape)
+    rows = _permute(implementation, payload_of(dtype, x.dtype), x, index, target)
+    return Dispatched(rows, group_sizes, jnp.maximum(target, -1))
 
 
 def combine(
@@ -172,7 +208,7 @@ def combine(
       rows: e.g. the experts' outputs in the order of ``Dispatched.rows``.
       position: ``Dispatched.position``.
       weights: routing weights.
-      implementation: None, "xla", "pallas", or a sequence.
+      implementation: None, "xla", "mosaic_gpu", "mosaic_tpu", or a sequence.
 
     Returns:
       [T, D] in rows' dtype.

@@ -3,9 +3,32 @@
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.moe_dispatch.payload import Payload, encode
 
-def gather_rows(x: jax.Array, index: jax.Array) -> jax.Array:
-    """out[r] = x[index[r]]; a negative index gives a row of zeros."""
+
+def gather_rows(
+    x: jax.Array, index: jax.Array, target: jax.Array, payload: Payload | None = None
+) -> tuple[jax.Array, ...]:
+    """out[r] = x[index[r]], encoded; a negative index gives a row of zeros.
+
+    Tokens are encoded before they are copied: that reads and rounds each of them once.
+
+    Args:
+      x: [T, D].
+      index: [R] int32.
+      target: the same movement from the tokens' side, for backends that prefer it: [T, A] int32, where pair (t, a) is row
+        ``target[t, a]`` if that is not negative, and otherwise row ``~target[t, a]`` is zeros. Every row occurs once.
+      payload: what rows are stored as; None for as they are.
+
+    Returns:
+      (rows [R, D],), or (values, scales).
+    """
+    del target
+    return tuple(gather(part, index) for part in encode(x, payload))
+
+
+def gather(x: jax.Array, index: jax.Array) -> jax.Array:
+    """out[r] = x[index[r]] of one array; a negative index gives zeros."""
     rows = x.at[jnp.maximum(index, 0)].get(mode="promise_in_bounds")
     return jnp.where((index >= 0)[:, None], rows, jnp.zeros((), x.dtype))
 
@@ -18,7 +41,7 @@ def weighted_sum(rows: jax.Array, position: jax.Array, weights: jax.Array) -> ja
     """
     total = jnp.zeros((position.shape[0], rows.shape[1]), jnp.float32)
     for k in range(position.shape[1]):
-        row = gather_rows(rows, position[:, k]).astype(jnp.float32)
+        row = gather(rows, position[:, k]).astype(jnp.float32)
         weight = jnp.where(position[:, k] >= 0, weights[:, k].astype(jnp.float32), 0.0)
         total = total + weight[:, None] * row
     return total.astype(rows.dtype)

@@ -1,14 +1,23 @@
 """Public sparse latent attention."""
 
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
 from pallas_kernels import _implementation, paged
-from pallas_kernels.sparse_mla import native, reference
+from pallas_kernels.sparse_mla import gradient, mosaic_gpu, mosaic_tpu, native, reference
 
-_BACKENDS = {"native": native.sparse_mla, "xla": reference.sparse_mla}
-_STEP_BACKENDS = {"native": native.sparse_mla_step, "xla": reference.sparse_mla_step}
-_PREFERENCE = {"cpu": ("native", "xla"), "gpu": ("xla",), "tpu": ("xla",)}
+_BACKENDS = {
+    "native": native.sparse_mla,
+    "mosaic_gpu": mosaic_gpu.sparse_mla,
+    "mosaic_tpu": mosaic_tpu.sparse_mla,
+    "xla": gradient.differentiable(reference.sparse_mla),
+}
+_STEP_BACKENDS = {
+    "native": native.sparse_mla_step,
+    "mosaic_gpu": mosaic_gpu.sparse_mla_step,
+    "mosaic_tpu": mosaic_tpu.sparse_mla_step,
+    "xla": reference.sparse_mla_step,
+}
+_PREFERENCE = {"cpu": ("native", "xla"), "gpu": ("mosaic_gpu", "xla"), "tpu": ("xla",)}
 
 
 def sparse_mla(
@@ -31,7 +40,7 @@ def sparse_mla(
       indices: rows to attend to; -1 is no row. Distinct where not -1.
       scale: softmax scale (``ModelConfig.softmax_scale``).
       value_dim: length of the latent part.
-      implementation: None, "native" (C++ on CPU), "xla", or a sequence.
+      implementation: None, "native" (C++ on CPU), "mosaic_gpu" (Hopper, bfloat16), "mosaic_tpu", "xla", or a sequence.
 
     Returns:
       (out, lse): the normalised output, and the natural log of the softmax denominator in float32, so that parts over
@@ -80,7 +89,7 @@ def sparse_mla_step(
       scale: softmax scale.
       value_dim: V, the latent part of a row.
       pages: the sequences' pages; default page b for sequence b.
-      implementation: None, "native" (C++ on CPU), "xla", or a sequence.
+      implementation: None, "native" (C++ on CPU), "mosaic_gpu" (Hopper, bfloat16), "mosaic_tpu", "xla", or a sequence.
 
     Returns:
       (out, lse) as in ``sparse_mla``.
@@ -103,23 +112,3 @@ def sparse_mla_step(
         implementation,
         *(q, cached, layer, own, rows, pages, scale, value_dim),
     )
-
-
-def merge_partials(
-    parts: list[tuple[Float[Array, "*S V"], Float[Array, "*S"]]],
-) -> tuple[Float[Array, "*S V"], Float[Array, "*S"]]:
-    """Joins attention outputs over disjoint key sets by the split-softmax rule.
-
-    Args:
-      parts: (out [..., V], lse [...] float32 natural log) of each part.
-
-    Returns:
-      (out, lse) as if the softmax had run over all keys at once.
-    """
-    lse = jnp.stack([part_lse for _, part_lse in parts])
-    peak = jnp.maximum(lse.max(0), jnp.finfo(jnp.float32).min)
-    share = jnp.exp(lse - peak[None])
-    total = share.sum(0)
-    weight = share / jnp.where(total > 0, total, 1.0)[None]
-    out = sum(w[..., None] * o.astype(jnp.float32) for w, (o, _) in zip(weight, parts, strict=True))
-    return out.astype(parts[0][0].dtype), jnp.where(total > 0, jnp.log(total) + peak, -jnp.inf)

@@ -1,15 +1,11 @@
 """C++ backend for CPU: attends to the chosen rows where they lie, instead of gathering them first."""
 
-import functools
-from collections.abc import Callable
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import native, paged
-from pallas_kernels.sparse_mla import reference
+from pallas_kernels.sparse_mla import gradient, reference
 
 
 def _call(q, cached, layer, own, rows, pages, scale, value_dim):
@@ -23,33 +19,7 @@ def _call(q, cached, layer, own, rows, pages, scale, value_dim):
     return native.call("jaxmoe_sparse_mla", results, *operands, scale=np.float32(scale))
 
 
-def _with_gradient_of(oracle: Callable[..., Any]) -> Callable[..., Any]:
-    """Gives a kernel the gradient of ``oracle``, which has its signature: operands, then scale and value_dim."""
-
-    def decorate(kernel: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(kernel)
-        def op(*arguments: Any) -> tuple[jax.Array, jax.Array]:
-            operands, static = arguments[:-2], arguments[-2:]
-
-            @jax.custom_vjp
-            def run(*operands):
-                return kernel(*operands, *static)
-
-            def forward(*operands):
-                return run(*operands), operands
-
-            def backward(operands, cotangents):
-                return jax.vjp(lambda *x: oracle(*x, *static), *operands)[1](cotangents)
-
-            run.defvjp(forward, backward)
-            return run(*operands)
-
-        return op
-
-    return decorate
-
-
-@_with_gradient_of(reference.sparse_mla)
+@gradient.differentiable
 def sparse_mla(
     q: jax.Array, kv: jax.Array, indices: jax.Array, scale: float, value_dim: int
 ) -> tuple[jax.Array, jax.Array]:
@@ -58,7 +28,7 @@ def sparse_mla(
     return _call(q, kv[None], 0, none, indices, None, scale, value_dim)
 
 
-@_with_gradient_of(reference.sparse_mla_step)
+@gradient.of_oracle(reference.sparse_mla_step)
 def sparse_mla_step(
     q: jax.Array,
     cached: jax.Array,

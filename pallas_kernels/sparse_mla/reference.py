@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import cache_rows, paged
+from pallas_kernels import cache_rows
 from pallas_kernels.numerics import precision_of
+from pallas_kernels.sparse_mla import addresses, chunks
 
 
 class Part(NamedTuple):
@@ -82,12 +83,7 @@ def sparse_mla(
     q: jax.Array, kv: jax.Array, indices: jax.Array, scale: float, value_dim: int
 ) -> tuple[jax.Array, jax.Array]:
     """See ``api.sparse_mla``."""
-    rows = jax.vmap(lambda kv_b, i: kv_b.at[i].get(mode="clip"))(kv, jnp.maximum(indices, 0))
-    rows = jnp.where((indices >= 0)[..., None], rows, jnp.zeros((), rows.dtype))
-    # The values are the first entries of the rows. Whole rows are summed and the result is cut: cutting
-    # the rows would copy them all.
-    out, lse = attend(q, [Part(rows, rows, indices >= 0)], scale)
-    return out[..., :value_dim], lse
+    return _attend_rows(q, addresses.of_sequences(kv, indices), scale, value_dim)
 
 
 def sparse_mla_step(
@@ -101,23 +97,33 @@ def sparse_mla_step(
     value_dim: int,
 ) -> tuple[jax.Array, jax.Array]:
     """See ``api.sparse_mla_step``."""
-    layers, number, page_size, size = cached.shape
-    capacity = paged.capacity_of(cached, pages)
     # Address rows of the whole stacked cache, so that only the selected ones are read; the step's own rows
     # take their places in the gathered set, so that one softmax covers both.
-    past = jnp.clip(rows, 0, capacity - 1)
-    page = jax.vmap(lambda table, i: table[i])(paged.table_of(pages, q.shape[0]), past // page_size)
-    address = (layer * number + jnp.maximum(page, 0)) * page_size + past % page_size
-    flat = cached.reshape(layers * number * page_size, size)
-    kv = flat.at[address].get(mode="promise_in_bounds")
-    place = jnp.maximum(rows - capacity, 0)
-    if own.shape[0] == 1:
-        new = own[0].at[place].get(mode="clip")
-    else:
-        new = jax.vmap(lambda x, i: x.at[i].get(mode="clip"))(own, place)
-    kv = jnp.where((rows >= capacity)[..., None], new, kv)
-    kv = cache_rows.decode(kv, value_dim, q.dtype)
-    valid = rows >= 0
-    kv = jnp.where(valid[..., None], kv, jnp.zeros((), kv.dtype))
-    out, lse = attend(q, [Part(kv, kv, valid)], scale)
-    return out[..., :value_dim], lse
+    table = addresses.of_step(cached, layer, own, rows, pages)
+    return _attend_rows(q, table, scale, value_dim)
+
+
+def _attend_rows(
+    q: jax.Array, table: addresses.Rows, scale: float, value_dim: int
+) -> tuple[jax.Array, jax.Array]:
+    """Gathers and attends, as many queries at a time as ``chunks`` allows."""
+    count, columns = table.cached.shape[0], table.address.shape[1]
+
+    def body(carry: None, arrays: tuple[jax.Array, ...]) -> tuple[None, Any]:
+        q, address = arrays
+        rows = table.cached.at[jnp.clip(address, 0, count - 1)].get(mode="promise_in_bounds")
+        if table.own is not table.cached:
+            own = table.own.at[jnp.maximum(address - count, 0)].get(mode="promise_in_bounds")
+            rows = jnp.where((address >= count)[..., None], own, rows)
+        valid = address >= 0
+        rows = cache_rows.decode(rows, value_dim, q.dtype)
+        rows = jnp.where(valid[..., None], rows, jnp.zeros((), rows.dtype))
+        # The values are the first entries of the rows. Whole rows are summed and the result is cut: cutting
+        # the rows would copy them all.
+        out, lse = attend(q[:, None], [Part(rows, rows, valid[:, None])], scale)
+        return carry, (out[:, 0, :, :value_dim], lse[:, 0])
+
+    chunk = chunks.size(q.shape[0] * q.shape[1], columns * q.shape[3] * q.dtype.itemsize)
+    arrays = (q.reshape(-1, *q.shape[2:]), table.address)
+    _, (out, lse) = chunks.scan(body, None, arrays, (0, -1), chunk)
+    return out.reshape(*q.shape[:3], value_dim), lse.reshape(q.shape[:3])

@@ -1,7 +1,7 @@
-"""Portable Pallas kernels for dispatch and combine, as scalar-prefetch gathers.
+"""TPU kernels for dispatch and combine, as scalar-prefetch gathers.
 
 The index arrays are prefetched scalars that choose which row the pipeline fetches next, so that a row
-moves from memory to memory once. Written for the TPU pipeline; everywhere else it runs in interpret mode.
+moves from memory to memory once. Off TPU they run in the simulator, by name only.
 Forward only: ``api`` supplies the gradients, which are the same two movements with the roles exchanged.
 """
 
@@ -10,15 +10,19 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-
-def _interpret() -> bool:
-    if jax.default_backend() == "gpu":
-        raise NotImplementedError("the scalar-prefetch kernel is written for TPU; use 'xla' on GPU")
-    return jax.default_backend() != "tpu"
+from pallas_kernels import _pallas
+from pallas_kernels.moe_dispatch.payload import Payload, encode
 
 
-def gather_rows(x: jax.Array, index: jax.Array) -> jax.Array:
-    """out[r] = x[index[r]]; a negative index gives a row of zeros."""
+def gather_rows(
+    x: jax.Array, index: jax.Array, target: jax.Array, payload: Payload | None = None
+) -> tuple[jax.Array, ...]:
+    """out[r] = x[index[r]]; a negative index gives a row of zeros. See ``reference``."""
+    del target
+    return tuple(_gather(part, index) for part in encode(x, payload))
+
+
+def _gather(x: jax.Array, index: jax.Array) -> jax.Array:
     size = x.shape[1]
 
     def kernel(index_ref, x_ref, out_ref):
@@ -37,7 +41,7 @@ def gather_rows(x: jax.Array, index: jax.Array) -> jax.Array:
             ],
             out_specs=pl.BlockSpec((1, 1, size), lambda r, index: (r, 0, 0)),
         ),
-        interpret=_interpret(),
+        interpret=_pallas.interpret_tpu(),
         name="dispatch_gather_rows",
     )(index, x[:, None, :])
     return out[:, 0]
@@ -71,7 +75,7 @@ def weighted_sum(rows: jax.Array, position: jax.Array, weights: jax.Array) -> ja
             in_specs=[pl.BlockSpec((1, 1, size), row_index)],
             out_specs=pl.BlockSpec((1, 1, size), lambda t, k, position, weight: (t, 0, 0)),
         ),
-        interpret=_interpret(),
+        interpret=_pallas.interpret_tpu(),
         name="combine_weighted_sum",
     )(position.reshape(-1), weights.astype(jnp.float32).reshape(-1), rows[:, None, :])
     return out[:, 0].astype(rows.dtype)

@@ -1,0 +1,187 @@
+"""Index top-k of ``bench.kernels``: DeepSeek-V3.2's indexer, 64 heads of 128, in bfloat16.
+
+Prefill is one causal sequence whose last --index-queries tokens are the queries, in TFLOP/s of the pairs that see each other.
+Decode is a token per sequence over pages of 64, in GB/s of keys read once; layers of the cache take turns, so that keys come from
+memory and not from the L2 cache. "scores" and "thresholds" are the Mosaic backend's two kernels by themselves.
+"""
+
+import argparse
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import index_topk, index_topk_step
+from pallas_kernels._pallas import interpret_gpu, multiprocessors
+from pallas_kernels.index_topk import config, mosaic_gpu
+
+Runs = dict[str, tuple[Callable[[], Any], float, str]]
+BACKENDS = ("xla", "mosaic_gpu")
+HEADS, SIZE, PAGE = 64, 128, 64
+ROTATED_BYTES = 300e6  # of keys, before any is read again
+
+# Beside the heuristic's choice; timed with --index-variants.
+VARIANTS: tuple[dict[str, int], ...] = (
+    {"warpgroups": 2},
+    {"warpgroups": 4, "depth": 1},
+    {"queries": 4, "together": 4, "warpgroups": 2},
+    {"queries": 4, "together": 1},
+    {"digit": 1},
+    {"digit": 3, "chunk": 1024},
+    {"resident": 2**15},
+    {"resident": 0},
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of this op's own."""
+    parser.add_argument("--index-queries", type=int, default=4096, help="0: no prefill")
+    parser.add_argument("--index-keys", type=int, nargs="+", default=[4096, 16384, 65536])
+    parser.add_argument("--index-batches", type=int, nargs="*", default=[1, 16, 128])
+    parser.add_argument("--index-contexts", type=int, nargs="+", default=[8192, 32768, 131072])
+    parser.add_argument("--index-topk", type=int, default=2048)
+    parser.add_argument("--index-variants", action="store_true")
+
+
+def runs(args: Any) -> Runs:
+    """What to run, its work and that work's unit. Prints each program's temporary memory, and checks it first."""
+    names = [name for name in args.against if name in BACKENDS]
+    for name in names:
+        check(name)
+    done: Runs = {}
+    if args.index_queries:
+        for keys in args.index_keys:
+            done |= _prefill(args, names, keys)
+    for batch, context in itertools.product(args.index_batches, args.index_contexts):
+        done |= _decode(args, names, batch, context)
+    return done
+
+
+def check(name: str) -> None:
+    """Selections must equal the reference's where scores are exact: small whole numbers."""
+    random = np.random.default_rng(0)
+
+    def whole(*shape: int) -> jax.Array:
+        return jnp.asarray(random.integers(-2, 3, shape), jnp.bfloat16)
+
+    weights = whole(2, 13, HEADS).astype(jnp.float32)
+    operands = (whole(2, 13, HEADS, SIZE), whole(2, 5000, SIZE), weights, 2048)
+    pages = jnp.asarray(random.permutation(160).reshape(2, 80), jnp.int32)
+    lengths = jnp.asarray([5000, 77], jnp.int32)
+    step = (whole(2, 2, HEADS, SIZE), whole(1, 160, PAGE, SIZE), 0, whole(2, 2, SIZE))
+    step = (*step, weights[:, :2], lengths, 2048)
+    for op, run in {
+        "index_topk": lambda by: index_topk(*operands, implementation=by),
+        "index_topk_step": lambda by: index_topk_step(*step, pages=pages, implementation=by),
+    }.items():
+        wrong = int((run(name) != run("reference")).sum())
+        print(f"{op}, {name}: {wrong} positions differ from the reference's")
+        if wrong:
+            raise SystemExit(f"{op}, {name}: {wrong} positions differ from the reference's")
+
+
+def _random(seed: int, *shape: int) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16)
+
+
+def _compiled(name: str, f: Callable[..., Any], *operands: Any) -> Callable[..., Any]:
+    compiled = jax.jit(f).lower(*operands).compile()
+    temporary = compiled.memory_analysis().temp_size_in_bytes
+    print(f"{name}: {temporary / 2**20:.1f} MiB temporary")
+    return compiled
+
+
+def _cycled(run: Callable[..., Any], operands: list[tuple[Any, ...]]) -> Callable[[], Any]:
+    turns = itertools.cycle(operands)
+    return lambda: run(*next(turns))
+
+
+def _sides(args: Any, names: list[str], chosen: config.Config) -> dict[str, config.Config | None]:
+    """What to time: the backends, and the kernel with other sizes."""
+    sides: dict[str, config.Config | None] = dict.fromkeys(names)
+    if args.index_variants and "mosaic_gpu" in names:
+        for change in VARIANTS:
+            sides[f"mosaic_gpu {change}"] = dataclasses.replace(chosen, **change)
+    return sides
+
+
+def _prefill(args: Any, names: list[str], keys: int) -> Runs:
+    tokens = args.index_queries
+    visible = jnp.arange(keys - tokens + 1, keys + 1, dtype=jnp.int32)[None]
+    work = 2 * float(visible.sum()) * HEADS * SIZE / 1e12
+    weights = _random(9, 1, tokens, HEADS).astype(jnp.float32)
+    inputs = [
+        (_random(i, 1, tokens, HEADS, SIZE), _random(i + 4, 1, keys, SIZE), weights)
+        for i in range(4)
+    ]
+    chosen = config.chosen(1, tokens, keys, multiprocessors())
+    done: Runs = {}
+    for side, changed in _sides(args, names, chosen).items():
+        name = f"index_topk, {side}, prefill {tokens} x {keys}"
+        if changed:
+            f = functools.partial(
+                mosaic_gpu.index_topk, topk=args.index_topk, visible=visible, config=changed
+            )
+        else:
+            f = functools.partial(index_topk, topk=args.index_topk, implementation=side)
+        done[name] = _cycled(_compiled(name, f, *inputs[0]), inputs), work, "TFLOP/s"
+    if "mosaic_gpu" in names:
+        done |= _kernels(args, chosen, inputs, visible)
+    return done
+
+
+def _kernels(args: Any, sizes: config.Config, inputs: list[Any], visible: jax.Array) -> Runs:
+    """The two kernels on one tile of the last queries."""
+    q, k, weights = inputs[0]
+    tile = min(q.shape[1], max(sizes.queries, sizes.scores // k.shape[1]))
+    interpret, seen = interpret_gpu(), visible[:, -tile:]
+    width = -(-k.shape[1] // sizes.chunk) * sizes.chunk
+    zero, table = jnp.zeros(1, jnp.int32), jnp.zeros((1, 1), jnp.int32)
+
+    def scores(q: jax.Array, k: jax.Array, weights: jax.Array) -> jax.Array:
+        operands = (q[:, -tile:], k[None], zero, table, weights[:, -tile:], seen)
+        return mosaic_gpu.score_keys(*operands, width, sizes, interpret)
+
+    found = jax.jit(scores)
+    ordered = found(q, k, weights)[0]
+    search = jax.jit(lambda x: mosaic_gpu.thresholds(x, seen[0], args.index_topk, sizes, interpret))
+    pairs = float(seen.sum())
+    name = f"{tile} x {k.shape[1]}"
+    return {
+        f"scores, {name}": (_cycled(found, inputs), 2 * pairs * HEADS * SIZE / 1e12, "TFLOP/s"),
+        f"thresholds, {name}": (lambda: search(ordered), 4 * pairs / 1e9, "GB/s"),
+    }
+
+
+def _decode(args: Any, names: list[str], batch: int, context: int) -> Runs:
+    bytes_ = 2 * SIZE * batch * context
+    layers = max(1, int(-(-ROTATED_BYTES // bytes_)))
+    width = context // PAGE
+    cached = _random(0, layers, batch * width, PAGE, SIZE)
+    order = np.random.default_rng(args.seed).permutation(batch * width)
+    pages = jnp.asarray(order.reshape(batch, width), jnp.int32)
+    q, own = _random(1, batch, 1, HEADS, SIZE), _random(2, batch, 1, SIZE)
+    weights = _random(3, batch, 1, HEADS).astype(jnp.float32)
+    lengths = jnp.full(batch, context, jnp.int32)
+    chosen = config.chosen(batch, 1, context + 1, multiprocessors())
+    done: Runs = {}
+    for side, changed in _sides(args, names, chosen).items():
+        if changed and (changed.queries, changed.together) != (1, 1):
+            continue  # a decode has one query to a sequence
+        name = f"index_topk_step, {side}, decode {batch} x {context}"
+
+        def f(layer, q, cached, own, weights, side=side, changed=changed):
+            operands = (q, cached, layer, own, weights, lengths, args.index_topk)
+            if changed:
+                return mosaic_gpu.index_topk_step(*operands, pages, None, changed)
+            return index_topk_step(*operands, pages=pages, implementation=side)
+
+        operands = [(jnp.int32(i), q, cached, own, weights) for i in range(layers)]
+        run = _cycled(_compiled(name, f, *operands[0]), operands)
+        done[name] = run, bytes_ / 1e9, "GB/s"
+    return done

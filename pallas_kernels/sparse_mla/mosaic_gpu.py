@@ -1,0 +1,306 @@
+"""Hopper kernel: attention to rows that are read where they lie, by index.
+
+A block of threads has 64 heads of a query and walks over its rows 64 at a time. One warpgroup copies the chosen rows into shared
+memory (``_rows_ptx``), two rows' blocks in turn; the other two multiply. 64 heads x 512 values of float32 are more than one
+warpgroup's registers, so each sums its half of the values, and both compute all logits: 3328 clocks of the tensor cores for
+64 rows instead of 2176, but neither waits for the other, so that one's softmax runs beside the other's products.
+Rows are read from HBM once; the blocks of threads with the query's other heads run beside and find them in the L2 cache.
+"""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import _pallas, cache_rows
+from pallas_kernels.sparse_mla import _rows_ptx, addresses, gradient, reference
+from pallas_kernels.sparse_mla import config as configs
+from pallas_kernels.sparse_mla.config import BLOCK, HEADS
+from pallas_kernels.sparse_mla.merge import merge_partials
+
+_TRANSFORMS = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+_CONSUMERS = 2
+_SLOTS = 2  # blocks of rows in shared memory
+_LOWEST = -1e30  # instead of -inf, whose difference to itself is NaN
+
+
+@gradient.differentiable
+def sparse_mla(
+    q: jax.Array, kv: jax.Array, indices: jax.Array, scale: float, value_dim: int
+) -> tuple[jax.Array, jax.Array]:
+    """See ``api.sparse_mla``."""
+    interpret = _pallas.interpret_gpu()
+    rows = addresses.of_sequences(kv, indices)
+    return _over_tokens(q, rows, scale, value_dim, interpret)
+
+
+@gradient.of_oracle(reference.sparse_mla_step)
+def sparse_mla_step(
+    q: jax.Array,
+    cached: jax.Array,
+    layer: jax.Array | int,
+    own: jax.Array,
+    rows: jax.Array,
+    pages: jax.Array | None,
+    scale: float,
+    value_dim: int,
+) -> tuple[jax.Array, jax.Array]:
+    """See ``api.sparse_mla_step``."""
+    interpret = _pallas.interpret_gpu()
+    table = addresses.of_step(cached, layer, own, rows, pages)
+    return _over_tokens(q, table, scale, value_dim, interpret)
+
+
+def _over_tokens(q, rows, scale, value_dim, interpret):
+    out, lse = attend(q.reshape(-1, *q.shape[2:]), rows, scale, value_dim, interpret=interpret)
+    return out.reshape(*q.shape[:3], value_dim), lse.reshape(q.shape[:3])
+
+
+def attend(
+    q: jax.Array,
+    rows: addresses.Rows,
+    scale: float,
+    value_dim: int,
+    *,
+    config: configs.Config | None = None,
+    interpret: Any = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Attention of every query to its rows.
+
+    Args:
+      q: [Q, H, C] bfloat16.
+      rows: bfloat16, or uint8 with 512 values (``cache_rows``).
+      scale: softmax scale.
+      value_dim: V.
+      config: None for the heuristic's.
+      interpret: of ``plgpu.kernel``.
+
+    Returns:
+      out [Q, H, V] bfloat16, lse [Q, H] float32.
+
+    Raises:
+      NotImplementedError: for other types and sizes.
+    """
+    check(q, rows, value_dim)
+    queries, heads, _ = q.shape
+    columns = rows.address.shape[1]
+    head_blocks = -(-heads // HEADS)
+    if config is None:
+        config = configs.of_call(queries * head_blocks, columns, _pallas.multiprocessors())
+    splits = config.splits
+    padded = -(-columns // (splits * BLOCK)) * splits * BLOCK
+    if padded // splits > configs.MOST_COLUMNS:
+        raise NotImplementedError(
+            f"at most {configs.MOST_COLUMNS} indices of a query per split; got {columns} in {splits}"
+        )
+    address = jnp.pad(rows.address, ((0, 0), (0, padded - columns)), constant_values=-1)
+    q = jnp.pad(q, ((0, 0), (0, head_blocks * HEADS - heads), (0, 0)))
+    used = jnp.where(address >= 0, jnp.arange(1, padded + 1, dtype=jnp.int32)[None], 0).max(-1)
+    per_split = padded // splits
+    begin = jnp.arange(splits, dtype=jnp.int32)[None] * per_split
+    steps = (jnp.clip(used[:, None] - begin, 0, per_split) + BLOCK - 1) // BLOCK
+    kernel = _kernel(q, rows, splits, per_split, scale, value_dim, config, interpret)
+    out, lse = kernel(
+        q,
+        rows.cached,
+        rows.own,
+        address.reshape(queries * splits, per_split // BLOCK, BLOCK),
+        steps.reshape(-1),
+    )
+    out, lse = out[:, :, :heads], lse[:, :, :heads]
+    if splits == 1:
+        return out[0], lse[0]
+    out, lse = merge_partials([(out[i], lse[i]) for i in range(splits)])
+    return out.astype(q.dtype), lse
+
+
+def check(q: jax.Array, rows: addresses.Rows, value_dim: int) -> None:
+    """Raises NotImplementedError for what the kernel cannot do."""
+    size, table = q.shape[2], rows.cached
+    if q.dtype != jnp.bfloat16 or table.dtype not in (jnp.bfloat16, jnp.uint8):
+        raise NotImplementedError(
+            f"queries must be bfloat16, rows bfloat16 or 8-bit; got {q.dtype} and {table.dtype}"
+        )
+    if size % 64 or value_dim % 128 or value_dim > 512 or size > 576:
+        raise NotImplementedError(
+            f"rows must be at most 576 wide, a multiple of 64, with a multiple of 128 and at most 512 values; got {size} with {value_dim}"
+        )
+    if table.dtype == jnp.uint8 and value_dim != 512:
+        raise NotImplementedError(f"8-bit rows must have 512 values; got {value_dim}")
+    if table.shape[0] + rows.own.shape[0] >= 2**31:
+        raise NotImplementedError(f"rows are numbered in 32 bits; got {table.shape[0]}")
+    if 0 in q.shape or 0 in rows.address.shape or table.shape[0] == 0:
+        raise NotImplementedError(f"nothing to do; got q {q.shape}, rows {table.shape}")
+
+
+def _kernel(q, rows, splits, per_split, scale, value_dim, config, interpret):
+    """The kernel as a function of q, both tables, addresses [Q * splits, steps, BLOCK] and used steps [Q * splits]."""
+    queries, heads, size = q.shape
+    head_blocks = heads // HEADS
+    half = value_dim // _CONSUMERS
+    out_dtype = q.dtype if splits == 1 else jnp.float32
+    log2_scale = scale * math.log2(math.e)
+
+    def produce(cached, own, index, block):
+        if interpret is None:
+            _rows_ptx.copy_rows(cached, own, index, block, _TRANSFORMS, value_dim)
+        else:
+            _copy_rows_simulated(cached, own, index, block, value_dim)
+
+    def step(i, carry, q_shared, row_shared, index_shared, full, empty):
+        """One block of rows: (out [HEADS, half], peak, total [HEADS]) with it; the peak in units of log2."""
+        out, peak, total = carry
+        slot = lax.rem(i, _SLOTS)
+        plgpu.barrier_wait(full.at[slot])
+
+        logits = _logits(q_shared, row_shared.at[slot], interpret)
+        bias = jnp.where(index_shared[i] >= 0, jnp.float32(0), jnp.float32(-jnp.inf))
+        logits = logits * log2_scale + lax.broadcast_in_dim(bias, logits.shape, [1])
+        before, peak = peak, jnp.maximum(peak, logits.max(axis=1))
+        weights = jnp.exp2(logits - lax.broadcast_in_dim(peak, logits.shape, [0]))
+        share = jnp.exp2(before - peak)
+        total = total * share + weights.sum(axis=1)
+        out = out * lax.broadcast_in_dim(share, out.shape, [0])
+        weights = weights.astype(q.dtype)
+        begin = pl.multiple_of(lax.axis_index("warpgroup") * half, 64)
+
+        values = row_shared.at[slot, :, pl.ds(begin, half)]
+        out = _add_product(out, weights, values, interpret)
+        plgpu.barrier_arrive(empty.at[slot])
+        return out, peak, total
+
+    def body(q_ref, cached, own, address, steps_ref, out_ref, lse_ref, *scratch):
+        q_shared, row_shared, index_shared, q_ready, index_ready, full, empty = scratch
+        block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
+        # The blocks of a query's heads are neighbours: they read the same rows at the same time.
+        part, head = lax.div(block, head_blocks), lax.rem(block, head_blocks)
+        query, split = lax.div(part, splits), lax.rem(part, splits)
+        head_rows = pl.ds(head * HEADS, HEADS)
+        steps = steps_ref[part]
+
+        @pl.when(warpgroup == _CONSUMERS)
+        def _produce():
+            if interpret is None:
+                plgpu.set_max_registers(config.producer_registers, action="decrease")
+            plgpu.copy_gmem_to_smem(address.at[part], index_shared, index_ready)
+            plgpu.copy_gmem_to_smem(q_ref.at[query, head_rows], q_shared, q_ready)
+            plgpu.barrier_wait(index_ready)
+
+            @pl.loop(0, steps)
+            def _(i):
+                slot = lax.rem(i, _SLOTS)
+                if config.prefetch and interpret is None:
+
+                    @pl.when(i + 1 < steps)
+                    def _():
+                        _rows_ptx.prefetch_rows(cached, own, index_shared.at[i + 1])
+
+                @pl.when(i >= _SLOTS)
+                def _():
+                    plgpu.barrier_wait(empty.at[slot])
+
+                produce(cached, own, index_shared.at[i], row_shared.at[slot])
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(full.at[slot])
+
+            @pl.loop(jnp.maximum(steps - _SLOTS, 0), steps)
+            def _(i):
+                plgpu.barrier_wait(empty.at[lax.rem(i, _SLOTS)])
+
+        @pl.when(warpgroup < _CONSUMERS)
+        def _consume():
+            if interpret is None:
+                plgpu.set_max_registers(config.consumer_registers, action="increase")
+            plgpu.barrier_wait(index_ready)
+            plgpu.barrier_wait(q_ready)
+            start = (
+                jnp.zeros((HEADS, half), jnp.float32),
+                jnp.full((HEADS,), _LOWEST, jnp.float32),
+                jnp.zeros((HEADS,), jnp.float32),
+            )
+            one = functools.partial(
+                step,
+                q_shared=q_shared,
+                row_shared=row_shared,
+                index_shared=index_shared,
+                full=full,
+                empty=empty,
+            )
+            out, peak, total = lax.fori_loop(0, steps, one, start)
+            safe = jnp.where(total > 0, total, jnp.float32(1))
+            out = out * lax.broadcast_in_dim(1 / safe, out.shape, [0])
+            values = pl.ds(pl.multiple_of(warpgroup * half, 64), half)
+            out_ref[split, query, head_rows, values] = out.astype(out_dtype)
+
+            @pl.when(warpgroup == 0)
+            def _():
+                lse = peak * math.log(2) + jnp.log(safe)
+                lse_ref[split, query, head_rows] = jnp.where(total > 0, lse, -jnp.inf)
+
+    return plgpu.kernel(
+        body,
+        out_type=[
+            jax.ShapeDtypeStruct((splits, queries, heads, value_dim), out_dtype),
+            jax.ShapeDtypeStruct((splits, queries, heads), jnp.float32),
+        ],
+        scratch_types=[
+            plgpu.SMEM((HEADS, size), q.dtype, transforms=_TRANSFORMS),
+            plgpu.SMEM((_SLOTS, BLOCK, size), q.dtype, transforms=_TRANSFORMS),
+            plgpu.SMEM((per_split // BLOCK, BLOCK), jnp.int32),
+            plgpu.Barrier(),
+            plgpu.Barrier(),
+            plgpu.Barrier(num_barriers=_SLOTS),
+            plgpu.Barrier(num_arrivals=_CONSUMERS, num_barriers=_SLOTS),
+        ],
+        grid=(queries * splits * head_blocks,),
+        grid_names=("block",),
+        num_threads=_CONSUMERS + 1,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(
+            lowering_semantics=_pallas.WARPGROUP, approx_math=True
+        ),
+        interpret=interpret,
+    )
+
+
+def _logits(q, rows, interpret):
+    """``q @ rows.T``."""
+    if interpret is not None:  # JAX's simulator multiplies by no transposed reference.
+        product = (((1,), (1,)), ((), ()))
+        return lax.dot_general(q[...], rows[...], product, preferred_element_type=jnp.float32)
+
+    def multiply(logits):
+        plgpu.wgmma(logits, q, rows.T)
+        return logits[...]
+
+    return pl.run_scoped(multiply, plgpu.ACC((HEADS, BLOCK), jnp.float32))
+
+
+def _add_product(out, weights, values, interpret):
+    """``out + weights @ values``, in wgmma's accumulator."""
+    if interpret is not None:  # JAX's simulator has no accumulator that starts from a value.
+        product = jnp.dot(weights, values[...], preferred_element_type=jnp.float32)
+        return out + product
+
+    def add(accumulator):
+        plgpu.wgmma(accumulator, weights, values)
+
+    return pl.run_state(add)(plgpu.ACC.init(out))
+
+
+def _copy_rows_simulated(cached, own, index, block, values):
+    """``_rows_ptx.copy_rows`` row by row, for JAX's simulator, which has no PTX."""
+    count = cached.shape[0]
+
+    @pl.loop(0, BLOCK)
+    def _(r):
+        number = index[r]
+        old = cached[jnp.clip(number, 0, count - 1)]
+        new = own[jnp.clip(number - count, 0, own.shape[0] - 1)]
+        row = cache_rows.decode(jnp.where(number >= count, new, old), values, block.dtype)
+        block[r] = jnp.where(number >= 0, row, jnp.zeros_like(row))
