@@ -6,7 +6,8 @@
 
 Times on the device, several calls queued. The ceilings, a large matrix product and a large copy, are measured in the same run, and
 each row says what part of its own it reaches. ``--op X --help`` lists the options of an op; each takes those that it knows. "dense"
-multiplies every token by every matrix, as GPUs do without a kernel; tokamax and torch are timed where they are installed.
+multiplies every token by every matrix, as GPUs do without a kernel; "batched" does the same work as a grouped product with groups
+of equal size; tokamax and torch are timed where they are installed.
 """
 
 import argparse
@@ -32,7 +33,7 @@ OPS = {
     "sparse_mla": "_kernels_sparse_mla",
     "sefp": "_kernels_sefp",
 }
-_SIDES = ["xla", "ragged_dot", "native", "mosaic_gpu", "dense", "tokamax", "torch"]
+_SIDES = ["xla", "ragged_dot", "native", "mosaic_gpu", "dense", "batched", "tokamax", "torch"]
 
 
 def _random(seed: int, shape: tuple[int, ...], dtype: str) -> jax.Array:
@@ -112,7 +113,9 @@ def main() -> None:
     args = parsed[0]
     rows = _rows(_ceilings(args.size), args, {})
     for module, own in zip(modules, parsed, strict=False):
-        ceilings = {r["unit"]: r["value"] for r in rows if own.dtype in r["name"] or "copy" in r["name"]}
+        ceilings = {
+            r["unit"]: r["value"] for r in rows if own.dtype in r["name"] or "copy" in r["name"]
+        }
         rows += _rows(module.runs(own), own, ceilings)
     if args.json:
         write_report(args.json, make_report("kernels", rows, {}))

@@ -5,25 +5,28 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import _implementation
-from pallas_kernels.grouped_matmul import native, reference, xla
+from pallas_kernels.grouped_matmul import mosaic_gpu, mosaic_tpu, native, reference, xla
+from pallas_kernels.grouped_matmul.weights import Quantised, Weights
 
 _BACKENDS = {
     "reference": reference.grouped_matmul,
     "native": native.grouped_matmul,
+    "mosaic_gpu": mosaic_gpu.grouped_matmul,
+    "mosaic_tpu": mosaic_tpu.grouped_matmul,
     "xla": xla.grouped_matmul,
     "ragged_dot": xla.ragged_dot,
 }
 _PREFERENCE = {
     "cpu": ("native", "xla"),
-    "gpu": (
-        "xla",
-    ),  # ragged_dot there is neither exact about NaN nor faster (docs/log.md, First GPU run)
+    # ragged_dot is neither exact about NaN nor faster there (docs/log.md, First GPU run).
+    "gpu": ("mosaic_gpu", "xla"),
+    # Nothing was ever measured on a TPU: its kernel is for those who name it.
     "tpu": ("ragged_dot", "xla"),
 }
 
 
-def _check(x: jax.Array, w: jax.Array, group_sizes: jax.Array) -> None:
-    if x.ndim != 2 or w.ndim != 3 or group_sizes.ndim != 1:
+def _check(x: jax.Array, w: Weights, group_sizes: jax.Array) -> None:
+    if x.ndim != 2 or len(w.shape) != 3 or group_sizes.ndim != 1:
         raise ValueError(
             "grouped_matmul: x must be [M, K], w [G, K, N] and group_sizes [E]; got shapes "
             f"{x.shape}, {w.shape} and {group_sizes.shape}. Flatten leading dimensions of x first."
@@ -41,15 +44,17 @@ def _check(x: jax.Array, w: jax.Array, group_sizes: jax.Array) -> None:
         raise TypeError(
             f"grouped_matmul: group_sizes must be integers; got {group_sizes.dtype}. Cast to int32."
         )
-    if x.dtype != w.dtype:
+    if not isinstance(w, Quantised) and x.dtype != w.dtype:
         raise TypeError(
             f"grouped_matmul: x is {x.dtype} but w is {w.dtype}; cast one to the other's dtype."
         )
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"grouped_matmul: x must be of a floating type; got {x.dtype}. Cast it.")
 
 
 def grouped_matmul(
     x: Float[Array, "M K"],
-    w: Float[Array, "G K N"],
+    w: Weights,
     group_sizes: Int[Array, " E"],
     *,
     group_offset: Int[Array, ""] | int = 0,
@@ -58,20 +63,24 @@ def grouped_matmul(
     """Multiplies consecutive row groups of ``x`` by their own matrices.
 
     ``y[r] = x[r] @ w[group_offset + e]`` for the rows r of group e; groups are consecutive, group e has
-    ``group_sizes[e]`` rows. Rows past the last group are zero. Accumulates in float32; differentiable in x and w.
+    ``group_sizes[e]`` rows. Rows past the last group are zero. Accumulates in float32; differentiable in x, and in w if it is an
+    array: quantised weights are constants.
 
     Args:
       x: rows sorted by group.
-      w: one matrix per group, [in, out]; may hold more than the E groups in use (a rank's slice, stacked layers).
+      w: one matrix per group, [in, out]; may hold more than the E groups in use (a rank's slice, stacked layers). An array of
+        x's dtype, or quantised: ``fp8.Fp8Block`` or ``sefp.Sefp``, whose matrices become x's dtype one at a time, when used.
       group_sizes: rows per group; must sum to at most M (not checked: it is data).
       group_offset: index in ``w`` of group 0's matrix; may be traced.
-      implementation: None, "native" (C++, float32 on CPU), "xla" (block loop), "ragged_dot" (jax.lax), "reference", or a sequence of these.
+      implementation: None, "mosaic_gpu" (Hopper, 16 bits), "mosaic_tpu", "native" (C++, float32 on CPU), "xla" (block loop),
+        "ragged_dot" (jax.lax), "reference", or a sequence of these. Quantised weights are for "xla" and "reference".
 
     Returns:
       [M, N] in x's dtype.
 
     Raises:
       ValueError, TypeError: for shapes or dtypes that do not fit, naming both.
+      NotImplementedError, ExceptionGroup: if what ``implementation`` names cannot take these inputs, with the reason.
 
     Example:
       >>> import jax.numpy as jnp

@@ -5,6 +5,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import native
+from pallas_kernels.grouped_matmul import weights
+from pallas_kernels.grouped_matmul.weights import Weights
 
 
 def _rows_times_groups(x, w, group_sizes, group_offset, *, transpose: bool) -> jax.Array:
@@ -38,8 +40,9 @@ _grouped_matmul.defvjp(_forward, _backward)
 
 
 def grouped_matmul(
-    x: jax.Array, w: jax.Array, group_sizes: jax.Array, group_offset: jax.Array | int
+    x: jax.Array, w: Weights, group_sizes: jax.Array, group_offset: jax.Array | int
 ) -> jax.Array:
     """See ``api.grouped_matmul``."""
+    weights.require_array(w)
     native.require(x, w)
     return _grouped_matmul(x, w, group_sizes, jnp.asarray(group_offset, jnp.int32))

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.grouped_matmul import config
+from pallas_kernels.grouped_matmul import config, weights
+from pallas_kernels.grouped_matmul.weights import Quantised, Weights
 from pallas_kernels.numerics import dot, precision_of
 
 
@@ -59,7 +60,7 @@ def _blocks(group_sizes: jax.Array, rows: int) -> _Blocks:
 
 def _rows_times_groups(
     x: jax.Array,
-    w: jax.Array,
+    w: Weights,
     group_sizes: jax.Array,
     group_offset: jax.Array | int,
     *,
@@ -72,7 +73,7 @@ def _rows_times_groups(
     blocks = _blocks(group_sizes, x.shape[0])
 
     def body(i: jax.Array, y: jax.Array) -> jax.Array:
-        w_block = lax.dynamic_index_in_dim(w, group_offset + blocks.group[i], 0, keepdims=False)
+        w_block = weights.matrix(w, group_offset + blocks.group[i], x.dtype)
         x_block = lax.dynamic_slice_in_dim(x, blocks.start[i], blocks.size)
         y_block = dot(x_block, w_block, (1, 1 if transpose else 0)).astype(y.dtype)
         before = lax.dynamic_slice_in_dim(y, blocks.start[i], blocks.size)
@@ -114,7 +115,7 @@ def _groups_outer(
 
 @jax.custom_vjp
 def grouped_matmul(
-    x: jax.Array, w: jax.Array, group_sizes: jax.Array, group_offset: jax.Array | int
+    x: jax.Array, w: Weights, group_sizes: jax.Array, group_offset: jax.Array | int
 ) -> jax.Array:
     """See ``api.grouped_matmul``."""
     return _rows_times_groups(x, w, group_sizes, group_offset, transpose=False)
@@ -127,20 +128,22 @@ def _forward(x, w, group_sizes, group_offset):
 def _backward(residuals, dy):
     x, w, group_sizes, group_offset = residuals
     dx = _rows_times_groups(dy, w, group_sizes, group_offset, transpose=True)
-    dw = _groups_outer(x, dy, group_sizes, group_offset, w)
-    return dx, dw, None, None
+    if isinstance(w, Quantised):
+        return dx, None, None, None
+    return dx, _groups_outer(x, dy, group_sizes, group_offset, w), None, None
 
 
 grouped_matmul.defvjp(_forward, _backward)
 
 
 def ragged_dot(
-    x: jax.Array, w: jax.Array, group_sizes: jax.Array, group_offset: jax.Array | int
+    x: jax.Array, w: Weights, group_sizes: jax.Array, group_offset: jax.Array | int
 ) -> jax.Array:
     """``jax.lax.ragged_dot`` behind this op's contract.
 
     On CPU and GPU XLA multiplies every row by every group, so that NaN in a matrix reaches the rows of other groups.
     """
+    weights.require_array(w)
     w = lax.dynamic_slice_in_dim(w, group_offset, group_sizes.shape[0])
     # Rows after the last group neither reach others nor are left undefined, which ragged_dot does not promise.
     inside = (jnp.arange(x.shape[0]) < group_sizes.sum())[:, None]

@@ -21,7 +21,7 @@ _STEP_BACKENDS = {
     "xla": xla.index_topk_step,
 }
 # Nothing was ever measured on a TPU: its kernel is for those who name it.
-_PREFERENCE = {"cpu": ("native", "xla"), "gpu": ("xla",), "tpu": ("xla",)}
+_PREFERENCE = {"cpu": ("native", "xla"), "gpu": ("mosaic_gpu", "xla"), "tpu": ("xla",)}
 
 
 def index_topk(

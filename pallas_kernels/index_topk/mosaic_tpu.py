@@ -29,6 +29,9 @@ from pallas_kernels.numerics import dot, precision_of
 QUERIES = 8  # that share a reading of the keys: the height of a register
 BLOCK = 512  # keys of one product
 LANES = 128  # the width of a register
+CHUNK = (
+    BITS * LANES
+)  # scores of a query that a pass over them holds in registers: those of one register of bits
 SCORES_BYTES = 8 * 2**20  # of vector memory, half of what the smallest chips let a kernel have
 
 
@@ -82,7 +85,7 @@ def select_bits(
       interpret: of ``pallas_call``.
 
     Returns:
-      [B, T, ceil(S / 4096) 128] uint32.
+      [B, T, 128 ceil(S / 4096)] uint32.
     """
     (batch, tokens, heads, size), keys = q.shape, k.shape[1]
     tiles, padded = pl.cdiv(tokens, QUERIES), _padded(keys)
@@ -129,10 +132,10 @@ def select_bits(
         pad(weights.astype(jnp.float32)).reshape(batch, -1, 1),
         visible[..., None],
     )
-    # The kernel's words are made without moving anything across lanes: bit j of word w is position j W + w.
-    words = lax.bitcast_convert_type(words[:, :tokens], jnp.uint32)[..., None, :]
-    bit = lax.broadcasted_iota(jnp.uint32, (1, 1, BITS, 1), 2)
-    return pack(((words >> bit) & jnp.uint32(1) == 1).reshape(batch, tokens, padded))
+    # The kernel moves nothing across lanes: bit j of a chunk's word w is its position 128 j + w.
+    words = words[:, :tokens].reshape(batch, tokens, -1, 1, LANES)
+    bits = words >> lax.broadcasted_iota(jnp.int32, (1, 1, 1, BITS, 1), 3)
+    return pack((bits & 1 == 1).reshape(batch, tokens, padded))
 
 
 def _body(seen, q, k, weights, visible, words, scores, *, heads, topk):
@@ -142,22 +145,23 @@ def _body(seen, q, k, weights, visible, words, scores, *, heads, topk):
 
     @pl.when(j == 0)
     def _():
-        def clear(columns: Any, _: Any) -> None:
-            scores[:, columns] = jnp.full((QUERIES, LANES), LOWEST, jnp.int32)
+        def clear(c: jax.Array, _: None) -> None:
+            scores[:, _chunk(c)] = jnp.full((QUERIES, CHUNK), LOWEST, jnp.int32)
 
-        _each(scores.shape[1] // LANES, clear, None)
+        lax.fori_loop(0, scores.shape[1] // CHUNK, clear, None)
 
     @pl.when(j * BLOCK < here)
     def _():
-        dots = jnp.maximum(dot(q[0], k[0], (1, 1)), 0.0) * weights[0]
-        sums = dots.reshape(QUERIES, heads, BLOCK).sum(1)
+        dots = dot(q[0], k[0], (1, 1))
+        dots = jnp.where(dots < 0, 0.0, dots)  # Not a maximum: that may lose NaN, as on CPU.
+        sums = (dots * weights[0]).reshape(QUERIES, heads, BLOCK).sum(1)
         position = j * BLOCK + lax.broadcasted_iota(jnp.int32, sums.shape, 1)
         ordered = jnp.where(position < visible[0], ordered_keys(sums), LOWEST)
         scores[:, pl.ds(pl.multiple_of(j * BLOCK, BLOCK), BLOCK)] = ordered
 
     @pl.when(j == pl.num_programs(2) - 1)
     def _():
-        kth, end = _threshold(scores, pl.cdiv(here, LANES), topk)
+        kth, end = _threshold(scores, pl.cdiv(here, CHUNK), topk)
         _store_bits(scores, kth, end, words)
 
 
@@ -166,12 +170,12 @@ def _threshold(scores: Any, chunks: jax.Array, topk: int) -> tuple[jax.Array, ja
     rows, size = scores.shape
 
     def count(which: Callable[[jax.Array, jax.Array], jax.Array]) -> jax.Array:
-        def add(columns: Any, total: jax.Array) -> jax.Array:
-            position = columns.start + lax.broadcasted_iota(jnp.int32, (rows, LANES), 1)
-            return total + which(scores[:, columns], position).astype(jnp.int32)
+        def add(c: jax.Array, total: jax.Array) -> jax.Array:
+            position = c * CHUNK + lax.broadcasted_iota(jnp.int32, (rows, CHUNK), 1)
+            some = which(scores[:, _chunk(c)], position).astype(jnp.int32)
+            return total + some.sum(1, keepdims=True, dtype=jnp.int32)
 
-        total = _each(chunks, add, jnp.zeros((rows, LANES), jnp.int32))
-        return total.sum(1, keepdims=True, dtype=jnp.int32)
+        return lax.fori_loop(0, chunks, add, jnp.zeros((rows, 1), jnp.int32))
 
     def digit(i: jax.Array, kth: jax.Array) -> jax.Array:
         candidate = kth + (jnp.int32(1) << (31 - i))  # wraps: from LOWEST up
@@ -189,29 +193,23 @@ def _threshold(scores: Any, chunks: jax.Array, topk: int) -> tuple[jax.Array, ja
 
 
 def _store_bits(scores: Any, kth: jax.Array, end: jax.Array, words: Any) -> None:
-    number = words.shape[2]
+    rows, size = scores.shape
 
-    def store(columns: Any, _: Any) -> None:
-        word = jnp.zeros((scores.shape[0], LANES), jnp.int32)
+    def store(c: jax.Array, _: None) -> None:
+        x = scores[:, _chunk(c)]
+        position = c * CHUNK + lax.broadcasted_iota(jnp.int32, x.shape, 1)
+        chosen = (x > kth) | ((x == kth) & (x > LOWEST) & (position < end))
+        bits = chosen.astype(jnp.int32)
+        word = jnp.zeros((rows, LANES), jnp.int32)
         for j in range(BITS):
-            first = columns.start + j * number
-            position = first + lax.broadcasted_iota(jnp.int32, word.shape, 1)
-            x = scores[:, pl.ds(first, LANES)]
-            chosen = (x > kth) | ((x == kth) & (x > LOWEST) & (position < end))
-            word = word | (chosen.astype(jnp.int32) << j)
-        words[0, :, columns] = word
+            word = word | (bits[:, j * LANES : (j + 1) * LANES] << j)
+        words[0, :, pl.ds(pl.multiple_of(c * LANES, LANES), LANES)] = word
 
-    _each(number // LANES, store, None)
+    lax.fori_loop(0, size // CHUNK, store, None)
 
 
-def _each(chunks: jax.Array | int, body: Callable[[Any, Any], Any], carry: Any) -> Any:
-    """A loop over columns, a register's width at a time: a whole row would not fit the registers."""
-    return lax.fori_loop(
-        0,
-        chunks,
-        lambda c, carry: body(pl.ds(pl.multiple_of(c * LANES, LANES), LANES), carry),
-        carry,
-    )
+def _chunk(c: jax.Array) -> Any:
+    return pl.ds(pl.multiple_of(c * CHUNK, CHUNK), CHUNK)
 
 
 def _chosen_scores(
@@ -230,5 +228,4 @@ def _chosen_scores(
 
 
 def _padded(keys: int) -> int:
-    """To whole registers of bits."""
-    return pl.cdiv(keys, BITS * LANES) * BITS * LANES
+    return pl.cdiv(keys, CHUNK) * CHUNK

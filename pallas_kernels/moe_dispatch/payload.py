@@ -65,6 +65,17 @@ FP8 = Payload(
 )
 
 
+def _bytes(words: jax.Array) -> jax.Array:
+    """[N, W] words as [N, bytes]."""
+    return lax.bitcast_convert_type(words, jnp.uint8).reshape(words.shape[0], -1)
+
+
+def _words(values: jax.Array, dtype: Any) -> jax.Array:
+    """[..., bytes] as [..., W] words of ``dtype``."""
+    parts = values.reshape(*values.shape[:-1], -1, jnp.dtype(dtype).itemsize)
+    return lax.bitcast_convert_type(parts, dtype)
+
+
 @functools.cache
 def sefp_payload(width: int) -> Payload:
     """SEFP of 3 to 8 bits of magnitude: for each 64 numbers 8 * (width + 1) bytes, the base's before the planes', and an exponent.
@@ -74,16 +85,14 @@ def sefp_payload(width: int) -> Payload:
 
     def encode_tiles(tiles: jax.Array) -> tuple[jax.Array, jax.Array]:
         stored = sefp.encode(tiles.reshape(-1, sefp.GROUP).T, width=width)
-        base = lax.bitcast_convert_type(stored.base[0], jnp.uint8).reshape(-1, 32)
-        values = jnp.concatenate([base, *(plane[0] for plane in stored.planes)], axis=-1)
-        values = values.reshape(*tiles.shape[:-1], values.shape[-1])
+        parts = [_bytes(words[0]) for words in (stored.base, *stored.planes)]
+        values = jnp.concatenate(parts, axis=-1).reshape(*tiles.shape[:-1], -1)
         return values, stored.exponent.reshape(tiles.shape[:-1])
 
     def decode_tiles(values: jax.Array, exponents: jax.Array) -> jax.Array:
-        base, planes = jnp.split(values, [32], axis=-1)
-        base = lax.bitcast_convert_type(base.reshape(*base.shape[:-1], 8, 4), jnp.uint32)
-        planes = tuple(jnp.split(planes, width - sefp.BASE_WIDTH, axis=-1)) if width > 3 else ()
-        stored = sefp.Sefp(exponents, base, planes, sefp.GROUP)
+        base, *planes = jnp.split(values, range(32, values.shape[-1], 8), axis=-1)
+        planes = tuple(_words(plane, jnp.uint16) for plane in planes)
+        stored = sefp.Sefp(exponents, _words(base, jnp.uint32), planes, sefp.GROUP)
         return sefp.grouped(stored, jnp.float32)
 
     return Payload(sefp.GROUP, encode_tiles, decode=decode_tiles)

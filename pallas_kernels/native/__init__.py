@@ -32,6 +32,7 @@ _SYMBOLS = (
     "jaxmoe_grouped_outer",
     "jaxmoe_index_topk",
     "jaxmoe_norm",
+    "jaxmoe_sefp_matmul",
     "jaxmoe_sigmoid",
     "jaxmoe_sparse_mla",
 )

@@ -2,5 +2,6 @@
 #include "grouped_matmul.cc"
 #include "index_topk.cc"
 #include "norm.cc"
+#include "sefp.cc"
 #include "sigmoid.cc"
 #include "sparse_mla.cc"

@@ -20,20 +20,29 @@ class Config:
     """
 
     splits: int = 1
-    prefetch: bool = True
+    prefetch: bool = False
     producer_registers: int = 72
     consumer_registers: int = 216
 
 
-def of_call(blocks: int, columns: int, multiprocessors: int) -> Config:
+# As measured on an H200 (docs/kernels.md). Decoding 8-bit rows takes registers, and longer than their copy, which it can hide.
+_OF_BFLOAT16, _OF_8_BIT = (
+    Config(),
+    Config(prefetch=True, producer_registers=104, consumer_registers=200),
+)
+
+
+def of_call(blocks: int, columns: int, multiprocessors: int, *, eight_bit: bool) -> Config:
     """As many splits as multiprocessors would else stand idle, of at least two steps each.
 
     Args:
       blocks: queries times blocks of heads.
       columns: K.
       multiprocessors: of the GPU.
+      eight_bit: whether rows are stored in 8 bits.
     """
     needed = math.ceil(columns / MOST_COLUMNS)
     useful = max(1, columns // (2 * BLOCK))
     spare = max(1, multiprocessors // max(blocks, 1))
-    return Config(splits=max(needed, min(useful, spare)))
+    config = _OF_8_BIT if eight_bit else _OF_BFLOAT16
+    return dataclasses.replace(config, splits=max(needed, min(useful, spare)))

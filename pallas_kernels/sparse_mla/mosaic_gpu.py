@@ -91,7 +91,12 @@ def attend(
     columns = rows.address.shape[1]
     head_blocks = -(-heads // HEADS)
     if config is None:
-        config = configs.of_call(queries * head_blocks, columns, _pallas.multiprocessors())
+        config = configs.of_call(
+            queries * head_blocks,
+            columns,
+            _pallas.multiprocessors(),
+            eight_bit=rows.cached.dtype == jnp.uint8,
+        )
     splits = config.splits
     padded = -(-columns // (splits * BLOCK)) * splits * BLOCK
     if padded // splits > configs.MOST_COLUMNS:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from pallas_kernels import cache_rows, index_topk, index_topk_step, native
+from pallas_kernels import _pallas, cache_rows, index_topk, index_topk_step, native
 from pallas_kernels.index_topk import (
     index_scores,
     select_indices,
@@ -190,6 +190,11 @@ class Cases:
         k[:, 6:] = np.nan
         np.testing.assert_array_equal(run(q, k, weights, 4, self.implementation, visible), clean)
 
+    def test_a_visible_key_whose_score_is_nan_is_not_chosen(self, rng):
+        q, k, weights = inputs(rng)
+        k[0, 1], k[1, 7, 2] = np.nan, np.nan
+        self.check(q, k, weights, 4, np.full((2, 5), 9) - np.arange(5)[None])
+
     def test_the_selection_is_the_set_that_select_mask_gives(self, rng):
         q, k, weights = inputs(rng, keys=30)
         got = run(q, k, weights, 7, self.implementation, jnp.full((2, 5), 30, jnp.int32))
@@ -244,7 +249,29 @@ class TestNative(Cases):
 
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="refused there")
 class TestMosaicTpu(Cases):
+    """Fewer of the cases than elsewhere: in the simulator each shape takes seconds to compile."""
+
     implementation = "mosaic_tpu"
+
+    @pytest.mark.slow
+    def test_the_selection_is_the_set_that_select_mask_gives(self, rng):
+        super().test_the_selection_is_the_set_that_select_mask_gives(rng)
+
+    @pytest.mark.slow
+    def test_temporary_memory_does_not_grow_with_the_context(self):
+        super().test_temporary_memory_does_not_grow_with_the_context()
+
+    @pytest.mark.parametrize("topk", [4, 20])
+    def test_selects_the_best_visible_keys(self, topk, rng):
+        super().test_selects_the_best_visible_keys(topk, rng)
+
+    @pytest.mark.parametrize("keys", [9])
+    def test_by_default_the_last_query_sees_all_keys_and_each_earlier_one_a_key_less(
+        self, keys, rng
+    ):
+        super().test_by_default_the_last_query_sees_all_keys_and_each_earlier_one_a_key_less(
+            keys, rng
+        )
 
     @pytest.mark.parametrize("dtype", ["float32"])
     @pytest.mark.parametrize("tokens", [1])
@@ -252,11 +279,29 @@ class TestMosaicTpu(Cases):
         with pytest.raises(NotImplementedError, match="neither pages nor a step's own"):
             super().test_a_step_selects_among_scattered_pages_and_its_own_keys(dtype, tokens, rng)
 
-    @pytest.mark.parametrize("topk", [100, 600])
-    def test_several_blocks_of_keys_with_ties_across_them(self, topk, rng):
+    def test_several_blocks_of_keys_with_ties_across_them(self, rng):
         """Exactly representable numbers: many equal scores, and queries that see one block, all, or nothing."""
         q, k, weights = (np.round(x) for x in inputs(rng, batch=1, tokens=9, keys=4200, heads=2))
-        self.check(q, k, weights, topk, [[4200, 4096, 513, 512, 511, 1, 0, 90, 4199]])
+        self.check(q, k, weights, 600, [[4200, 4096, 513, 512, 511, 1, 0, 90, 4199]])
+
+
+@pytest.mark.parametrize(("tokens", "keys"), [(4096, 65536), (5, 100)])
+def test_the_tpu_kernel_lowers_at_real_sizes(tokens, keys, monkeypatch):
+    monkeypatch.setattr(_pallas, "interpret_tpu", lambda: False)
+    shapes = ((1, tokens, 64, 128), (1, keys, 128), (1, tokens, 64))
+    operands = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
+    device = jax.sharding.AbstractDevice("TPU v5p", 1, "tpu")
+    mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)
+    f = functools.partial(index_topk, topk=2048, implementation="mosaic_tpu")
+    with jax.sharding.use_abstract_mesh(mesh):
+        exported = jax.export.export(jax.jit(f), platforms=["tpu"])(*operands)
+    assert exported.out_avals[0].shape == (1, tokens, min(keys, 2048))
+
+
+def test_mosaic_tpu_refuses_more_scores_than_vector_memory_holds():
+    q, k, weights = jnp.ones((1, 1, 1, 1)), jnp.ones((1, 2**18 + 1, 1)), jnp.ones((1, 1, 1))
+    with pytest.raises(NotImplementedError, match="scores of 262144 keys; got 262145"):
+        index_topk(q, k, weights, 1, implementation="mosaic_tpu")
 
 
 def test_index_scores_equal_the_oracle(rng):

@@ -47,11 +47,11 @@ def test_the_hopper_kernel_lowers_at_real_sizes(queries, heads, columns, stored,
 
 
 def test_splits_fill_the_gpu_and_never_exceed_shared_memory():
-    assert config.of_call(256, 2048, 132).splits == 1
-    assert config.of_call(32, 2048, 132).splits == 4
-    assert config.of_call(2, 2048, 132).splits == 16
-    assert config.of_call(256, 32768, 132).splits == 16
-    assert config.of_call(2, 64, 132).splits == 1
+    assert config.of_call(256, 2048, 132, eight_bit=False).splits == 1
+    assert config.of_call(32, 2048, 132, eight_bit=False).splits == 4
+    assert config.of_call(2, 2048, 132, eight_bit=False).splits == 16
+    assert config.of_call(256, 32768, 132, eight_bit=False).splits == 16
+    assert config.of_call(2, 64, 132, eight_bit=False).splits == 1
 
 
 @pytest.mark.parametrize(

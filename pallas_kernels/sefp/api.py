@@ -1,0 +1,167 @@
+"""Public SEFP operations."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import _implementation
+from pallas_kernels.sefp import format as sefp
+from pallas_kernels.sefp import mosaic_gpu, mosaic_tpu, native, reference, xla
+
+_TRUNCATE = {
+    "reference": reference.sefp_truncate,
+    "xla": xla.sefp_truncate,
+    "mosaic_gpu": mosaic_gpu.sefp_truncate,
+    "mosaic_tpu": mosaic_tpu.sefp_truncate,
+}
+_MATMUL = {
+    "reference": reference.sefp_matmul,
+    "xla": xla.sefp_matmul,
+    "native": native.sefp_matmul,
+    "mosaic_gpu": mosaic_gpu.sefp_matmul,
+    "mosaic_tpu": mosaic_tpu.sefp_matmul,
+}
+_PREFERENCE = {
+    "cpu": ("native", "xla"),
+    # Kernels that are right but were never timed are for those who name them (docs/kernels.md).
+    "gpu": ("xla",),
+    "tpu": ("xla",),
+}
+_PREFERENCE_TRUNCATE = {"gpu": ("xla",), "tpu": ("xla",)}
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _truncate(axis, rounding, implementation, w, width):
+    return _implementation.call(
+        "sefp_truncate",
+        _TRUNCATE,
+        _PREFERENCE_TRUNCATE,
+        implementation,
+        w,
+        width,
+        axis=axis,
+        rounding=rounding,
+    )
+
+
+_truncate.defvjp(
+    lambda axis, rounding, implementation, w, width: (
+        _truncate(axis, rounding, implementation, w, width),
+        None,
+    ),
+    lambda axis, rounding, implementation, residuals, dy: (dy, None),
+)
+
+
+def sefp_truncate(
+    w: Float[Array, "..."] | sefp.Sefp,
+    width: int | Int[Array, ""],
+    *,
+    axis: int = -2,
+    rounding: str = "truncate",
+    implementation: _implementation.Implementation = None,
+) -> Float[Array, "..."] | sefp.Sefp:
+    """``w`` as SEFP has it at ``width``, in its own dtype and in one pass; exact.
+
+    The gradient passes straight through, dQ/dw = 1. NaN stays NaN and does not touch its group; infinity becomes 65504; 2^17 and
+    more saturates. Stored weights lose planes, without a copy.
+
+    Args:
+      w: weights [..., K, N], or a ``Sefp``.
+      width: 1 to 8; may be traced, so that one program serves all (then it isn't checked). Of a ``Sefp``: 3 to what it stores.
+      axis: the contracted one, along which groups of 64 lie.
+      rounding: "truncate", or "nearest" (half to even).
+      implementation: None, "xla", "mosaic_gpu" (Hopper), "mosaic_tpu", "reference", or a sequence of these.
+
+    Returns:
+      As ``w``.
+
+    Raises:
+      ValueError, TypeError: for a width, axis, rounding or dtype that doesn't fit.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> sefp_truncate(jnp.array([[0.8125], [-0.40625], [0.1]]), 3)[:, 0].tolist()
+      [0.75, -0.375, 0.0]
+    """
+    static = isinstance(width, int | np.integer)
+    if isinstance(w, sefp.Sefp):
+        if not static:
+            raise TypeError(
+                "sefp_truncate: the width of a Sefp must be a Python int; it decides what is read."
+            )
+        return w.truncate(int(width))
+    if not jnp.issubdtype(w.dtype, jnp.floating):
+        raise TypeError(f"sefp_truncate: w must be of a floating type; got {w.dtype}. Cast it.")
+    if not -w.ndim <= axis < w.ndim or w.ndim < 2:
+        raise ValueError(
+            f"sefp_truncate: axis {axis} is not one of w's of shape {w.shape}, or w isn't at least 2-D."
+        )
+    if static and not 1 <= width <= sefp.MASTER_WIDTH:
+        raise ValueError(
+            f"sefp_truncate: width must be from 1 to {sefp.MASTER_WIDTH}; got {width}."
+        )
+    sefp.check_rounding(rounding)
+    if w.size == 0:
+        return w
+    implementation = tuple(implementation) if isinstance(implementation, list) else implementation
+    return _truncate(axis % w.ndim, rounding, implementation, w, jnp.asarray(width, jnp.int32))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _matmul(implementation, x, s):
+    y = _implementation.call("sefp_matmul", _MATMUL, _PREFERENCE, implementation, x, s)
+    return y.astype(x.dtype)
+
+
+_matmul.defvjp(
+    lambda implementation, x, s: (_matmul(implementation, x, s), s),
+    lambda implementation, s, dy: (xla.sefp_matmul_transposed(dy, s).astype(dy.dtype), None),
+)
+
+
+def sefp_matmul(
+    x: Float[Array, "*batch K"],
+    s: sefp.Sefp,
+    *,
+    width: int | None = None,
+    implementation: _implementation.Implementation = None,
+) -> Float[Array, "*batch N"]:
+    """``x @ w`` for weights stored as SEFP, reading only what ``width`` needs. Sums in float32; differentiable in x.
+
+    Args:
+      x: [..., K]; leading axes are rows of one product.
+      s: weights [K, N].
+      width: 3 to the stored width; None for that one.
+      implementation: None, "xla", "native" (C++, float32 on CPU, up to 16 rows), "mosaic_gpu" (Hopper, bfloat16, up to 64 rows),
+        "mosaic_tpu", "reference", or a sequence of these.
+
+    Returns:
+      [..., N] in x's dtype.
+
+    Raises:
+      ValueError, TypeError: for shapes, a width or a dtype that doesn't fit.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> s = sefp.encode(jnp.full((64, 2), 0.75))
+      >>> sefp_matmul(jnp.ones((64,)), s, width=3).tolist()
+      [48.0, 48.0]
+    """
+    if len(s.shape) != 2:
+        raise ValueError(
+            f"sefp_matmul: s must hold [K, N]; got {s.shape}. Index, scan or vmap over leading axes."
+        )
+    if x.ndim < 1 or x.shape[-1] != s.shape[0]:
+        raise ValueError(f"sefp_matmul: x's last axis must be s's K; got {x.shape} and {s.shape}.")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"sefp_matmul: x must be of a floating type; got {x.dtype}. Cast it.")
+    s = s if width is None else s.truncate(width)
+    rows, columns = x.reshape(-1, s.shape[0]), s.shape[1]
+    if rows.size == 0 or columns == 0:
+        return jnp.zeros((*x.shape[:-1], columns), x.dtype)
+    implementation = tuple(implementation) if isinstance(implementation, list) else implementation
+    return _matmul(implementation, rows, s).reshape(*x.shape[:-1], columns)

@@ -1,0 +1,375 @@
+"""sefp_truncate and sefp_matmul: every backend against NumPy in float64 on the exactly decoded weights."""
+
+import functools
+from fractions import Fraction
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import native, sefp_matmul, sefp_truncate
+from pallas_kernels.sefp import Sefp, config, decode, encode, mosaic_gpu, operand, reference
+
+WIDTHS = range(3, 9)
+# float32 sums of K products: up to K * 2**-24 of the sum of magnitudes. bfloat16 outputs: half a unit in the last of 8 bits.
+ROUNDING = {jnp.float32: 2.0**-15, jnp.bfloat16: 2.0**-8}
+
+
+def weights(rng, inner, columns):
+    """Groups of every size: normal, tiny, huge, all zero, and one with a single large member."""
+    w = rng.standard_normal((inner, columns)) * np.exp2(rng.integers(-20, 12, columns))
+    w[:, 0] = 0
+    w[:64, -1] *= np.where(np.arange(min(64, inner)) == 5, 1e3, 1e-3)
+    return jnp.asarray(w, jnp.float32)
+
+
+@functools.partial(jax.jit, static_argnames=("width", "implementation"))
+def multiply(x, s, width, implementation):
+    return sefp_matmul(x, s, width=width, implementation=implementation)
+
+
+# name -> (rows, inner, columns)
+MATMUL_CASES = {
+    "one row": (1, 192, 256),
+    "five rows": (5, 128, 64),
+    "an inner size with a ragged tail": (2, 200, 128),
+    "less than a group": (3, 40, 128),
+    "odd columns": (2, 64, 13),
+    "more rows than a tile": (70, 64, 64),
+}
+
+
+class MatmulCases:
+    """What every backend must satisfy; a subclass names the backend and inherits all of it."""
+
+    implementation: str
+    dtype = jnp.float32
+    cases = tuple(MATMUL_CASES)
+    widths = WIDTHS
+
+    def check(self, x, s, width):
+        got = np.asarray(multiply(x, s, width, self.implementation), np.float64)
+        w = np.asarray(decode(s, width=width, dtype=jnp.float32), np.float64)
+        exact = np.asarray(x, np.float64) @ w
+        bound = np.abs(np.asarray(x, np.float64)) @ np.abs(w)
+        assert (np.abs(got - exact) <= ROUNDING[self.dtype] * bound).all()
+
+    @pytest.mark.parametrize("case", list(MATMUL_CASES))
+    def test_equals_the_product_with_the_decoded_weights(self, case, rng):
+        if case not in self.cases:
+            pytest.skip("refused by this backend, as its own tests show")
+        rows, inner, columns = MATMUL_CASES[case]
+        s = encode(weights(rng, inner, columns))
+        x = jnp.asarray(rng.standard_normal((rows, inner)), self.dtype)
+        for width in self.widths if case == self.cases[0] else self.widths[-1:]:
+            self.check(x, s, width)
+
+
+class TestReferenceMatmul(MatmulCases):
+    implementation = "reference"
+
+
+class TestXlaMatmul(MatmulCases):
+    implementation = "xla"
+
+
+@pytest.mark.skipif(not native.available(), reason="needs a CPU and a C++ compiler")
+class TestNativeMatmul(MatmulCases):
+    implementation = "native"
+    cases = tuple(c for c in MATMUL_CASES if c != "more rows than a tile")
+
+    def test_a_row_has_the_same_bits_whatever_its_company(self, rng):
+        s = encode(weights(rng, 128, 24))
+        x = jnp.asarray(rng.standard_normal((7, 128)), jnp.float32)
+        together = multiply(x, s, 8, "native")
+        alone = [multiply(x[i : i + 1], s, 8, "native")[0] for i in range(7)]
+        np.testing.assert_array_equal(together, jnp.stack(alone))
+
+    def test_refuses_many_rows_and_other_types(self, rng):
+        s = encode(weights(rng, 64, 8))
+        with pytest.raises(NotImplementedError, match="rows"):
+            sefp_matmul(jnp.ones((17, 64)), s, implementation="native")
+        with pytest.raises(NotImplementedError, match="float32"):
+            sefp_matmul(jnp.ones((1, 64), jnp.bfloat16), s, implementation="native")
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="a TPU kernel")
+class TestMosaicTpuMatmul(MatmulCases):
+    implementation = "mosaic_tpu"
+    cases = ("one row", "an inner size with a ragged tail")
+    widths = (3, 6, 8)
+
+    def test_refuses_columns_that_do_not_fill_a_register(self, rng):
+        with pytest.raises(NotImplementedError, match="N must be"):
+            sefp_matmul(jnp.ones((1, 64)), encode(jnp.ones((64, 64))), implementation="mosaic_tpu")
+
+
+@pytest.mark.skipif(jax.default_backend() == "tpu", reason="a GPU kernel")
+class TestMosaicGpuMatmul(MatmulCases):
+    implementation = "mosaic_gpu"
+    dtype = jnp.bfloat16
+    cases = ("five rows",)
+    # The simulator takes seconds for each; every width on a GPU.
+    widths = (8,) if jax.default_backend() == "cpu" else WIDTHS
+
+    def test_refuses_what_it_cannot_do(self):
+        s = encode(jnp.ones((64, 64)))
+        for x, columns, reason in (
+            (jnp.ones((1, 64)), 64, "bfloat16"),
+            (jnp.ones((65, 64), jnp.bfloat16), 64, "rows"),
+            (jnp.ones((1, 64), jnp.bfloat16), 63, "N must be"),
+        ):
+            some = jax.tree.map(lambda a, n=columns: a[:, :n], s)
+            with pytest.raises(NotImplementedError, match=reason):
+                sefp_matmul(x, some, implementation="mosaic_gpu")
+
+
+def abstract(inner, columns, width):
+    """Weights without numbers."""
+    shape, groups = jax.ShapeDtypeStruct, -(-inner // 64)
+    words = (groups, columns, 8)
+    planes = tuple(shape((groups, columns, 4), jnp.uint16) for _ in range(width - 3))
+    return Sefp(shape((groups, columns), jnp.int8), shape(words, jnp.uint32), planes, inner)
+
+
+@pytest.mark.parametrize(
+    ("rows", "inner", "columns", "width"),
+    [(1, 4096, 4096, 3), (8, 4096, 14336, 8), (64, 14336, 4096, 5)],
+)
+def test_the_gpu_product_lowers_at_the_sizes_of_real_layers(rows, inner, columns, width):
+    tiling = config.tiling(inner // 64, columns, -(-rows // 8) * 8, width - 3, 132)
+    run = functools.partial(mosaic_gpu.sefp_matmul, tiling=tiling, interpret=None)
+    x = jax.ShapeDtypeStruct((rows, inner), jnp.bfloat16)
+    jax.export.export(jax.jit(run), platforms=["cuda"])(x, abstract(inner, columns, width))
+
+
+def owners(layout, shape):
+    """[warp, lane, register, place in it]: which element of an array of this shape, counted row by row, a thread has there."""
+    a = np.arange(np.prod(shape)).reshape(shape)
+    for tile in layout.tiling.tiles:
+        first = a.ndim - len(tile)
+        split = [n for size, t in zip(a.shape[first:], tile, strict=True) for n in (size // t, t)]
+        a = a.reshape(*a.shape[:first], *split)
+        outer, inner = range(first, a.ndim, 2), range(first + 1, a.ndim, 2)
+        a = a.transpose(*range(first), *outer, *inner)
+    chosen = (*layout.warp_dims, *layout.lane_dims, layout.vector_dim)
+    vector = a.shape[layout.vector_dim]
+    a = np.moveaxis(a, chosen, (*range(len(chosen) - 1), a.ndim - 1))
+    return a.reshape(4, 32, -1, vector)
+
+
+def test_every_thread_holds_the_bits_of_the_operands_it_owes():
+    """Words and halfwords of a tile against what WGMMA wants: the simulator knows no registers."""
+    words, halfwords = (
+        owners(layout.to_mgpu(), shape)
+        for layout, shape in ((operand.WORDS, (32, 16)), (operand.HALFWORDS, (32, 8)))
+    )
+    wanted = owners(mosaic_gpu.plgpu.Layout.WGMMA.to_mgpu(), (64, 64)).reshape(4, 32, 4, 2, 2, 2)
+    order = np.asarray(operand.ordered(jnp.arange(64, dtype=jnp.float32)[None])[0])
+    for i, h, row, b in np.ndindex(4, 2, 2, 2):
+        output, column = np.divmod(wanted[:, :, i, h, row, b], 64)
+        stored_output, word = np.divmod(words[:, :, row, h], 8)
+        assert (output == stored_output).all()
+        assert (order[column] == 8 * word + 4 * b + i).all()
+        stored_output, halfword = np.divmod(halfwords[:, :, row, 0], 4)
+        assert (output == stored_output).all() and (halfword == word // 2).all()
+
+
+def test_the_factors_of_the_tensor_cores_operand_are_exact():
+    """Subnormal bfloat16 numbers times the two factors, in fractions: PTX's fma rounds once."""
+
+    def number(bits):
+        exponent, mantissa = (bits >> 7) & 255, Fraction(bits & 127, 128)
+        magnitude = (mantissa + (exponent > 0)) * Fraction(2) ** (max(exponent, 1) - 127)
+        return -magnitude if bits >> 15 else magnitude
+
+    for bits in range(128):
+        for sign in (0, 0x8000):
+            unit = Fraction(-1 if sign else 1, 128)
+            assert number(sign | bits) * number(operand.ALONE) == 2 * bits * unit
+            for last in (0, 1):
+                seven, eight = sign | bits, sign | bits | last << 7
+                sum_ = number(seven) * number(operand.SEVEN) + number(eight) * number(operand.EIGHT)
+                assert sum_ == (2 * bits + last) * unit
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_gpu_truncation_lowers_at_the_sizes_of_real_layers(dtype):
+    run = functools.partial(mosaic_gpu.sefp_truncate, axis=0, rounding="truncate", interpret=None)
+    w, width = jax.ShapeDtypeStruct((4096, 14336), dtype), jax.ShapeDtypeStruct((), jnp.int32)
+    jax.export.export(jax.jit(run), platforms=["cuda"])(w, width)
+
+
+@pytest.mark.parametrize("groups", [1, 3, 64, 224])
+@pytest.mark.parametrize("columns", [64, 4096, 14336, 129280])
+@pytest.mark.parametrize("rows", [8, 64])
+def test_a_tiling_covers_every_group_and_fits_shared_memory(groups, columns, rows):
+    for planes in (0, 5):
+        t = config.tiling(groups, columns, rows, planes, 132)
+        assert columns % (64 * t.warpgroups) == 0
+        assert groups % (t.splits * t.groups) == 0
+        assert 1 <= t.stages <= groups // (t.splits * t.groups)
+        slot = t.groups * (64 * t.warpgroups * (33 + 8 * planes) + 128 * rows)
+        assert t.stages * slot <= 200 * 1024
+
+
+def test_the_default_takes_what_fits_and_names_never_fall_back(rng):
+    s = encode(weights(rng, 64, 8))
+    for rows in (1, 40):
+        x = jnp.asarray(rng.standard_normal((rows, 64)), jnp.float32)
+        expected = reference.sefp_matmul(x, s)
+        np.testing.assert_allclose(sefp_matmul(x, s), expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ExceptionGroup, match="every implementation refused"):
+        sefp_matmul(x, s, implementation=("native", "mosaic_gpu"))
+
+
+def test_leading_axes_and_stacked_weights(rng):
+    w = jnp.asarray(rng.standard_normal((3, 64, 8)), jnp.float32)
+    x = jnp.asarray(rng.standard_normal((3, 2, 5, 64)), jnp.float32)
+    s = encode(w)
+    with pytest.raises(ValueError, match="leading axes"):
+        sefp_matmul(x, s)
+    run = functools.partial(sefp_matmul, width=5, implementation="xla")
+    expected = jnp.einsum(
+        "lbtk,lkn->lbtn", x, decode(s, width=5, dtype=jnp.float32), precision="highest"
+    )
+    np.testing.assert_allclose(jax.vmap(run)(x, s), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_gradient_in_x_is_that_of_the_decoded_product(rng):
+    s = encode(weights(rng, 100, 12))
+    x = jnp.asarray(rng.standard_normal((2, 100)), jnp.float32)
+    dy = jnp.asarray(rng.standard_normal((2, 12)), jnp.float32)
+    _, pullback = jax.vjp(lambda x: sefp_matmul(x, s, width=4), x)
+    expected = dy @ decode(s, width=4, dtype=jnp.float32).T
+    np.testing.assert_allclose(pullback(dy)[0], expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.misuse
+def test_shapes_widths_and_types_are_checked():
+    s = encode(jnp.ones((64, 8)), width=5)
+    with pytest.raises(ValueError, match="last axis"):
+        sefp_matmul(jnp.ones((1, 63)), s)
+    with pytest.raises(ValueError, match="width must be"):
+        sefp_matmul(jnp.ones((1, 64)), s, width=6)
+    with pytest.raises(TypeError, match="floating"):
+        sefp_matmul(jnp.ones((1, 64), jnp.int32), s)
+    for width in (0, 9):
+        with pytest.raises(ValueError, match="width must be"):
+            sefp_truncate(jnp.ones((64, 8)), width)
+    with pytest.raises(ValueError, match="axis"):
+        sefp_truncate(jnp.ones((64, 8)), 3, axis=2)
+    with pytest.raises(ValueError, match="rounding"):
+        sefp_truncate(jnp.ones((64, 8)), 3, rounding="up")
+    with pytest.raises(TypeError, match="floating"):
+        sefp_truncate(jnp.ones((64, 8), jnp.int32), 3)
+    with pytest.raises(TypeError, match="Python int"):
+        sefp_truncate(s, jnp.int32(3))
+
+
+@functools.partial(jax.jit, static_argnames=("axis", "rounding", "implementation"))
+def truncated(w, width, axis=-2, rounding="truncate", implementation=None):
+    return sefp_truncate(w, width, axis=axis, rounding=rounding, implementation=implementation)
+
+
+class TruncateCases:
+    """What every backend must satisfy."""
+
+    implementation: str
+    dtypes = (jnp.float32, jnp.bfloat16, jnp.float16)
+    shape = (128, 256)
+    widths = (1, 3, 8)
+
+    def test_equals_encoding_and_decoding_bit_for_bit_with_one_program_for_all_widths(self, rng):
+        for dtype in self.dtypes:
+            w = jnp.clip(weights(rng, *self.shape), -65504, 65504).astype(dtype)
+            before = truncated._cache_size()
+            for width in self.widths:
+                got = np.asarray(truncated(w, width, implementation=self.implementation))
+                if width < 3:
+                    expected = np.asarray(
+                        reference.sefp_truncate(w, width, axis=0, rounding="truncate")
+                    )
+                else:
+                    expected = np.asarray(decode(encode(w), width=width, dtype=dtype))
+                assert got.dtype == dtype
+                np.testing.assert_array_equal(got, expected)
+                assert not np.signbit(got[got == 0]).any()
+            assert truncated._cache_size() - before == 1
+
+    def test_nan_stays_and_touches_nothing_else(self, rng):
+        w = weights(rng, *self.shape)
+        broken = w.at[5, 7].set(jnp.nan).at[70, 9].set(jnp.inf).at[3, 11].set(3e38)
+        got = np.asarray(truncated(broken, 4, implementation=self.implementation))
+        clean = np.asarray(truncated(w.at[5, 7].set(0), 4, implementation=self.implementation))
+        assert np.isnan(got[5, 7]) and np.isnan(got).sum() == 1
+        same = np.ones(w.shape, bool)
+        same[5, 7] = same[64:, 9] = same[:64, 11] = False
+        np.testing.assert_array_equal(got[same], clean[same])
+        assert (
+            got[70, 9] == 61440 and got[3, 11] == 15 * 2**13
+        )  # 65504 and saturation, at four bits
+
+
+class TestReferenceTruncate(TruncateCases):
+    implementation = "reference"
+
+
+class TestXlaTruncate(TruncateCases):
+    implementation = "xla"
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="a TPU kernel")
+class TestMosaicTpuTruncate(TruncateCases):
+    implementation = "mosaic_tpu"
+    dtypes = (jnp.float32, jnp.bfloat16)
+
+
+@pytest.mark.skipif(jax.default_backend() == "tpu", reason="a GPU kernel")
+class TestMosaicGpuTruncate(TruncateCases):
+    implementation = "mosaic_gpu"
+    dtypes = (jnp.float32, jnp.bfloat16)
+
+    def test_refuses_what_it_cannot_do(self):
+        run = functools.partial(sefp_truncate, width=3, implementation="mosaic_gpu")
+        for w, options, reason in (
+            (jnp.ones((64, 128)), {"axis": 1}, "last axis but one"),
+            (jnp.ones((64, 128)), {"rounding": "nearest"}, "cuts off"),
+            (jnp.ones((64, 100)), {}, "multiple of"),
+            (jnp.ones((64, 256), jnp.float16), {}, "float32 or bfloat16"),
+        ):
+            with pytest.raises(NotImplementedError, match=reason):
+                run(w, **options)
+
+
+def test_truncation_works_along_any_axis_with_ragged_groups_and_batches(rng):
+    w = jnp.asarray(rng.standard_normal((2, 70, 5)), jnp.float32)
+    expected = decode(encode(w), width=4, dtype=jnp.float32)
+    np.testing.assert_array_equal(truncated(w, 4), expected)
+    turned = truncated(jnp.swapaxes(w, 1, 2), 4, axis=-1)
+    np.testing.assert_array_equal(jnp.swapaxes(turned, 1, 2), expected)
+    nearest = decode(encode(w, width=4, rounding="nearest"), dtype=jnp.float32)
+    np.testing.assert_array_equal(truncated(w, 4, rounding="nearest"), nearest)
+
+
+def test_truncating_stored_weights_drops_planes():
+    s = encode(jnp.ones((64, 2)))
+    assert sefp_truncate(s, 4).width == 4
+
+
+def test_the_gradient_of_truncation_passes_straight_through(rng):
+    w, c = (jnp.asarray(rng.standard_normal((64, 3)), jnp.float32) for _ in range(2))
+    for width in (3, 8):
+        gradient = jax.grad(lambda w, m=width: (c * sefp_truncate(w, m)).sum())(w)
+        np.testing.assert_array_equal(gradient, c)
+
+
+def test_the_error_of_a_product_is_within_the_specifications_bound(rng):
+    w = jnp.asarray(rng.standard_normal((128, 6)), jnp.float32)
+    x = jnp.asarray(rng.standard_normal((1, 128)), jnp.float32)
+    s, exact = encode(w), np.asarray(x, np.float64) @ np.asarray(w, np.float64)
+    across = np.abs(np.asarray(x)).reshape(2, 64).sum(1)
+    for width in WIDTHS:
+        bound = (np.exp2(np.asarray(s.exponent, np.float64) - width) * across[:, None]).sum(0)
+        assert (np.abs(np.asarray(sefp_matmul(x, s, width=width)) - exact) <= bound).all()
