@@ -90,7 +90,7 @@ def sefp_payload(width: int) -> Payload:
         return values, stored.exponent.reshape(tiles.shape[:-1])
 
     def decode_tiles(values: jax.Array, exponents: jax.Array) -> jax.Array:
-        base, *planes = jnp.split(values, range(32, values.shape[-1], 8), axis=-1)
+        base, *planes = jnp.split(values, list(range(32, values.shape[-1], 8)), axis=-1)
         planes = tuple(_words(plane, jnp.uint16) for plane in planes)
         stored = sefp.Sefp(exponents, _words(base, jnp.uint32), planes, sefp.GROUP)
         return sefp.grouped(stored, jnp.float32)

@@ -171,7 +171,13 @@ def test_cross_entropy_is_the_log_of_the_softmax():
     np.testing.assert_allclose(cross_entropy(logits, targets), expected[..., 0], rtol=1e-5)
 
 
-@pytest.mark.parametrize("shape", [{"data": 2, "expert": 2}, {"data": 3}])  # 3 do not divide 4
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"data": 2, "expert": 2},
+        pytest.param({"data": 3}, marks=pytest.mark.slow),  # 3 do not divide 4
+    ],
+)
 def test_a_mesh_gives_the_losses_of_one_device(devices, shape):
     options = with_options(steps=3)
     mesh = make_mesh(**shape, devices=devices[: math.prod(shape.values())])
