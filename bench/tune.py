@@ -77,9 +77,8 @@ def _time(args: Any, case: Any, product: str, call: Callable[..., Any]) -> float
 def _keep(op: str, key: str, settings: dict[str, Any]) -> None:
     path = _tuned.path_of(op)
     table = json.loads(path.read_text()) if path.exists() else {}
-    entry = table.setdefault(jax.devices()[0].device_kind, {"settings": {}})
-    entry |= {"date": datetime.date.today().isoformat(), "jax": jax.__version__}
-    entry["settings"][key] = settings
+    when = {"date": datetime.date.today().isoformat(), "jax": jax.__version__}
+    table.setdefault(jax.devices()[0].device_kind, {})[key] = when | {"settings": settings}
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
 
@@ -100,7 +99,7 @@ def main() -> None:
         for settings, (case, product, call) in candidates:
             try:
                 seconds = _time(args, case, product, call)
-            except Exception as error:  # noqa: BLE001 - a setting that doesn't compile is no reason to stop
+            except Exception as error:  # A setting that doesn't compile is no reason to stop.
                 print(f"{key} {settings}: {type(error).__name__}: {str(error)[:200]}", flush=True)
                 continue
             print(

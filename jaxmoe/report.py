@@ -93,13 +93,14 @@ def make_report(
 
 
 def median_row(name: str, values: Sequence[float], unit: str, **more: Any) -> dict[str, Any]:
-    """A row of repeated measurements: the median, with the extremes and the number of rounds."""
+    """A row of repeated measurements: the median, with the extremes and the number of rounds. Of rates ("/s") more is better."""
+    best, worst = (max, min) if unit.endswith("/s") else (min, max)
     return {
         "name": name,
         "value": statistics.median(values),
         "unit": unit,
-        "best": min(values),
-        "worst": max(values),
+        "best": best(values),
+        "worst": worst(values),
         "rounds": len(values),
         **more,
     }

@@ -1,6 +1,6 @@
 """Measured kernel settings: ``tuned/<op>.json``, written by ``bench/tune.py``.
 
-    {"NVIDIA H200": {"date": "2026-11-26", "jax": "0.11.2", "settings": {KEY: {...}}}}
+    {"NVIDIA H200": {KEY: {"date": "2026-11-26", "jax": "0.11.2", "settings": {...}}}}
 
 A key names a class of shapes and is made by the op's ``config.py``, which has a heuristic for what is not in the table.
 """
@@ -27,7 +27,7 @@ def _settings(op: str, device_kind: str) -> dict[str, dict[str, Any]]:
     path = path_of(op)
     if not path.exists():
         return {}
-    return json.loads(path.read_text()).get(device_kind, {}).get("settings", {})
+    return json.loads(path.read_text()).get(device_kind, {})
 
 
 @functools.cache
@@ -40,7 +40,7 @@ def _say_missing(op: str, device_kind: str, key: str) -> None:
 def lookup(op: str, key: str) -> dict[str, Any] | None:
     """What was measured best for ``key`` on this kind of device; None, and a line in the log once, where nothing was."""
     device = jax.devices()[0]
-    found = _settings(op, device.device_kind).get(key)
+    found = _settings(op, device.device_kind).get(key, {}).get("settings")
     if found is None and device.platform != "cpu":
         _say_missing(op, device.device_kind, key)
     return found

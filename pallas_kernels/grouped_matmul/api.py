@@ -25,7 +25,9 @@ _PREFERENCE = {
 }
 
 
-def _check(x: jax.Array, w: Weights, group_sizes: jax.Array) -> None:
+def _check(
+    x: jax.Array, w: Weights, group_sizes: jax.Array, group_offset: jax.Array | int
+) -> None:
     if x.ndim != 2 or len(w.shape) != 3 or group_sizes.ndim != 1:
         raise ValueError(
             "grouped_matmul: x must be [M, K], w [G, K, N] and group_sizes [E]; got shapes "
@@ -39,6 +41,12 @@ def _check(x: jax.Array, w: Weights, group_sizes: jax.Array) -> None:
         raise ValueError(
             f"grouped_matmul: group_sizes has {group_sizes.shape[0]} groups but w holds {w.shape[0]} matrices; "
             "pass one size per matrix used."
+        )
+    last = w.shape[0] - group_sizes.shape[0]
+    if isinstance(group_offset, int) and not 0 <= group_offset <= last:
+        raise ValueError(
+            f"grouped_matmul: group_offset must be from 0 to {last}, so that w's {w.shape[0]} matrices hold "
+            f"{group_sizes.shape[0]} groups from there on; got {group_offset}."
         )
     if not jnp.issubdtype(group_sizes.dtype, jnp.integer):
         raise TypeError(
@@ -88,7 +96,7 @@ def grouped_matmul(
       >>> grouped_matmul(x, w, jnp.array([1, 2])).tolist()
       [[1.0, 1.0], [2.0, 2.0], [2.0, 2.0]]
     """
-    _check(x, w, group_sizes)
+    _check(x, w, group_sizes, group_offset)
     return _implementation.call(
         "grouped_matmul",
         _BACKENDS,

@@ -248,8 +248,10 @@ def _tilings(x: _Shaped, w: _Shaped, groups: int) -> tuple[Tiling, Tiling, Tilin
             f"w's K and N must be multiples of {STEP}; got {inner} and {columns}"
         )
     rows = x.shape[0]
-    if rows == 0:
-        raise NotImplementedError("there are no rows")
+    if 0 in (rows, groups, inner, columns):
+        raise NotImplementedError(
+            f"nothing to do; got {groups} groups, x {x.shape} and w {w.shape}"
+        )
     return (
         config.rows_tiling(rows, groups, inner, columns),
         config.rows_tiling(rows, groups, columns, inner, "rows transposed"),

@@ -153,7 +153,7 @@ def _backward(interpret, residuals, dy):
     x, w, group_sizes, group_offset = residuals
     where = (group_sizes, group_offset)
     dx = rows_times_groups(dy, w, *where, transpose=True, interpret=interpret)
-    return dx, xla._groups_outer(x, dy, *where, w), None, None
+    return dx, xla.groups_outer(x, dy, *where, w), None, None
 
 
 _grouped_matmul.defvjp(_forward, _backward)

@@ -68,8 +68,8 @@ def _rows_times_groups(
 ) -> jax.Array:
     """y[r] = x[r] @ w[group of r] (or its transpose); rows past the last group are zero."""
     out = w.shape[1] if transpose else w.shape[2]
-    if x.shape[0] == 0:
-        return jnp.zeros((0, out), x.dtype)
+    if 0 in (*x.shape, *group_sizes.shape):
+        return jnp.zeros((x.shape[0], out), x.dtype)
     blocks = _blocks(group_sizes, x.shape[0])
 
     def body(i: jax.Array, y: jax.Array) -> jax.Array:
@@ -83,7 +83,7 @@ def _rows_times_groups(
     return lax.fori_loop(0, blocks.used, body, jnp.zeros((x.shape[0], out), x.dtype))
 
 
-def _groups_outer(
+def groups_outer(
     x: jax.Array,
     dy: jax.Array,
     group_sizes: jax.Array,
@@ -91,7 +91,7 @@ def _groups_outer(
     w: jax.Array,
 ) -> jax.Array:
     """dw[g] = x[rows of g].T @ dy[rows of g], accumulated in float32."""
-    if x.shape[0] == 0:
+    if 0 in (*x.shape, *group_sizes.shape):
         return jnp.zeros_like(w)
     blocks = _blocks(group_sizes, x.shape[0])
 
@@ -130,7 +130,7 @@ def _backward(residuals, dy):
     dx = _rows_times_groups(dy, w, group_sizes, group_offset, transpose=True)
     if isinstance(w, Quantised):
         return dx, None, None, None
-    return dx, _groups_outer(x, dy, group_sizes, group_offset, w), None, None
+    return dx, groups_outer(x, dy, group_sizes, group_offset, w), None, None
 
 
 grouped_matmul.defvjp(_forward, _backward)

@@ -439,8 +439,8 @@ def test_the_hopper_kernels_lower_at_real_sizes(rows, groups, inner, columns, mo
 def test_a_measured_tiling_is_taken_for_its_class_of_shapes(monkeypatch, tmp_path):
     tiling = config.Tiling(128, 128, 2, 4, 128)
     kind = jax.devices()[0].device_kind
-    settings_ = {config.key("rows", 1000, 4, 64, 128): vars(tiling)}
-    (tmp_path / "grouped_matmul.json").write_text(json.dumps({kind: {"settings": settings_}}))
+    found = {config.key("rows", 1000, 4, 64, 128): {"settings": vars(tiling)}}
+    (tmp_path / "grouped_matmul.json").write_text(json.dumps({kind: found}))
     monkeypatch.setattr(_tuned, "_FOLDER", tmp_path)
     _tuned._settings.cache_clear()
     try:
@@ -459,6 +459,26 @@ def test_no_rows_give_no_rows_and_zero_gradients():
     x, w = jnp.ones((0, 3)), jnp.ones((2, 3, 4))
     dx, dw = jax.grad(total, argnums=(0, 1))(x, w)
     assert dx.shape == (0, 3) and (dw == 0).all()
+
+
+@pytest.mark.parametrize("implementation", [None, "xla", "reference"])
+@pytest.mark.parametrize("rows, inner, groups", [(5, 3, 0), (5, 0, 2), (0, 3, 0)])
+def test_nothing_to_multiply_gives_zeros(implementation, rows, inner, groups):
+    def total(x, w):
+        sizes = jnp.zeros(groups, jnp.int32)
+        return grouped_matmul(x, w, sizes, implementation=implementation).sum()
+
+    x, w = jnp.ones((rows, inner)), jnp.ones((2, inner, 4))
+    assert total(x, w) == 0
+    dx, dw = jax.grad(total, argnums=(0, 1))(x, w)
+    assert dx.shape == x.shape and dw.shape == w.shape and not dx.any() and not dw.any()
+
+
+@pytest.mark.parametrize("offset", [-1, 3])
+def test_a_group_offset_beyond_the_matrices_is_refused(offset):
+    x, w = jnp.ones((4, 3)), jnp.ones((4, 3, 2))
+    with pytest.raises(ValueError, match=f"group_offset must be from 0 to 2.*got {offset}"):
+        grouped_matmul(x, w, jnp.array([2, 2]), group_offset=offset)
 
 
 @pytest.mark.parametrize("rows", [0, 1, 3, 64, 1000, 100_000])
