@@ -32,7 +32,6 @@ VARIANTS: tuple[dict[str, int], ...] = (
     {"queries": 4, "together": 4, "warpgroups": 2},
     {"queries": 4, "together": 1},
     {"digit": 1},
-    {"digit": 3, "chunk": 1024},
     {"resident": 2**15},
     {"resident": 0},
 )
@@ -51,8 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def runs(args: Any) -> Runs:
     """What to run, its work and that work's unit. Prints each program's temporary memory, and checks it first."""
     names = [name for name in args.against if name in BACKENDS]
-    for name in names:
-        check(name)
+    cases = _cases()
+    for side, change in _sides(args, names).items():
+        check(side, change, cases)
     done: Runs = {}
     if args.index_queries:
         for keys in args.index_keys:
@@ -62,27 +62,65 @@ def runs(args: Any) -> Runs:
     return done
 
 
-def check(name: str) -> None:
-    """Selections must equal the reference's where scores are exact: small whole numbers."""
+def check(side: str, change: dict[str, int], cases: list[Any]) -> None:
+    """Selections must equal the reference's."""
+    for op, make, inputs, expected in cases:
+        wrong = int((jax.jit(make(side, change, 2048))(*inputs) != expected).sum())
+        print(f"{op}, {side}: {wrong} positions differ from the reference's")
+        if wrong:
+            raise SystemExit(f"{op}, {side}: {wrong} positions differ from the reference's")
+
+
+def _cases() -> list[Any]:
+    """(op, what makes it of a side, inputs, the reference's selection), where scores are exact: small whole numbers.
+
+    Rows of the one op are longer than the kernel by default holds in shared memory, of the other shorter.
+    """
     random = np.random.default_rng(0)
 
     def whole(*shape: int) -> jax.Array:
         return jnp.asarray(random.integers(-2, 3, shape), jnp.bfloat16)
 
     weights = whole(2, 13, HEADS).astype(jnp.float32)
-    operands = (whole(2, 13, HEADS, SIZE), whole(2, 5000, SIZE), weights, 2048)
+    operands = (whole(2, 13, HEADS, SIZE), whole(2, 20000, SIZE), weights)
+    visible = jnp.asarray(random.integers(0, 20001, (2, 13)), jnp.int32)
     pages = jnp.asarray(random.permutation(160).reshape(2, 80), jnp.int32)
     lengths = jnp.asarray([5000, 77], jnp.int32)
     step = (whole(2, 2, HEADS, SIZE), whole(1, 160, PAGE, SIZE), 0, whole(2, 2, SIZE))
-    step = (*step, weights[:, :2], lengths, 2048)
-    for op, run in {
-        "index_topk": lambda by: index_topk(*operands, implementation=by),
-        "index_topk_step": lambda by: index_topk_step(*step, pages=pages, implementation=by),
-    }.items():
-        wrong = int((run(name) != run("reference")).sum())
-        print(f"{op}, {name}: {wrong} positions differ from the reference's")
-        if wrong:
-            raise SystemExit(f"{op}, {name}: {wrong} positions differ from the reference's")
+    step = (*step, weights[:, :2], lengths, pages)
+    return [
+        (op, make, inputs, jax.jit(make("reference", {}, 2048))(*inputs))
+        for op, make, inputs in (
+            ("index_topk", _selection, (*operands, visible)),
+            ("index_topk_step", _step_selection, step),
+        )
+    ]
+
+
+def _selection(side: str, change: dict[str, int], topk: int) -> Callable[..., jax.Array]:
+    """What a side does with q, k, weights and visible."""
+
+    def select(q, k, weights, visible):
+        if not change:
+            return index_topk(q, k, weights, topk, visible=visible, implementation=side)
+        sizes = dataclasses.replace(config.chosen(q.shape, k.shape[1], multiprocessors()), **change)
+        return mosaic_gpu.index_topk(q, k, weights, topk, visible, sizes)
+
+    return select
+
+
+def _step_selection(side: str, change: dict[str, int], topk: int) -> Callable[..., jax.Array]:
+    """What a side does with q, cached, layer, own, weights, lengths and pages."""
+
+    def select(q, cached, layer, own, weights, lengths, pages):
+        operands = (q, cached, layer, own, weights, lengths, topk)
+        if not change:
+            return index_topk_step(*operands, pages=pages, implementation=side)
+        keys = pages.shape[1] * cached.shape[2] + own.shape[1]
+        sizes = dataclasses.replace(config.chosen(q.shape, keys, multiprocessors()), **change)
+        return mosaic_gpu.index_topk_step(*operands, pages, None, sizes)
+
+    return select
 
 
 def _random(seed: int, *shape: int) -> jax.Array:
@@ -101,12 +139,11 @@ def _cycled(run: Callable[..., Any], operands: list[tuple[Any, ...]]) -> Callabl
     return lambda: run(*next(turns))
 
 
-def _sides(args: Any, names: list[str], chosen: config.Config) -> dict[str, config.Config | None]:
+def _sides(args: Any, names: list[str]) -> dict[str, dict[str, int]]:
     """What to time: the backends, and the kernel with other sizes."""
-    sides: dict[str, config.Config | None] = dict.fromkeys(names)
+    sides: dict[str, dict[str, int]] = {name: {} for name in names}
     if args.index_variants and "mosaic_gpu" in names:
-        for change in VARIANTS:
-            sides[f"mosaic_gpu {change}"] = dataclasses.replace(chosen, **change)
+        sides |= {f"mosaic_gpu {change}": change for change in VARIANTS}
     return sides
 
 
@@ -119,25 +156,20 @@ def _prefill(args: Any, names: list[str], keys: int) -> Runs:
         (_random(i, 1, tokens, HEADS, SIZE), _random(i + 4, 1, keys, SIZE), weights)
         for i in range(4)
     ]
-    chosen = config.chosen(1, tokens, keys, multiprocessors())
     done: Runs = {}
-    for side, changed in _sides(args, names, chosen).items():
+    for side, change in _sides(args, names).items():
         name = f"index_topk, {side}, prefill {tokens} x {keys}"
-        if changed:
-            f = functools.partial(
-                mosaic_gpu.index_topk, topk=args.index_topk, visible=visible, config=changed
-            )
-        else:
-            f = functools.partial(index_topk, topk=args.index_topk, implementation=side)
+        f = functools.partial(_selection(side, change, args.index_topk), visible=visible)
         done[name] = _cycled(_compiled(name, f, *inputs[0]), inputs), work, "TFLOP/s"
     if "mosaic_gpu" in names:
-        done |= _kernels(args, chosen, inputs, visible)
+        done |= _kernels(args, inputs, visible)
     return done
 
 
-def _kernels(args: Any, sizes: config.Config, inputs: list[Any], visible: jax.Array) -> Runs:
+def _kernels(args: Any, inputs: list[Any], visible: jax.Array) -> Runs:
     """The two kernels on one tile of the last queries."""
     q, k, weights = inputs[0]
+    sizes = config.chosen(q.shape, k.shape[1], multiprocessors())
     tile = min(q.shape[1], max(sizes.queries, sizes.scores // k.shape[1]))
     interpret, seen = interpret_gpu(), visible[:, -tile:]
     width = -(-k.shape[1] // sizes.chunk) * sizes.chunk
@@ -168,20 +200,15 @@ def _decode(args: Any, names: list[str], batch: int, context: int) -> Runs:
     q, own = _random(1, batch, 1, HEADS, SIZE), _random(2, batch, 1, SIZE)
     weights = _random(3, batch, 1, HEADS).astype(jnp.float32)
     lengths = jnp.full(batch, context, jnp.int32)
-    chosen = config.chosen(batch, 1, context + 1, multiprocessors())
     done: Runs = {}
-    for side, changed in _sides(args, names, chosen).items():
-        if changed and (changed.queries, changed.together) != (1, 1):
+    for side, change in _sides(args, names).items():
+        if "queries" in change:
             continue  # a decode has one query to a sequence
         name = f"index_topk_step, {side}, decode {batch} x {context}"
-
-        def f(layer, q, cached, own, weights, side=side, changed=changed):
-            operands = (q, cached, layer, own, weights, lengths, args.index_topk)
-            if changed:
-                return mosaic_gpu.index_topk_step(*operands, pages, None, changed)
-            return index_topk_step(*operands, pages=pages, implementation=side)
-
-        operands = [(jnp.int32(i), q, cached, own, weights) for i in range(layers)]
+        f = functools.partial(
+            _step_selection(side, change, args.index_topk), lengths=lengths, pages=pages
+        )
+        operands = [(q, cached, jnp.int32(i), own, weights) for i in range(layers)]
         run = _cycled(_compiled(name, f, *operands[0]), operands)
         done[name] = run, bytes_ / 1e9, "GB/s"
     return done

@@ -24,14 +24,13 @@ BACKENDS = ("xla", "mosaic_gpu")
 SIZE, VALUES = 576, 512
 SCALE = 0.1352337788608801
 ROTATED_BYTES = 300e6  # of rows, before any is read again
-PATTERN_ROWS = (
-    4096  # random rows that caches repeat: drawing all of them takes memory several times theirs
-)
+# Random rows that caches repeat: drawing all of them takes memory several times theirs.
+PATTERN_ROWS = 4096
 
 # What a call for every multiprocessor may be run with, and one for few of them.
 FULL = (
     Config(),
-    Config(prefetch=False),
+    Config(prefetch=True),
     Config(producer_registers=56, consumer_registers=224),
     Config(producer_registers=104, consumer_registers=200),
     Config(splits=2),
@@ -174,7 +173,7 @@ def _variants(case: _Decode, batch: int, context: int) -> list[tuple[str, Callab
 
     return [
         (
-            f"splits {c.splits}, prefetch {c.prefetch}, registers {c.producer_registers} and {c.consumer_registers}",
+            f"addresses given, splits {c.splits}, prefetch {c.prefetch}, registers {c.producer_registers} and {c.consumer_registers}",
             _cycled(jax.jit(lambda *x, c=c: attend(*x, c)), operands),
         )
         for c in settings

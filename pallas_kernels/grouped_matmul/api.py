@@ -25,9 +25,7 @@ _PREFERENCE = {
 }
 
 
-def _check(
-    x: jax.Array, w: Weights, group_sizes: jax.Array, group_offset: jax.Array | int
-) -> None:
+def _check(x: jax.Array, w: Weights, group_sizes: jax.Array, group_offset: jax.Array | int) -> None:
     if x.ndim != 2 or len(w.shape) != 3 or group_sizes.ndim != 1:
         raise ValueError(
             "grouped_matmul: x must be [M, K], w [G, K, N] and group_sizes [E]; got shapes "

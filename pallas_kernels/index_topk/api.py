@@ -40,7 +40,7 @@ def index_topk(
 
     Args:
       q: index queries, rotated.
-      k: index keys, rotated; one per position, shared by the heads.
+      k: index keys, rotated; one per position, shared by the heads; in q's dtype.
       weights: signed head weights, all scale factors multiplied in.
       topk: how many to select; the result has min(topk, S) columns.
       visible: how many leading keys each query may see; None means causal with the last query at the last key.
@@ -51,6 +51,7 @@ def index_topk(
 
     Raises:
       ValueError: if shapes disagree or topk < 1.
+      TypeError: if dtypes disagree.
 
     Example:
       >>> import jax.numpy as jnp
@@ -64,6 +65,10 @@ def index_topk(
         )
     if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[2]:
         raise ValueError(f"index_topk: q and k must share B and K; got {q.shape} and {k.shape}.")
+    if q.dtype != k.dtype:
+        raise TypeError(
+            f"index_topk: q is {q.dtype} but k is {k.dtype}; cast one to the other's dtype."
+        )
     if topk < 1:
         raise ValueError(f"index_topk: topk must be >= 1; got {topk}.")
     if visible is None:
@@ -99,7 +104,8 @@ def index_topk_step(
 
     Args:
       q: index queries of the new tokens.
-      cached: key cache of all layers, in any format of ``pallas_kernels.cache_rows``, where a key is all values.
+      cached: key cache of all layers, in any format of ``pallas_kernels.cache_rows`` (whatever q's dtype), where a key is all
+        values.
       layer: which of them; may be traced.
       own: the step's own keys, stored alike; they come after the cached ones.
       weights: signed head weights, all scale factors multiplied in.

@@ -1,8 +1,13 @@
 """Sizes of the Mosaic GPU kernels: heuristics here, measured ones in ``pallas_kernels/tuned/index_topk.json``."""
 
 import dataclasses
+import math
 
 from pallas_kernels import _tuned
+
+ROWS = 64  # keys of a product: what a warpgroup multiplies
+SHARED_MEMORY = 227 * 1024  # bytes that a thread block can have
+_RESERVED = 3 * 1024  # of these: 2 KB for sums across threads, and barriers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,6 +24,9 @@ class Config:
       digit: bits of the threshold that a pass over a row finds.
       resident: the longest row that the selection copies to shared memory.
       scores: that exist at once.
+
+    Raises:
+      ValueError: if digits do not make up the 32 bits, or groups of ``together`` the queries.
     """
 
     queries: int = 4
@@ -31,17 +39,46 @@ class Config:
     resident: int = 2**14
     scores: int = 2**24
 
+    def __post_init__(self) -> None:
+        if 32 % self.digit:
+            raise ValueError(f"Config: digit must divide 32; got {self.digit}.")
+        if self.queries % self.together:
+            raise ValueError(
+                f"Config: together must divide queries; got {self.together} and {self.queries}."
+            )
+
+    def shared_bytes(self, heads: int, size: int) -> int:
+        """Of a thread block that scores: its queries, their weights, and tiles of keys on the way."""
+        columns, tiles = self.queries * heads, self.warpgroups * self.depth
+        weights = math.ceil(4 * columns / 1024) * 1024
+        return 2 * size * (columns + tiles * ROWS) + weights + _RESERVED
+
 
 def key_of(batch: int, tokens: int, keys: int) -> str:
     """The class of shapes that measured sizes are kept for: powers of two."""
     return f"{1 << (batch * tokens - 1).bit_length()} queries, {1 << (keys - 1).bit_length()} keys"
 
 
-def chosen(batch: int, tokens: int, keys: int, multiprocessors: int) -> Config:
-    """The measured sizes, or else the heuristic's."""
+def chosen(shape: tuple[int, ...], keys: int, multiprocessors: int) -> Config:
+    """The measured sizes, or else the heuristic's, made to fit, for queries of a shape [B, T, I, K]."""
+    batch, tokens, heads, size = shape
     config = heuristic(batch, tokens, keys, multiprocessors)
     measured = _tuned.lookup("index_topk", key_of(batch, tokens, keys))
-    return dataclasses.replace(config, **measured) if measured else config
+    return fitting(dataclasses.replace(config, **measured) if measured else config, heads, size)
+
+
+def fitting(config: Config, heads: int, size: int) -> Config:
+    """``config`` with fewer tiles on the way, and then fewer queries, as far as shared memory demands."""
+    while config.shared_bytes(heads, size) > SHARED_MEMORY:
+        if config.depth > 1:
+            config = dataclasses.replace(config, depth=config.depth - 1)
+        elif config.queries > 1:
+            queries = config.queries // 2
+            together = math.gcd(config.together, queries)
+            config = dataclasses.replace(config, queries=queries, together=together)
+        else:
+            break
+    return config
 
 
 def heuristic(batch: int, tokens: int, keys: int, multiprocessors: int) -> Config:

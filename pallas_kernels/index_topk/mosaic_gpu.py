@@ -19,7 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import paged
 from pallas_kernels._pallas import WARPGROUP, interpret_gpu, multiprocessors
 from pallas_kernels.index_topk import xla
-from pallas_kernels.index_topk.config import Config, chosen
+from pallas_kernels.index_topk.config import ROWS, SHARED_MEMORY, Config, chosen
 from pallas_kernels.index_topk.selection import (
     LOWEST,
     best_first,
@@ -27,8 +27,6 @@ from pallas_kernels.index_topk.selection import (
     pack,
     positions_of,
 )
-
-ROWS = 64  # keys of a product: what a warpgroup multiplies
 
 
 def score_keys(
@@ -252,19 +250,22 @@ def index_topk(
     interpret = interpret_gpu()
     batch, size = k.shape[:2]
     cached = jnp.pad(k, ((0, 0), (0, -size % ROWS), (0, 0)))[None]
-    config = _checked(q, cached, config or chosen(*q.shape[:2], size, multiprocessors()))
+    config = _checked(q, cached, size, config)
     topk = min(topk, size)
+    width = -(-size // config.chunk) * config.chunk
     layer = jnp.zeros(1, jnp.int32)
-    pages = paged.table_of(None, batch)
 
-    def select(q: jax.Array, weights: jax.Array, visible: jax.Array) -> jax.Array:
-        width = -(-size // config.chunk) * config.chunk
-        keys = score_keys(q, cached, layer, pages, weights, visible, width, config, interpret)
-        positions = _positions(keys, visible, topk, config, interpret)
-        return best_first(keys, positions)
+    def some(q: jax.Array, weights: jax.Array, visible: jax.Array, pages: jax.Array) -> jax.Array:
+        def select(q: jax.Array, weights: jax.Array, visible: jax.Array) -> jax.Array:
+            keys = score_keys(q, cached, layer, pages, weights, visible, width, config, interpret)
+            positions = _positions(keys, visible, topk, config, interpret)
+            return best_first(keys, positions)
+
+        return _over_tiles(select, width, config, q, weights, visible)
 
     visible = jnp.clip(visible.astype(jnp.int32), 0, size)
-    return _over_tiles(select, size, config, q, weights.astype(jnp.float32), visible)
+    operands = (q, weights.astype(jnp.float32), visible, paged.table_of(None, batch))
+    return xla.over_sequences(some, width, config.scores, *operands, multiple=config.queries)
 
 
 def index_topk_step(
@@ -283,35 +284,47 @@ def index_topk_step(
     interpret = interpret_gpu()
     batch, tokens = q.shape[:2]
     capacity, extra = paged.capacity_of(cached, pages), own.shape[1]
-    config = _checked(
-        q, cached, config or chosen(batch, tokens, capacity + extra, multiprocessors())
-    )
+    config = _checked(q, cached, capacity + extra, config)
     layer = jnp.asarray(layer, jnp.int32).reshape(1)
-    pages = jnp.maximum(paged.table_of(pages, batch), 0)
-    lengths = lengths.astype(jnp.int32)[:, None]
     width = -(-(capacity + extra) // config.chunk) * config.chunk
 
-    def select(q: jax.Array, weights: jax.Array, spans: jax.Array) -> jax.Array:
-        past = jnp.broadcast_to(lengths, q.shape[:2])
-        keys = score_keys(q, cached, layer, pages, weights, past, width, config, interpret)
-        # The step's own keys follow a sequence's last cached one, so that a row ends where the sequence does.
-        mine = ordered_keys(xla.own_scores(q, own, weights, spans))
-        keys = jax.vmap(lambda a, b, n: lax.dynamic_update_slice(a, b, (0, n)))(
-            keys, mine, lengths[:, 0]
-        )
-        row = _positions(keys, past + extra, topk, config, interpret)
-        return jnp.where(row < lengths[..., None], row, row - lengths[..., None] + capacity)
+    def some(
+        q: jax.Array,
+        weights: jax.Array,
+        spans: jax.Array,
+        lengths: jax.Array,
+        pages: jax.Array,
+        *mine: jax.Array,
+    ) -> jax.Array:
+        (rows,) = mine or (own,)
 
-    spans = paged.spans_of(spans, batch, tokens)
-    return _over_tiles(select, width, config, q, weights.astype(jnp.float32), spans)
+        def select(q: jax.Array, weights: jax.Array, spans: jax.Array) -> jax.Array:
+            past = jnp.broadcast_to(lengths[:, None], q.shape[:2])
+            keys = score_keys(q, cached, layer, pages, weights, past, width, config, interpret)
+            # The step's own keys follow a sequence's last cached one, so that a row ends where the sequence does.
+            last = ordered_keys(xla.own_scores(q, rows, weights, spans))
+            keys = jax.vmap(lambda a, b, n: lax.dynamic_update_slice(a, b, (0, n)))(
+                keys, last, lengths
+            )
+            row = _positions(keys, past + extra, topk, config, interpret)
+            return jnp.where(row < past[..., None], row, row - past[..., None] + capacity)
+
+        return _over_tiles(select, width, config, q, weights, spans)
+
+    spans, pages = paged.spans_of(spans, batch, tokens), paged.table_of(pages, batch)
+    operands = (q, weights.astype(jnp.float32), spans, lengths.astype(jnp.int32))
+    operands = (*operands, jnp.maximum(pages, 0), *(() if own.shape[0] == 1 else (own,)))
+    return xla.over_sequences(some, width, config.scores, *operands, multiple=config.queries)
 
 
-def _checked(q: jax.Array, cached: jax.Array, config: Config) -> Config:
-    """``config``.
+def _checked(q: jax.Array, cached: jax.Array, keys: int, config: Config | None) -> Config:
+    """``config``, or the one for queries that score up to ``keys`` keys.
 
     Raises:
       NotImplementedError: if the kernels cannot take these arrays.
     """
+    if 0 in q.shape or 0 in cached.shape or not keys:
+        raise NotImplementedError(f"nothing to do; got q {q.shape} and keys {cached.shape}")
     if q.dtype != jnp.bfloat16 or cached.dtype != jnp.bfloat16:
         raise NotImplementedError(
             f"the kernel takes bfloat16 queries and keys; got {q.dtype} and {cached.dtype}"
@@ -319,6 +332,7 @@ def _checked(q: jax.Array, cached: jax.Array, config: Config) -> Config:
     heads, size = q.shape[2:]
     if size % 64 or size > 256:
         raise NotImplementedError(f"the kernel takes K of 64, 128, 192 or 256; got {size}")
+    config = config or chosen(q.shape, keys, multiprocessors())
     columns = config.together * heads
     if heads % 8 or columns % 64 or columns > 256:
         raise NotImplementedError(
@@ -327,6 +341,10 @@ def _checked(q: jax.Array, cached: jax.Array, config: Config) -> Config:
     if cached.shape[2] % ROWS:
         raise NotImplementedError(
             f"the kernel reads {ROWS} keys of a page at once; got pages of {cached.shape[2]}"
+        )
+    if (needed := config.shared_bytes(heads, size)) > SHARED_MEMORY:
+        raise NotImplementedError(
+            f"a block has {SHARED_MEMORY} bytes of shared memory; {heads} heads of {size} need {needed} with {config}"
         )
     return config
 

@@ -29,9 +29,8 @@ from pallas_kernels.numerics import dot, precision_of
 QUERIES = 8  # that share a reading of the keys: the height of a register
 BLOCK = 512  # keys of one product
 LANES = 128  # the width of a register
-CHUNK = (
-    BITS * LANES
-)  # scores of a query that a pass over them holds in registers: those of one register of bits
+# Scores of a query that a pass over them holds in registers: those of one register of bits.
+CHUNK = BITS * LANES
 SCORES_BYTES = 8 * 2**20  # of vector memory, half of what the smallest chips let a kernel have
 
 

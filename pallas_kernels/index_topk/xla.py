@@ -15,9 +15,8 @@ from pallas_kernels._implementation import on_accelerator
 from pallas_kernels.index_topk.selection import select_indices, select_positions
 from pallas_kernels.numerics import precision_of
 
-PRODUCTS = (
-    2**26
-)  # float32 products of queries and keys that exist at once on accelerators (docs/log.md, First GPU run)
+# float32 products of queries and keys that exist at once on accelerators (docs/log.md, First GPU run)
+PRODUCTS = 2**26
 
 
 def scores_at_once() -> int:
@@ -40,7 +39,8 @@ def index_scores(q: jax.Array, k: jax.Array, weights: jax.Array) -> jax.Array:
     together = heads if tokens == 1 else _heads_together(batch * tokens * k.shape[1], heads)
 
     def split(x: jax.Array) -> jax.Array:
-        return jnp.moveaxis(x.reshape(batch, tokens, -1, together, *x.shape[3:]), 2, 0)
+        groups = (batch, tokens, heads // together, together)
+        return jnp.moveaxis(x.reshape(*groups, *x.shape[3:]), 2, 0)
 
     def some(
         total: jax.Array, q_and_weights: tuple[jax.Array, jax.Array]
@@ -86,33 +86,74 @@ def over_tiles(
     tile = max(1, budget // max(1, batch * keys) // multiple) * multiple
     if tile >= tokens:
         return select(*per_token)
-    tiles = -(-tokens // tile)
+    return _in_parts(select, 1, tile, *per_token)
+
+
+def over_sequences(
+    select: Callable[..., jax.Array],
+    keys: int,
+    budget: int,
+    *per_sequence: jax.Array,
+    multiple: int = 1,
+) -> jax.Array:
+    """``select`` of some sequences after the others, if the smallest tile of all of them has more than ``budget`` scores.
+
+    Args:
+      select: arrays [b, ...] -> [b, T, k], by ``over_tiles``.
+      keys: how many each token scores.
+      budget: scores of as many whole sequences as are taken at once, if more than one.
+      *per_sequence: the first is [B, T, ...], the others [B, ...]; zeros fill the last part.
+      multiple: as for ``over_tiles``.
+    """
+    batch, tokens = per_sequence[0].shape[:2]
+    if batch * keys * min(tokens, multiple) <= budget:
+        return select(*per_sequence)
+    parts = -(-batch // max(1, budget // (keys * tokens)))
+    return _in_parts(select, 0, -(-batch // parts), *per_sequence)
+
+
+def _in_parts(
+    select: Callable[..., jax.Array], axis: int, size: int, *arrays: jax.Array
+) -> jax.Array:
+    """``select`` of ``size`` of an axis at a time; zeros fill the last part."""
+    length = arrays[0].shape[axis]
+    parts = -(-length // size)
+    if parts == 1:
+        return select(*arrays)
 
     def split(x: jax.Array) -> jax.Array:
-        padded = jnp.pad(x, [(0, 0), (0, tiles * tile - tokens)] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(padded.reshape(batch, tiles, tile, *x.shape[2:]), 1, 0)
+        more = [(0, parts * size - length if i == axis else 0) for i in range(x.ndim)]
+        shape = (*x.shape[:axis], parts, size, *x.shape[axis + 1 :])
+        return jnp.moveaxis(jnp.pad(x, more).reshape(shape), axis, 0)
 
-    chosen = lax.map(lambda some: select(*some), tuple(split(x) for x in per_token))
-    return jnp.moveaxis(chosen, 0, 1).reshape(batch, tiles * tile, -1)[:, :tokens]
+    chosen = lax.map(lambda some: select(*some), tuple(split(x) for x in arrays))
+    chosen = lax.collapse(jnp.moveaxis(chosen, 0, axis), axis, axis + 2)
+    return lax.slice_in_dim(chosen, 0, length, axis=axis)
 
 
 def index_topk(
     q: jax.Array, k: jax.Array, weights: jax.Array, topk: int, visible: jax.Array
 ) -> jax.Array:
     """See ``api.index_topk``."""
-    keys = k.shape[1]
-    if q.shape[0] > 1 and q.shape[0] * keys > scores_at_once():
-        return lax.map(
-            lambda one: index_topk(*(x[None] for x in one[:3]), topk, one[3][None])[0],
-            (q, k, weights, visible),
-        )
+    batch, keys = k.shape[:2]
+    if not (visible.size and keys):
+        return jnp.full((*visible.shape, min(topk, keys)), -1, jnp.int32)
     position = jnp.arange(keys, dtype=jnp.int32)[None, None]
 
-    def select(q: jax.Array, weights: jax.Array, visible: jax.Array) -> jax.Array:
-        scores = index_scores(q, k, weights)
-        return select_indices(jnp.where(position < visible[..., None], scores, -jnp.inf), topk)
+    def some(
+        q: jax.Array, weights: jax.Array, visible: jax.Array, sequence: jax.Array
+    ) -> jax.Array:
+        # By number: split like the others, all keys would be copied if zeros had to fill the last part.
+        mine = k if q.shape[0] == batch else k[sequence]
 
-    return over_tiles(select, keys, scores_at_once(), q, weights, visible)
+        def select(q: jax.Array, weights: jax.Array, visible: jax.Array) -> jax.Array:
+            scores = index_scores(q, mine, weights)
+            return select_indices(jnp.where(position < visible[..., None], scores, -jnp.inf), topk)
+
+        return over_tiles(select, keys, scores_at_once(), q, weights, visible)
+
+    numbers = jnp.arange(batch, dtype=jnp.int32)
+    return over_sequences(some, keys, scores_at_once(), q, weights, visible, numbers)
 
 
 def step_scores(
@@ -127,6 +168,8 @@ def step_scores(
 ) -> jax.Array:
     """Scores [B, T, capacity + O] of a step's cached and own keys, -inf where not visible; see ``api.index_topk_step``."""
     batch, tokens, _, dim = q.shape
+    if not paged.capacity_of(cached, pages):
+        return own_scores(q, own, weights, spans)
     size, blocks = paged.blocks_of(cached, pages)
 
     def score(scores: jax.Array, first: jax.Array | int, rows: list[jax.Array]) -> jax.Array:
@@ -171,21 +214,23 @@ def index_topk_step(
     spans: jax.Array | None,
 ) -> jax.Array:
     """See ``api.index_topk_step``."""
+    batch, tokens = q.shape[:2]
+    if not batch * tokens:
+        return jnp.full((batch, tokens, topk), -1, jnp.int32)
     keys = paged.capacity_of(cached, pages) + own.shape[1]
-    spans = paged.spans_of(spans, *q.shape[:2])
-    if q.shape[0] > 1 and q.shape[0] * keys > scores_at_once():
-        table = paged.table_of(pages, q.shape[0])
-        shared = own.shape[0] == 1
 
-        def one(each: tuple[jax.Array, ...]) -> jax.Array:
-            q, weights, lengths, table, spans, *mine = (x[None] for x in each)
-            rows = own if shared else mine[0]
-            return index_topk_step(q, cached, layer, rows, weights, lengths, topk, table, spans)[0]
+    def some(
+        q: jax.Array, weights: jax.Array, spans: jax.Array, lengths: jax.Array, *mine: jax.Array
+    ) -> jax.Array:
+        table = mine[0] if q.shape[0] < batch else pages
+        rows = own if own.shape[0] == 1 else mine[1]
 
-        return lax.map(one, (q, weights, lengths, table, spans, *(() if shared else (own,))))
+        def select(q: jax.Array, weights: jax.Array, spans: jax.Array) -> jax.Array:
+            scores = step_scores(q, cached, layer, rows, weights, lengths, table, spans)
+            return select_positions(scores, topk)
 
-    def select(q: jax.Array, weights: jax.Array, spans: jax.Array) -> jax.Array:
-        scores = step_scores(q, cached, layer, own, weights, lengths, pages, spans)
-        return select_positions(scores, topk)
+        return over_tiles(select, keys, scores_at_once(), q, weights, spans)
 
-    return over_tiles(select, keys, scores_at_once(), q, weights, spans)
+    table, spans = paged.table_of(pages, batch), paged.spans_of(spans, batch, tokens)
+    mine = (table,) if own.shape[0] == 1 else (table, own)
+    return over_sequences(some, keys, scores_at_once(), q, weights, spans, lengths, *mine)

@@ -5,7 +5,11 @@ import dataclasses
 from pallas_kernels import _tuned
 
 _SHARED_MEMORY = 226 * 1024  # bytes of a multiprocessor that its blocks can share
+_RESERVED = 2048  # of a block's: barriers, and what is aligned
 _BLOCKS = 2
+
+# Bytes of rows that a block can hold. One that takes more than its share of a multiprocessor has it to itself.
+MOST = _SHARED_MEMORY - _RESERVED
 
 # Under this many bytes moved a launch costs as much as the movement, and XLA can fuse its gathers with what stands around them.
 SMALL = 16 * 2**20
@@ -32,12 +36,12 @@ def of_rows(movement: str, row_bytes: int) -> Config:
     """For a "copy", "sum" or "encode" (what is stored are other rows than those loaded, no longer than them) of such rows.
 
     Latency times bandwidth is about 40 KB for each multiprocessor of an H200, so more than twice that gains little; two blocks
-    hide each other's waits.
+    hide each other's waits. The kernels refuse rows of which not even these few fit.
     """
     measured = _tuned.lookup("moe_dispatch", f"{movement} {row_bytes}")
     if measured is not None:
         return Config(**measured)
-    free = _SHARED_MEMORY // _BLOCKS - 2048  # what is reserved, and barriers
+    free = _SHARED_MEMORY // _BLOCKS - _RESERVED
     # One row more holds zeros, and other rows that are stored have two places.
     places = free // row_bytes - (1 if movement == "copy" else 3)
     depth = max(2, min(12, places))

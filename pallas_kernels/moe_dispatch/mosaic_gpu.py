@@ -24,7 +24,7 @@ from pallas_kernels.moe_dispatch.payload import Payload, encode
 
 _LANES = 128  # a TMA box is at most 256 elements wide and high, so a row is seen as [D / 128, 128]
 _ALIGNED = (
-    128  # TMA wants multiples of 128 bytes in shared memory, and a warpgroup of as many numbers
+    128  # bytes that TMA wants multiples of in shared memory, and numbers that a warpgroup does
 )
 
 # How a warpgroup holds [tiles, tile] numbers, four neighbours a thread, so that each tile lies within one warp.
@@ -63,7 +63,7 @@ def gather_rows(
       (rows [R, D],), or (values, scales).
 
     Raises:
-      NotImplementedError: for rows that TMA cannot move whole, and off Hopper.
+      NotImplementedError: for rows that TMA cannot move whole or shared memory cannot hold, and off Hopper.
     """
     interpret = _pallas.interpret_gpu() if interpret == "auto" else interpret
     if not (x.shape[0] and index.shape[0]):
@@ -97,7 +97,7 @@ def weighted_sum(
       interpret: of ``plgpu.kernel``; "auto" for the platform's.
 
     Raises:
-      NotImplementedError: for rows that TMA cannot move whole or the registers cannot hold, and off Hopper.
+      NotImplementedError: for rows that TMA cannot move whole, or registers or shared memory cannot hold, and off Hopper.
     """
     interpret = _pallas.interpret_gpu() if interpret == "auto" else interpret
     tokens, active = position.shape
@@ -164,6 +164,12 @@ def _call(
     config: configs.Config,
     interpret: Any,
 ) -> Callable[..., Any]:
+    sizes = (math.prod(ring.shape) * jnp.dtype(ring.dtype).itemsize for ring in rings)
+    needed = sum(math.ceil(size / 1024) * 1024 for size in sizes)
+    if needed > configs.MOST:
+        raise NotImplementedError(
+            f"a block has {configs.MOST} bytes of shared memory for rows; {config} needs {needed}"
+        )
     return plgpu.kernel(
         body,
         out_type=list(outputs),

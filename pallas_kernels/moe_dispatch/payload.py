@@ -141,9 +141,8 @@ def decode_rows(rows: Encoded, payload: Payload) -> Float[Array, "R D"]:
         raise ValueError("decode_rows: the payload has no decode.")
     count, tiles = rows.scales.shape
     one = jax.eval_shape(payload.encode, jax.ShapeDtypeStruct((1, payload.tile), jnp.float32))[0]
-    short = (
-        tiles * one.size - rows.values.shape[1]
-    )  # of the last tile, in which each number then has its value
+    # Of the last tile, in which each number then has its value.
+    short = tiles * one.size - rows.values.shape[1]
     values = jnp.pad(rows.values, [(0, 0), (0, short)]).reshape(count, tiles, one.size)
     decoded = payload.decode(values, rows.scales).reshape(count, -1)
     return decoded[:, : decoded.shape[1] - short]

@@ -29,6 +29,8 @@ def gather_rows(
 
 def gather(x: jax.Array, index: jax.Array) -> jax.Array:
     """out[r] = x[index[r]] of one array; a negative index gives zeros."""
+    if not x.shape[0]:  # so every index is negative
+        return jnp.zeros((index.shape[0], x.shape[1]), x.dtype)
     rows = x.at[jnp.maximum(index, 0)].get(mode="promise_in_bounds")
     return jnp.where((index >= 0)[:, None], rows, jnp.zeros((), x.dtype))
 

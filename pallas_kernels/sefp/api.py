@@ -30,7 +30,6 @@ _PREFERENCE = {
     "gpu": ("xla",),
     "tpu": ("xla",),
 }
-_PREFERENCE_TRUNCATE = {"gpu": ("xla",), "tpu": ("xla",)}
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -38,7 +37,7 @@ def _truncate(axis, rounding, implementation, w, width):
     return _implementation.call(
         "sefp_truncate",
         _TRUNCATE,
-        _PREFERENCE_TRUNCATE,
+        {},
         implementation,
         w,
         width,
@@ -133,7 +132,7 @@ def sefp_matmul(
     """``x @ w`` for weights stored as SEFP, reading only what ``width`` needs. Sums in float32; differentiable in x.
 
     Args:
-      x: [..., K]; leading axes are rows of one product.
+      x: float32 or bfloat16 [..., K]; leading axes are rows of one product.
       s: weights [K, N].
       width: 3 to the stored width; None for that one.
       implementation: None, "xla", "native" (C++, float32 on CPU, up to 16 rows), "mosaic_gpu" (Hopper, bfloat16, up to 64 rows),
@@ -157,8 +156,8 @@ def sefp_matmul(
         )
     if x.ndim < 1 or x.shape[-1] != s.shape[0]:
         raise ValueError(f"sefp_matmul: x's last axis must be s's K; got {x.shape} and {s.shape}.")
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise TypeError(f"sefp_matmul: x must be of a floating type; got {x.dtype}. Cast it.")
+    if x.dtype not in (jnp.float32, jnp.bfloat16):  # what holds every weight exactly
+        raise TypeError(f"sefp_matmul: x must be float32 or bfloat16; got {x.dtype}. Cast it.")
     s = s if width is None else s.truncate(width)
     rows, columns = x.reshape(-1, s.shape[0]), s.shape[1]
     if rows.size == 0 or columns == 0:

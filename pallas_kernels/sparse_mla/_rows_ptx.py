@@ -60,9 +60,8 @@ def copy_rows(
                 for tile in range(begin, tiles)
             ]
             valid = arith.cmpi(arith.CmpIPredicate.sge, number, _c(0))
-            size = arith.select(
-                valid, _c(16), _c(0)
-            )  # of 16 bytes, what is copied; the rest is zeros
+            # Of 16 bytes, what is copied; the rest is zeros.
+            size = arith.select(valid, _c(16), _c(0))
             _asm("\n".join(asm), "r,l,r", [place, arith.addi(source, offset), size])
         for i in range(0, BLOCK // _LINES if eight_bit else 0, 2):
             lines = [arith.addi(first, _c(j * step)) for j in (i, i + 1)]
@@ -150,6 +149,15 @@ def _decode_values(
     lines: list[Any], sources: list[Any], numbers: list[Any], piece: Any, swizzle: Any
 ) -> None:
     """Pieces ``piece``, + 8, + 16, + 24 of the 32 16-byte pieces of two rows' values, decoded to where they belong."""
+    operands = decoded_places(piece, swizzle)
+    offset = arith.extui(_int(64), arith.muli(piece, _c(16)))
+    for line, source, number in zip(lines, sources, numbers, strict=True):
+        operands += [line, arith.addi(source, offset), arith.addi(source, _c(_VALUES, 64)), number]
+    _asm(decode_asm(), "r,r,r,r,l,l,r,r,l,l,r", operands)
+
+
+def decoded_places(piece: Any, swizzle: Any) -> list[Any]:
+    """The first three operands of ``decode_asm`` for a thread of a line: byte offsets, and whether the second half comes first."""
     # 16 values from 16 * piece on, of a tile of 128: which tile of 64, and which two of its 16-byte pieces.
     upper = arith.divui(piece, _c(4))
     target = arith.muli(arith.remui(piece, _c(4)), _c(2))
@@ -158,15 +166,8 @@ def _decode_values(
         at = arith.muli(arith.xori(piece, swizzle), _c(16))
         return arith.addi(arith.muli(upper, _c(_TILE_BYTES)), at)
 
-    operands = [
-        place(arith.addi(target, upper)),
-        place(arith.addi(target, arith.xori(upper, _c(1)))),
-        upper,
-    ]
-    offset = arith.extui(_int(64), arith.muli(piece, _c(16)))
-    for line, source, number in zip(lines, sources, numbers, strict=True):
-        operands += [line, arith.addi(source, offset), arith.addi(source, _c(_VALUES, 64)), number]
-    _asm(decode_asm(), "r,r,r,r,l,l,r,r,l,l,r", operands)
+    first, second = arith.addi(target, upper), arith.addi(target, arith.xori(upper, _c(1)))
+    return [place(first), place(second), upper]
 
 
 def _int(bits: int) -> Any:

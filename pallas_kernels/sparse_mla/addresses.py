@@ -23,8 +23,13 @@ class Rows(NamedTuple):
 
 
 def of_sequences(kv: jax.Array, indices: jax.Array) -> Rows:
-    """Of ``api.sparse_mla``'s kv [B, S, C] and indices [B, T, K]; Q = B * T."""
+    """Of ``api.sparse_mla``'s kv [B, S, C] and indices [B, T, K]; Q = B * T.
+
+    Raises:
+      NotImplementedError: if 32 bits do not number all rows.
+    """
     batch, length, size = kv.shape
+    _check_count(batch * length)
     first = jnp.arange(batch, dtype=jnp.int32)[:, None, None] * length
     address = first + jnp.minimum(indices.astype(jnp.int32), length - 1)
     table = kv.reshape(batch * length, size)
@@ -45,8 +50,7 @@ def of_step(
     """
     layers, number, page_size, size = cached.shape
     total = layers * number * page_size
-    if total + own.shape[0] * own.shape[1] >= 2**31:
-        raise NotImplementedError(f"rows are numbered in 32 bits; the cache has {total}")
+    _check_count(total + own.shape[0] * own.shape[1])
     batch, capacity = rows.shape[0], paged.capacity_of(cached, pages)
     rows = rows.astype(jnp.int32)
     past = jnp.clip(rows, 0, capacity - 1)
@@ -62,7 +66,12 @@ def of_step(
     return Rows(table, own.reshape(-1, size), _flat(address, rows))
 
 
+def _check_count(rows: int) -> None:
+    if rows >= 2**31:
+        raise NotImplementedError(f"rows are numbered in 32 bits; got {rows} of them")
+
+
 def _flat(address: jax.Array, chosen: jax.Array) -> jax.Array:
     """[Q, K] int32, -1 where nothing is chosen."""
     address = jnp.where(chosen >= 0, address, -1)
-    return address.astype(jnp.int32).reshape(-1, address.shape[-1])
+    return jax.lax.collapse(address.astype(jnp.int32), 0, -1)

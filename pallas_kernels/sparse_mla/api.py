@@ -1,5 +1,6 @@
 """Public sparse latent attention."""
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
 from pallas_kernels import _implementation, paged
@@ -36,7 +37,7 @@ def sparse_mla(
 
     Args:
       q: absorbed queries, latent part first, then the rotary part.
-      kv: cached rows, normalised latent then rotated key.
+      kv: cached rows of q's dtype, normalised latent then rotated key.
       indices: rows to attend to; -1 is no row. Distinct where not -1.
       scale: softmax scale (``ModelConfig.softmax_scale``).
       value_dim: length of the latent part.
@@ -47,7 +48,7 @@ def sparse_mla(
       disjoint rows merge (``merge_partials``). A query without rows gives zeros and -inf.
 
     Raises:
-      ValueError: if shapes disagree.
+      ValueError, TypeError: if shapes or dtypes disagree.
     """
     if q.ndim != 4 or kv.ndim != 3 or indices.ndim != 3:
         raise ValueError(
@@ -60,6 +61,10 @@ def sparse_mla(
     if not 0 < value_dim <= kv.shape[2]:
         raise ValueError(
             f"sparse_mla: value_dim must be in 1..{kv.shape[2]} (kv's last size); got {value_dim}."
+        )
+    if q.dtype != kv.dtype or not jnp.issubdtype(q.dtype, jnp.floating):
+        raise TypeError(
+            f"sparse_mla: q and kv must have one floating dtype; got {q.dtype} and {kv.dtype}. Cast one, and decode stored rows (pallas_kernels.cache_rows) or give them to sparse_mla_step."
         )
     return _implementation.call(
         "sparse_mla", _BACKENDS, _PREFERENCE, implementation, q, kv, indices, scale, value_dim

@@ -137,8 +137,6 @@ def check(q: jax.Array, rows: addresses.Rows, value_dim: int) -> None:
         )
     if table.dtype == jnp.uint8 and value_dim != 512:
         raise NotImplementedError(f"8-bit rows must have 512 values; got {value_dim}")
-    if table.shape[0] + rows.own.shape[0] >= 2**31:
-        raise NotImplementedError(f"rows are numbered in 32 bits; got {table.shape[0]}")
     if 0 in q.shape or 0 in rows.address.shape or table.shape[0] == 0:
         raise NotImplementedError(f"nothing to do; got q {q.shape}, rows {table.shape}")
 

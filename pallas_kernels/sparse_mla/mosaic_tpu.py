@@ -51,9 +51,8 @@ def _attend(q, rows, scale, value_dim):
     address = jnp.pad(
         rows.address, ((0, 0), (0, steps * block - columns)), constant_values=-1
     ).reshape(queries, steps, 1, block)
-    table, own = (
-        x[:, None] for x in (rows.cached, rows.own)
-    )  # rows of one tile's height of their own
+    # Rows of one tile's height of their own.
+    table, own = rows.cached[:, None], rows.own[:, None]
     per_query = lambda *shape: pl.BlockSpec(  # noqa: E731
         (1, *shape), lambda i, j: (i, *[0] * len(shape))
     )

@@ -41,9 +41,10 @@ def accumulate(before: Softmax | None, q: jax.Array, part: Part, scale: float) -
     rows = "...ts" if part.k.ndim == q.ndim else "...s"
     logits = dot(f"...thk,{rows}k->...ths", q, part.k) * jnp.float32(scale)
     logits = jnp.where(part.valid[..., None, :], logits, -jnp.inf)
-    # A row without keys has peak -inf; the finite floor keeps its exponentials at exp(-inf) = 0, not NaN.
-    floor = jnp.finfo(jnp.float32).min
-    peak = jnp.maximum(logits.max(-1, keepdims=True), floor if before is None else before.peak)
+    # A row without keys would have peak -inf, or none; the finite floor keeps its exponentials at exp(-inf) = 0, not NaN.
+    peak = logits.max(-1, keepdims=True, initial=jnp.finfo(jnp.float32).min)
+    if before is not None:
+        peak = jnp.maximum(peak, before.peak)
     weights = jnp.exp(logits - peak)
     out = dot(f"...ths,{rows}v->...thv", weights.astype(q.dtype), part.v)
     total = weights.sum(-1, keepdims=True)

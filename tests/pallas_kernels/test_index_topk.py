@@ -13,11 +13,14 @@ from hypothesis.extra import numpy as hnp
 from pallas_kernels import _pallas, cache_rows, index_topk, index_topk_step, native
 from pallas_kernels.index_topk import (
     index_scores,
+    mosaic_gpu,
     select_indices,
     select_mask,
     select_positions,
     selection,
+    xla,
 )
+from pallas_kernels.index_topk.config import Config
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -149,10 +152,11 @@ def inputs(rng, batch=2, tokens=5, keys=9, heads=3, size=4):
     return tuple(rng.standard_normal(shape, np.float32) for shape in shapes)
 
 
-class Cases:
-    """What every backend must satisfy; a subclass names the backend and inherits all of it."""
+class KernelCases:
+    """What every backend must satisfy, also those that a simulator runs slowly."""
 
     implementation: str
+    heads, size, dtype = 3, 4, "float32"
 
     def check(self, q, k, weights, topk, visible):
         """Asserts that the backend selects what the oracle selects."""
@@ -161,6 +165,17 @@ class Cases:
         scores[np.arange(k.shape[1]) >= counts[..., None]] = -np.inf
         got = run(q, k, weights, topk, self.implementation, jnp.asarray(counts, jnp.int32))
         np.testing.assert_array_equal(got, oracle_indices(scores, topk))
+
+    def test_ties_across_blocks_of_keys_a_nan_score_and_a_query_that_sees_nothing(self, rng):
+        """Exactly representable numbers, of which many scores tie."""
+        shapes = {"batch": 1, "tokens": 2, "keys": 130, "heads": self.heads, "size": self.size}
+        q, k, weights = (np.round(x) for x in inputs(rng, **shapes))
+        k[0, 1], k[0, 70, 2] = np.nan, np.nan
+        self.check(q.astype(self.dtype), k.astype(self.dtype), weights, 40, [[130, 0]])
+
+
+class Cases(KernelCases):
+    """All that a backend must satisfy; a subclass names the backend and inherits it."""
 
     @pytest.mark.parametrize("topk", [1, 4, 20])
     def test_selects_the_best_visible_keys(self, topk, rng):
@@ -240,6 +255,53 @@ class Cases:
 
 class TestXla(Cases):
     implementation = "xla"
+
+    @pytest.mark.parametrize("own", ["of each sequence", "of all"])
+    def test_sequences_are_taken_some_at_a_time_if_all_have_too_many_scores(
+        self, own, rng, monkeypatch
+    ):
+        q, k, weights = map(jnp.asarray, inputs(rng, batch=5, tokens=2))
+        own = k[:, :2] if own == "of each sequence" else k[:1, :3]
+        spans = jnp.asarray(rng.integers(0, own.shape[1] + 1, (5, 2, 2)), jnp.int32)
+        lengths, visible = (jnp.asarray(rng.integers(0, 10, n), jnp.int32) for n in (5, (5, 2)))
+
+        def both(by):
+            rows = index_topk(q, k, weights, 4, visible=visible, implementation=by)
+            operands = (q, k[None], 0, own, weights, lengths, 4)
+            return rows, index_topk_step(*operands, spans=spans, implementation=by)
+
+        expected = both("reference")
+        monkeypatch.setattr(
+            xla, "scores_at_once", lambda: 2 * 2 * 12
+        )  # 2 sequences, then 2, then 1
+        for got, other in zip(both("xla"), expected, strict=True):
+            np.testing.assert_array_equal(got, other)
+
+    @pytest.mark.parametrize(("batch", "tokens", "keys"), [(0, 2, 3), (2, 0, 3), (2, 2, 0)])
+    def test_nothing_to_select_is_no_error(self, batch, tokens, keys, rng):
+        q, k, weights = map(jnp.asarray, inputs(rng, batch, tokens, keys))
+        visible = jnp.zeros((batch, tokens), jnp.int32)
+        got = index_topk(q, k, weights, 2, visible=visible, implementation="xla")
+        np.testing.assert_array_equal(got, np.full((batch, tokens, min(2, keys)), -1))
+        operands = (q, k[None], 0, jnp.zeros((batch, tokens, 4)), weights)
+        if keys + tokens >= 2:
+            rows = index_topk_step(*operands, jnp.zeros(batch, jnp.int32), 2, implementation="xla")
+            assert rows.shape == (batch, tokens, 2)
+
+
+@pytest.mark.skipif(jax.default_backend() == "tpu", reason="refused there")
+class TestMosaicGpu(KernelCases):
+    """In several tiles of queries, splits and chunks of keys, and rows that shared memory does not hold."""
+
+    implementation = "mosaic_gpu"
+    heads, size, dtype = 64, 64, jnp.bfloat16
+    sizes = Config(
+        queries=1, together=1, warpgroups=1, split=64, chunk=128, resident=128, scores=256
+    )
+
+    @pytest.fixture(autouse=True)
+    def chosen(self, monkeypatch):
+        monkeypatch.setattr(mosaic_gpu, "chosen", lambda *_: self.sizes)
 
 
 @pytest.mark.skipif(not native.available(), reason="no C++ compiler")
@@ -333,3 +395,10 @@ def test_index_scores_of_bfloat16_inputs_are_float32(rng):
 def test_arguments_that_do_not_fit_are_named(q, k, weights, topk, message):
     with pytest.raises(ValueError, match=message):
         index_topk(jnp.ones(q), jnp.ones(k), jnp.ones(weights), topk)
+
+
+@pytest.mark.misuse
+def test_queries_and_keys_of_different_dtypes_are_named():
+    q, k = jnp.ones((1, 1, 2, 4)), jnp.ones((1, 3, 4), jnp.bfloat16)
+    with pytest.raises(TypeError, match="q is float32 but k is bfloat16; cast one"):
+        index_topk(q, k, jnp.ones((1, 1, 2)), 1)

@@ -1,6 +1,8 @@
 """The Mosaic GPU backend of ``index_topk``: lowered for CUDA at real shapes, and run, in JAX's simulator where there is no GPU."""
 
 import functools
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -47,10 +49,77 @@ def test_a_paged_decode_lowers(monkeypatch, batch, keys, tokens):
     )
 
 
-@pytest.mark.parametrize("change", [{"digit": 1}, {"digit": 3, "chunk": 1024}, {"resident": 2**15}])
+@pytest.mark.parametrize("tokens", [1, 4096])
+@pytest.mark.parametrize(("heads", "size"), [(64, 192), (64, 256), (128, 128)])
+def test_wide_keys_and_many_heads_lower_within_shared_memory(monkeypatch, heads, size, tokens):
+    lower(
+        monkeypatch,
+        lambda q, k, w, v: mosaic_gpu.index_topk(q, k, w, 2048, v),
+        ((1, tokens, heads, size), jnp.bfloat16),
+        ((1, 65536, size), jnp.bfloat16),
+        ((1, tokens, heads), jnp.float32),
+        ((1, tokens), jnp.int32),
+    )
+
+
+@pytest.mark.parametrize(
+    ("heads", "size", "change"),
+    [
+        (64, 128, {}),
+        (64, 192, {"depth": 1}),
+        (64, 256, {"depth": 1, "queries": 2}),
+        (128, 256, {"depth": 1, "queries": 1, "together": 1}),
+    ],
+)
+def test_the_heuristic_asks_for_no_more_than_shared_memory(heads, size, change):
+    expected = config.Config(**({"queries": 4, "together": 2, "depth": 2} | change))
+    chosen = config.chosen((1, 4096, heads, size), 65536, 132)
+    assert chosen == expected
+    assert chosen.shared_bytes(heads, size) <= config.SHARED_MEMORY
+
+
+def test_scores_of_a_large_batch_do_not_exist_at_once(monkeypatch):
+    batch, pages = 1024, 2048
+    monkeypatch.setattr(mosaic_gpu, "interpret_gpu", lambda: None)
+    monkeypatch.setattr(mosaic_gpu, "multiprocessors", lambda: 132)
+    operands = (
+        ((batch, 1, HEADS, SIZE), jnp.bfloat16),
+        ((1, 4096, 64, SIZE), jnp.bfloat16),
+        ((batch, 1, SIZE), jnp.bfloat16),
+        ((batch, 1, HEADS), jnp.float32),
+        ((batch,), jnp.int32),
+        ((batch, pages), jnp.int32),
+    )
+    program = str(
+        jax.make_jaxpr(
+            lambda q, c, own, w, n, p: mosaic_gpu.index_topk_step(
+                *(q, c, 0, own, w, n, 2048), p, None
+            )
+        )(*(jax.ShapeDtypeStruct(*x) for x in operands))
+    )
+    sizes = [
+        math.prod(map(int, s.split(","))) for s in re.findall(r"\b[ifu]32\[([\d,]+)\]", program)
+    ]
+    assert 2**23 < max(sizes) <= config.Config().scores
+
+
+@pytest.mark.parametrize("change", [{"digit": 1}, {"digit": 4, "chunk": 1024}, {"resident": 2**15}])
 def test_other_sizes_of_the_selection_lower(monkeypatch, change):
     f = functools.partial(mosaic_gpu.thresholds, k=2048, config=config.Config(**change))
     lower(monkeypatch, f, ((256, 32768), jnp.int32), ((256,), jnp.int32))
+
+
+@pytest.mark.misuse
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"digit": 3}, "digit must divide 32; got 3"),
+        ({"together": 3}, "together must divide queries; got 3 and 4"),
+    ],
+)
+def test_sizes_that_would_select_wrongly_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        config.Config(**change)
 
 
 def whole(rng, *shape):
@@ -97,3 +166,19 @@ def test_what_the_kernel_cannot_do_is_refused_with_the_reason(dtype, size, page,
             *(jnp.ones(1, jnp.int32), 1),
             implementation="mosaic_gpu",
         )
+
+
+@pytest.mark.parametrize(("batch", "tokens", "keys"), [(0, 1, 64), (1, 0, 64), (1, 1, 0)])
+def test_nothing_to_select_is_refused(batch, tokens, keys):
+    shapes = ((batch, tokens, 64, 64), (batch, keys, 64), (batch, tokens, 64))
+    q, k, weights = (jnp.ones(shape, jnp.bfloat16) for shape in shapes)
+    visible = jnp.zeros((batch, tokens), jnp.int32)
+    with pytest.raises(NotImplementedError, match="nothing to do"):
+        index_topk(q, k, weights, 1, visible=visible, implementation="mosaic_gpu")
+
+
+def test_sizes_that_shared_memory_does_not_hold_are_refused():
+    q, k, weights = (jnp.ones(s, jnp.bfloat16) for s in ((1, 4, 64, 256), (1, 64, 256), (1, 4, 64)))
+    visible = jnp.ones((1, 4), jnp.int32)
+    with pytest.raises(NotImplementedError, match="232448 bytes of shared memory; 64 heads of 256"):
+        mosaic_gpu.index_topk(q, k, weights, 1, visible, config.Config())

@@ -213,6 +213,13 @@ class Cases:
 class TestXla(Cases):
     implementation = "xla"
 
+    def test_no_rows_sum_to_zeros(self):
+        position, weights, dy = jnp.full((3, 2), -1, jnp.int32), jnp.ones((3, 2)), jnp.ones((3, 4))
+        y, d_rows, d_weights = run_combine(jnp.ones((0, 4)), position, weights, dy, "xla")
+        np.testing.assert_array_equal(y, np.zeros((3, 4)))
+        np.testing.assert_array_equal(d_weights, np.zeros((3, 2)))
+        assert d_rows.shape == (0, 4)
+
 
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="refused there")
 class TestMosaicTpu(Cases):

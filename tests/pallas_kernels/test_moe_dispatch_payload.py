@@ -175,6 +175,21 @@ def test_rows_that_tma_cannot_move_are_refused(size):
         dispatch(jnp.ones((2, size)), ids, 1, implementation="mosaic_gpu")
 
 
+@pytest.mark.skipif(jax.default_backend() == "tpu", reason="refused there, of any size")
+def test_rows_that_shared_memory_does_not_hold_are_refused():
+    x, ids = jnp.ones((2, 32768)), jnp.zeros((2, 1), jnp.int32)
+    with pytest.raises(
+        NotImplementedError, match=r"229376 bytes of shared memory for rows.* 393216"
+    ):
+        dispatch(x, ids, 1, implementation="mosaic_gpu")
+    # The heuristic's pipeline fits for the longest rows that registers hold; a deeper one does not.
+    deep = config.Config(blocks=1, depth=12, stores=2)
+    with pytest.raises(
+        NotImplementedError, match=r"229376 bytes of shared memory for rows.* 491520"
+    ):
+        mosaic_gpu.weighted_sum(x[:, :8192], ids, jnp.ones((2, 1)), config=deep)
+
+
 def test_the_default_on_a_gpu_moves_little_by_xla():
     assert api._PREFERENCE["gpu"] == ("mosaic_gpu", "xla")
     assert api._choose(None, config.SMALL - 1) == "xla"
@@ -186,6 +201,16 @@ def lowered(run, *shapes):
     """The CUDA module's bytes; needs no GPU."""
     arguments = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
     return len(export.export(jax.jit(run), platforms=["cuda"])(*arguments).mlir_module_serialized)
+
+
+@pytest.mark.parametrize("size", [8192, 16384])
+def test_the_longest_float32_rows_lower(size):
+    x, indices = ((512, size), jnp.float32), (((1024,), jnp.int32), ((512, 2), jnp.int32))
+    gather = functools.partial(mosaic_gpu.gather_rows, interpret=None)
+    assert lowered(gather, x, *indices)
+    if size == 8192:
+        add = functools.partial(mosaic_gpu.weighted_sum, interpret=None)
+        assert lowered(add, x, indices[1], ((512, 2), jnp.float32))
 
 
 @pytest.mark.parametrize("size", [1024, 1408, 7168, 8192])

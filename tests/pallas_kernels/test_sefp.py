@@ -10,6 +10,7 @@ import pytest
 
 from pallas_kernels import native, sefp_matmul, sefp_truncate
 from pallas_kernels.sefp import Sefp, config, decode, encode, mosaic_gpu, operand, reference
+from pallas_kernels.sefp.format import unpack
 
 WIDTHS = range(3, 9)
 # float32 sums of K products: up to K * 2**-24 of the sum of magnitudes. bfloat16 outputs: half a unit in the last of 8 bits.
@@ -176,6 +177,24 @@ def test_every_thread_holds_the_bits_of_the_operands_it_owes():
         assert (output == stored_output).all() and (halfword == word // 2).all()
 
 
+@pytest.mark.parametrize("width", WIDTHS)
+def test_the_operands_of_a_warpgroup_are_the_stored_codes(width, rng):
+    """One group, and two whose planes share words; random bits are weights too. Of the layouts the simulator knows nothing."""
+    base = jnp.asarray(rng.integers(0, 2**32, (2, 64, 8), np.uint32))
+    planes = tuple(
+        jnp.asarray(rng.integers(0, 2**16, (2, 64, 4), np.uint16)) for _ in range(width - 3)
+    )
+    q = unpack(base, planes)
+    expected = jax.vmap(operand.ordered)(q.astype(jnp.float32)) * 2.0 ** (1 - width)
+    for groups in (1, 2):
+        words, *bits = ([a.reshape(2, 32, -1)[g] for g in range(groups)] for a in (base, *planes))
+        got = operand.operands(words, bits, interpret=True)
+        assert len(got) == groups
+        for one, group in zip(got, expected, strict=False):
+            assert one.dtype == jnp.bfloat16
+            np.testing.assert_array_equal(one.astype(jnp.float32), group)
+
+
 def test_the_factors_of_the_tensor_cores_operand_are_exact():
     """Subnormal bfloat16 numbers times the two factors, in fractions: PTX's fma rounds once."""
 
@@ -253,8 +272,9 @@ def test_shapes_widths_and_types_are_checked():
         sefp_matmul(jnp.ones((1, 63)), s)
     with pytest.raises(ValueError, match="width must be"):
         sefp_matmul(jnp.ones((1, 64)), s, width=6)
-    with pytest.raises(TypeError, match="floating"):
-        sefp_matmul(jnp.ones((1, 64), jnp.int32), s)
+    for dtype in (jnp.int32, jnp.float16, jnp.float8_e4m3fn):
+        with pytest.raises(TypeError, match=f"float32 or bfloat16; got {dtype.__name__}. Cast it"):
+            sefp_matmul(jnp.ones((1, 64), dtype), s)
     for width in (0, 9):
         with pytest.raises(ValueError, match="width must be"):
             sefp_truncate(jnp.ones((64, 8)), width)

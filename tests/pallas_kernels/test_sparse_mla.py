@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from pallas_kernels import merge_partials, native, sparse_mla
-from pallas_kernels.sparse_mla import chunks
+from pallas_kernels import merge_partials, native, sparse_mla, sparse_mla_step
+from pallas_kernels.sparse_mla import addresses, chunks
 
 SCALE = 0.3
 # Sums over at most 12 rows of 8 float32 numbers of size 1.
@@ -34,14 +34,15 @@ def oracle(q, kv, indices, value_dim):
 
 
 def masked_dense(q, kv, indices, value_dim):
-    """The same attention as a masked softmax over all rows, for gradients: nothing gathered."""
+    """(out, lse), the latter 0 without rows: a masked softmax over all rows, for gradients; nothing gathered."""
     q, kv = q.astype(jnp.float32), kv.astype(jnp.float32)
     chosen = (indices[..., None] == jnp.arange(kv.shape[1])[None, None, None]).any(2)[:, :, None]
     logits = SCALE * jnp.einsum("bthc,bsc->bths", q, kv, precision="highest")
     weight = jnp.where(chosen, jnp.exp(logits), 0.0)
     total = weight.sum(-1)
     out = jnp.einsum("bths,bsv->bthv", weight, kv[..., :value_dim], precision="highest")
-    return out / jnp.where(total > 0, total, 1.0)[..., None], total
+    total = jnp.where(total > 0, total, 1.0)
+    return out / total[..., None], jnp.log(total)
 
 
 @functools.partial(jax.jit, static_argnames=("value_dim", "implementation"))
@@ -52,17 +53,45 @@ def run(q, kv, indices, value_dim, implementation):
 
 
 @functools.partial(jax.jit, static_argnames=("value_dim", "implementation"))
-def gradients(q, kv, indices, d_out, value_dim, implementation):
-    """(dq, dkv) of the output, by the backend or, for None, by the masked dense form."""
+def gradients(q, kv, indices, cotangents, value_dim, implementation):
+    """(dq, dkv) of output and log denominator, by the backend or, for None, by the masked dense form."""
 
     def loss(q, kv):
         if implementation is None:
-            out, _ = masked_dense(q, kv, indices, value_dim)
+            results = masked_dense(q, kv, indices, value_dim)
         else:
-            out, _ = run(q, kv, indices, value_dim, implementation)
-        return (out.astype(jnp.float32) * d_out).sum()
+            results = run(q, kv, indices, value_dim, implementation)
+        return weighted(results, cotangents)
 
     return jax.grad(loss, (0, 1))(q, kv)
+
+
+def weighted(results, cotangents):
+    """Sum of out and of lse where it is finite, each times its cotangent."""
+    (out, lse), (d_out, d_lse) = results, cotangents
+    lse = jnp.where(jnp.isfinite(lse), lse, 0.0)
+    return (out.astype(jnp.float32) * d_out).sum() + (lse * d_lse).sum()
+
+
+def random_cotangents(rng, q, value_dim):
+    """Of (out, lse), float32."""
+    return tuple(rng.standard_normal((*q.shape[:3], *n), np.float32) for n in ((value_dim,), ()))
+
+
+@functools.partial(jax.jit, static_argnames=("value_dim", "implementation"))
+def step_gradients(q, cached, own, rows, pages, cotangents, value_dim, implementation):
+    """Gradients of a step on the second layer in q, cached and own, by the backend or, for None, by the masked dense form."""
+
+    def loss(q, cached, own):
+        if implementation is None:
+            past = cached[1][jnp.maximum(pages, 0)].reshape(q.shape[0], -1, q.shape[3])
+            results = masked_dense(q, jnp.concatenate([past, own], 1), rows, value_dim)
+        else:
+            how = {"scale": SCALE, "value_dim": value_dim, "implementation": implementation}
+            results = sparse_mla_step(q, cached, 1, own, rows, pages=pages, **how)
+        return weighted(results, cotangents)
+
+    return jax.grad(loss, (0, 1, 2))(q, cached, own)
 
 
 def random_indices(rng, batch, tokens, columns, rows, missing):
@@ -119,9 +148,23 @@ class Cases:
     @pytest.mark.parametrize("case", list(CASES))
     def test_gradients_equal_those_of_masked_dense_attention(self, case, rng):
         q, kv, indices, value_dim = self.arrays(rng, case)
-        d_out = rng.standard_normal((*q.shape[:3], value_dim), np.float32)
-        got = gradients(q, kv, indices, d_out, value_dim, self.implementation)
-        for a, b in zip(got, gradients(q, kv, indices, d_out, value_dim, None), strict=True):
+        cotangents = random_cotangents(rng, q, value_dim)
+        got = gradients(q, kv, indices, cotangents, value_dim, self.implementation)
+        for a, b in zip(got, gradients(q, kv, indices, cotangents, value_dim, None), strict=True):
+            self.assert_close(a, b)
+
+    def test_gradients_of_a_step_equal_those_of_masked_dense_attention(self, rng):
+        """Rows on scattered pages and of the step itself, gaps, and a query without any."""
+        size, value_dim = self.widths or (7, 5)
+        q, own = self.random(rng, 2, 3, 5, size), self.random(rng, 2, 3, size)
+        cached, pages = self.random(rng, 2, 6, 4, size), np.array([[5, 0], [2, -1]], np.int32)
+        rows = random_indices(rng, 2, 3, 6, 11, 0.2)
+        rows[1, (rows[1] >= 4) & (rows[1] < 8)] = -1  # on the page that is not there
+        rows[1, 2] = -1
+        arrays = q, cached, own, rows, pages, random_cotangents(rng, q, value_dim), value_dim
+        got = step_gradients(*arrays, self.implementation)
+        for a, b in zip(got, step_gradients(*arrays, None), strict=True):
+            assert np.asarray(b).any()
             self.assert_close(a, b)
 
     def test_a_query_without_rows_gives_zeros_and_minus_infinity_and_no_gradient(self, rng):
@@ -129,9 +172,8 @@ class Cases:
         indices[0, 1] = -1
         out, lse = run(q, kv, indices, value_dim, self.implementation)
         assert not np.asarray(out[0, 1]).any() and np.isneginf(lse[0, 1]).all()
-        dq, dkv = gradients(
-            q, kv, indices, np.ones(out.shape, np.float32), value_dim, self.implementation
-        )
+        ones = np.ones(out.shape, np.float32), np.ones(lse.shape, np.float32)
+        dq, dkv = gradients(q, kv, indices, ones, value_dim, self.implementation)
         assert not np.asarray(dq[0, 1]).any() and np.isfinite(np.asarray(dkv, np.float32)).all()
 
     def test_the_order_of_the_indices_and_where_the_gaps_are_do_not_matter(self, rng):
@@ -149,13 +191,13 @@ class Cases:
         indices[indices == 0] = -1  # row 0 too: gaps must not read it
         unused = [[r for r in range(11) if r not in indices[b]] for b in range(2)]
         assert (indices == -1).any() and all(0 in rows for rows in unused)
-        d_out = rng.standard_normal((*q.shape[:3], value_dim), np.float32)
+        cotangents = random_cotangents(rng, q, value_dim)
         clean = run(q, kv, indices, value_dim, self.implementation)
-        clean_gradients = gradients(q, kv, indices, d_out, value_dim, self.implementation)
+        clean_gradients = gradients(q, kv, indices, cotangents, value_dim, self.implementation)
         for b, rows in enumerate(unused):
             kv[b, rows] = np.nan
         dirty = run(q, kv, indices, value_dim, self.implementation)
-        dirty_gradients = gradients(q, kv, indices, d_out, value_dim, self.implementation)
+        dirty_gradients = gradients(q, kv, indices, cotangents, value_dim, self.implementation)
         for a, b in zip((*clean, *clean_gradients), (*dirty, *dirty_gradients), strict=True):
             np.testing.assert_array_equal(a, b)
 
@@ -213,6 +255,24 @@ class TestMosaicTpu(Cases):
     implementation = "mosaic_tpu"
 
 
+@pytest.mark.parametrize("implementation", [None, "xla", "native"])
+def test_no_columns_of_indices_give_zeros_and_minus_infinity_and_no_gradient(implementation, rng):
+    if implementation == "native" and not native.available():
+        pytest.skip("no C++ compiler")
+    q, kv, _, value_dim = Cases().arrays(rng, "odd sizes")
+    attend = functools.partial(
+        run,
+        indices=np.zeros((2, 3, 0), np.int32),
+        value_dim=value_dim,
+        implementation=implementation,
+    )
+    (out, lse), pullback = jax.vjp(attend, q, kv)
+    assert out.shape == (2, 3, 5, value_dim) and not np.asarray(out).any()
+    assert lse.shape == (2, 3, 5) and np.isneginf(lse).all()
+    for gradient in pullback((jnp.ones_like(out), jnp.ones_like(lse))):
+        assert not np.asarray(gradient).any()
+
+
 def test_merging_only_empty_parts_gives_zeros_and_minus_infinity():
     empty = jnp.zeros((2, 3)), jnp.full(2, -jnp.inf)
     out, lse = merge_partials([empty, empty])
@@ -227,11 +287,11 @@ def test_merging_one_part_changes_nothing(rng):
 
 def test_gradients_do_not_depend_on_how_many_queries_are_taken_at_a_time(rng, monkeypatch):
     q, kv, indices, value_dim = Cases().arrays(rng, "some missing")
-    d_out = rng.standard_normal((*q.shape[:3], value_dim), np.float32)
-    whole = gradients(q, kv, indices, d_out, value_dim, "xla")
+    cotangents = random_cotangents(rng, q, value_dim)
+    whole = gradients(q, kv, indices, cotangents, value_dim, "xla")
     monkeypatch.setattr(chunks, "GATHERED_BYTES", 4 * 4 * indices.shape[2] * q.shape[3])
     jax.clear_caches()
-    pieces = gradients(q, kv, indices, d_out, value_dim, "xla")
+    pieces = gradients(q, kv, indices, cotangents, value_dim, "xla")
     jax.clear_caches()
     for a, b in zip(pieces, whole, strict=True):
         np.testing.assert_allclose(a, b, **FLOAT32)
@@ -274,3 +334,26 @@ def test_arguments_that_do_not_fit_are_named(q, kv, indices, value_dim, message)
         sparse_mla(
             jnp.ones(q), jnp.ones(kv), jnp.zeros(indices, jnp.int32), scale=1.0, value_dim=value_dim
         )
+
+
+@pytest.mark.misuse
+@pytest.mark.parametrize(
+    ("q", "kv"), [(jnp.float32, jnp.bfloat16), (jnp.float32, jnp.uint8), (jnp.uint8, jnp.uint8)]
+)
+def test_types_that_do_not_fit_are_named_with_a_way_out(q, kv):
+    indices = jnp.zeros((2, 3, 1), jnp.int32)
+    message = f"one floating dtype; got {q.__name__} and {kv.__name__}. Cast one, and decode"
+    with pytest.raises(TypeError, match=message):
+        sparse_mla(
+            jnp.ones((2, 3, 1, 4), q), jnp.ones((2, 5, 4), kv), indices, scale=1.0, value_dim=2
+        )
+
+
+def test_more_rows_than_32_bits_number_are_refused():
+    shape = jax.ShapeDtypeStruct
+    indices = shape((2, 1, 3), jnp.int32)
+    with pytest.raises(NotImplementedError, match=f"32 bits; got {2**31}"):
+        jax.eval_shape(addresses.of_sequences, shape((2, 2**30, 4), jnp.float32), indices)
+    cached, own = shape((1, 2, 2**30 - 1, 4), jnp.float32), shape((2, 1, 4), jnp.float32)
+    with pytest.raises(NotImplementedError, match=f"32 bits; got {2**31}"):
+        jax.eval_shape(lambda *x: addresses.of_step(x[0], 0, *x[1:], None), cached, own, indices)
