@@ -1,4 +1,4 @@
-"""The command line, in real processes: what it prints, what it writes, how it fails."""
+"""The command line, in real processes but for mistakes of users: what it prints, what it writes, how it fails."""
 
 import json
 import os
@@ -15,6 +15,7 @@ from jaxmoe import checkpoint
 from jaxmoe.report import write_report
 
 pytest.importorskip("tyro")
+from jaxmoe.cli import main  # noqa: E402
 
 
 def run(*args, timeout=240, **env):
@@ -30,6 +31,16 @@ def run(*args, timeout=240, **env):
         env=clean | {"PYTHONPATH": root, "COLUMNS": "200", "NO_COLOR": "1"} | env,
         check=False,
     )
+
+
+def mistake(capsys, *args):
+    """Runs ``jaxmoe`` in this process, which starts faster; returns the one line that it ends with."""
+    with pytest.raises(SystemExit) as end:
+        main([str(arg) for arg in args])
+    assert end.value.code == 1
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
+    assert len(lines) == 1 and lines[0].startswith("error:")
+    return lines[0]
 
 
 @pytest.fixture(scope="module")
@@ -72,26 +83,27 @@ def test_info_report_has_the_common_format(tmp_path):
         (["train", "--beta1", "1"], ["beta1", "[0, 1)", "1.0"]),
     ],
 )
-def test_a_users_mistake_is_one_line_without_a_traceback(args, words):
-    result = run(*args)
-    assert result.returncode == 1
-    assert "Traceback" not in result.stderr
-    lines = [line for line in result.stderr.splitlines() if line.strip()]
-    assert len(lines) == 1 and lines[0].startswith("error:")
+def test_a_users_mistake_is_one_line(args, words, capsys):
+    line = mistake(capsys, *args)
     for word in words:
-        assert word in lines[0]
+        assert word in line
+
+
+def test_a_users_mistake_ends_a_process_without_a_traceback():
+    result = run("info", "no_such_model")
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert len(result.stderr.splitlines()) == 1 and result.stderr.startswith("error:")
 
 
 @pytest.mark.parametrize("metadata", [None, b"", b"{}"])
-def test_info_names_the_damaged_file_of_a_native_checkpoint(native, tmp_path, metadata):
+def test_info_names_the_damaged_file_of_a_native_checkpoint(native, tmp_path, metadata, capsys):
     shutil.copytree(native, tmp_path / "native")
     path = tmp_path / "native" / "3" / "metadata.json"
     path.unlink()
     if metadata is not None:
         path.write_bytes(metadata)
-    result = run("info", tmp_path / "native")
-    assert result.returncode == 1 and len(result.stderr.splitlines()) == 1
-    assert str(path) in result.stderr and "restore another step" in result.stderr
+    line = mistake(capsys, "info", tmp_path / "native")
+    assert str(path) in line and "restore another step" in line
 
 
 def test_generate_streams_the_same_text_for_the_same_seed(native, tmp_path):

@@ -251,6 +251,7 @@ def test_generation_ends_early_when_every_sequence_has_stopped():
 # -- compilation -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_executables_are_bounded_by_buckets_not_by_lengths_or_settings():
     config = LLAMA.replace(num_hidden_layers=1, hidden_size=24, intermediate_size=20)
     functions = (_module._fill, _module._first, _module._decode)

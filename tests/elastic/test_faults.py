@@ -71,7 +71,8 @@ def test_too_many_ranks_gone_is_said_and_serving_goes_on_with_their_return(stand
         "cut:2@0.3/step, mute:0@0.6x3",
         "kill:0@0.3, kill:0@lost/install",
         "kill:0@0.3, kill:0@lost/step, raise:0@lost/step",  # each in the first step of a mesh
-        "flip_host:1@0.3, kill_holders@0.5, nan:2@joined/step",
+        "flip_host:1@0.3, kill:2@0.5, nan:2@joined/step",
+        "kill_holders@0.5",  # whoever they are
         "drain:2@0.3, kill:0@draining+0.1",
         "kill:1@0.3, kill:1@joined",
     ],

@@ -93,6 +93,7 @@ def _since(cluster: VirtualCluster, before: int) -> list[str]:
     return [event.type for event in cluster.events[before:]]
 
 
+@pytest.mark.slow
 def test_a_spare_takes_the_place_of_a_rank_that_is_lost(serving):
     engine, cluster = serving
     _under_load(engine)

@@ -141,6 +141,7 @@ def test_stats_add_up_with_what_clients_count():
     assert repr(engine).startswith("Engine(1 rank, 0 running, 0 waiting, 0 of 40 pages held)")
 
 
+@pytest.mark.slow
 def test_warming_up_compiles_every_size_and_changes_nothing():
     sampling.choose.clear_cache()  # of what other tests have compiled
     with new_engine(max_step_tokens=5) as engine:

@@ -77,7 +77,13 @@ def test_logits_and_greedy_tokens_are_those_of_transformers(case, tmp_path):
 
 
 @pytest.mark.usefixtures("_compiled_quickly")
-@pytest.mark.parametrize("case", [pytest.param(random_case(s), id=f"{s}") for s in range(20)])
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(random_case(s), id=f"{s}", marks=[pytest.mark.slow] if s >= 6 else [])
+        for s in range(20)
+    ],
+)
 def test_random_configurations_too(case, tmp_path):
     model = oracle.build(case.family, case.fields, seed=1)
     _write(model, case, tmp_path)

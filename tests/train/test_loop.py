@@ -93,6 +93,7 @@ def test_every_step_has_one_line_and_one_call(run):
     assert restored.extra["corpus"]["sha256"] == summary.corpus.fingerprint["sha256"]
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_losses_and_another_seed_others(run, corpus, tmp_path):
     directory, _, _ = run
     train(MODEL, RUN, tmp_path / "same", data=corpus)

@@ -184,7 +184,7 @@ def draw(seed: int, ranks: int, spare_ranks: int) -> Schedule:
     refuses = spare_ranks + 1 < ranks and rng.random() < _REFUSED
     if refuses:
         episodes = [_cancellations, _refusal]
-    elif rng.random() < 0.05:
+    elif rng.random() < 0.05 and spare_ranks > 1:  # two ranks, once every expert has two copies
         episodes = [lambda rng, ranks: [Injection("kill_holders")]]
     else:
         weights = np.array([w if need <= spare_ranks else 0 for _, need, w in _EPISODES], float)

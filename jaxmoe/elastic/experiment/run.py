@@ -82,7 +82,7 @@ def run_schedule(stand: Stand, schedule: Schedule, *, settle_s: float = SETTLE_S
     """
     started, cluster = time.monotonic(), stand.cluster
     _within(_END_S, cluster.verify)  # between steps: what has changed until now is done and told
-    before, epoch, seen = checks.compiles(cluster.status()), cluster.epoch, len(cluster.events)
+    before, told = checks.compiles(cluster.status()), cluster.events
     load = stand.load(schedule.seed).start()
     problems = []
     if not load.first_token.wait(_END_S):
@@ -103,7 +103,9 @@ def run_schedule(stand: Stand, schedule: Schedule, *, settle_s: float = SETTLE_S
         states = {rank.rank: rank.state for rank in cluster.status().ranks}
         problems.append(f"ranks do not come back: {states}")
     counts, wrong = checks.count(records, stand.workload.expected, schedule.refuses)
-    events = list(cluster.events)[seen:]
+    events = cluster.events[len(told) :]
+    # From the last change that was told: one that is just being made is told after it has an epoch.
+    epoch = told[-1].epoch if told else 0
     problems += wrong + checks.of_events(events, epoch, schedule.refuses)
     problems += checks.of_ranks(_within(_END_S, cluster.verify)) + checks.of_engine(
         stand.engine.stats()
