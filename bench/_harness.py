@@ -13,6 +13,9 @@ import jaxmoe
 from jaxmoe import checkpoint
 from jaxmoe.report import make_report, write_report
 
+# What to run, its work, and that work's unit per second.
+Runs = dict[str, tuple[Callable[[], Any], float, str]]
+
 
 def timed(run: Callable[[], Any]) -> Callable[[], float]:
     """``run``, which must block until its result is there, as a function that returns its seconds."""

@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bench._harness import Runs
 from pallas_kernels import grouped_matmul
 from pallas_kernels.numerics import dot, precision_of
 
 Run = Callable[[], Any]
-Runs = dict[str, tuple[Run, float, str]]
 
 # Of the largest number of the result: bfloat16 results are off by 2**-9 of their own size, and sums of other order by less.
 _TOLERANCE = 2**-7

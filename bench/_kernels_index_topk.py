@@ -16,11 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bench._harness import Runs
 from pallas_kernels import index_topk, index_topk_step
 from pallas_kernels._pallas import interpret_gpu, multiprocessors
 from pallas_kernels.index_topk import config, mosaic_gpu
 
-Runs = dict[str, tuple[Callable[[], Any], float, str]]
 BACKENDS = ("xla", "mosaic_gpu")
 HEADS, SIZE, PAGE = 64, 128, 64
 ROTATED_BYTES = 300e6  # of keys, before any is read again

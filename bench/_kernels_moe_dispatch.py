@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from bench._harness import Runs
 from pallas_kernels import combine, dispatch
 from pallas_kernels.moe_dispatch import api, mosaic_gpu, payload
 from pallas_kernels.moe_dispatch.config import Config
 
-Runs = dict[str, tuple[Callable[[], Any], float, str]]
 BACKENDS = ("xla", "mosaic_gpu")
 
 # Pipelines that fit rows of 14 KB: of what is copied, summed and encoded.

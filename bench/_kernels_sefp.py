@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from bench._harness import Runs
 from pallas_kernels import sefp
 from pallas_kernels.sefp import Sefp, reference
 from pallas_kernels.sefp.config import Tiling
@@ -80,7 +81,7 @@ def _check(name: str, got: jax.Array, expected: jax.Array, bound: float) -> None
         raise SystemExit(f"{name}: relative error {error} is above {bound}")
 
 
-def _matmul(args: Any, layer: tuple[int, int]) -> dict:
+def _matmul(args: Any, layer: tuple[int, int]) -> Runs:
     runs, (inner, columns) = {}, layer
     stored = _stored(layer, min(args.widths), args.seed)
     dtype = jnp.dtype(args.dtype)
@@ -124,7 +125,7 @@ def _with_tiling(tiling: Tiling, x: jax.Array, s: Sefp) -> jax.Array:
     return gpu_matmul(x, s, tiling=tiling).astype(x.dtype)
 
 
-def _truncate(args: Any, layer: tuple[int, int]) -> dict:
+def _truncate(args: Any, layer: tuple[int, int]) -> Runs:
     runs = {}
     dtype = jnp.dtype(args.dtype)
     count = (
@@ -150,10 +151,10 @@ def _truncate(args: Any, layer: tuple[int, int]) -> dict:
     return runs
 
 
-def runs(args: argparse.Namespace) -> dict[str, tuple[Callable[[], Any], float, str]]:
+def runs(args: argparse.Namespace) -> Runs:
     """What to time: see ``bench.kernels``."""
     parts = {"matmul": _matmul, "truncate": _truncate}
-    found: dict = {}
+    found: Runs = {}
     for part in args.part:
         for layer in args.layers:
             found |= parts[part](args, layer)

@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bench._harness import Runs
 from pallas_kernels import _pallas, cache_rows, sparse_mla, sparse_mla_step
 from pallas_kernels.sparse_mla import addresses, mosaic_gpu
 from pallas_kernels.sparse_mla.config import Config
 
-Runs = dict[str, tuple[Callable[[], Any], float, str]]
 BACKENDS = ("xla", "mosaic_gpu")
 SIZE, VALUES = 576, 512
 SCALE = 0.1352337788608801

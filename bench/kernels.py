@@ -20,11 +20,9 @@ import jax
 import jax.numpy as jnp
 
 from bench import _harness
+from bench._harness import Runs
 from jaxmoe.report import make_report, median_row, write_report
 from pallas_kernels.numerics import dot
-
-# What to run, its work, and that work's unit per second.
-Runs = dict[str, tuple[Callable[[], Any], float, str]]
 
 OPS = {
     "grouped_matmul": "_kernels_grouped_matmul",

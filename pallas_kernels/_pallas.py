@@ -16,6 +16,9 @@ except ImportError:  # jax < 0.11
     from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
 WARPGROUP = plgpu.LoweringSemantics.Warpgroup
+# Of 16-bit operands of wgmma in shared memory: lines of 64 numbers, 128 bytes.
+SWIZZLED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+SHARED_MEMORY = 227 * 1024  # bytes that a block of threads can have on Hopper
 
 
 def interpret_gpu() -> Any:

@@ -18,7 +18,6 @@ from pallas_kernels.grouped_matmul.config import Tiling
 
 STEP = 64  # of the contracted dimension: one swizzled row of 128 bytes
 ALIGNED = 8  # Copies address rows by this many.
-_SWIZZLED = (plgpu.TilingTransform((8, STEP)), plgpu.SwizzleTransform(128))
 
 
 class Tile(NamedTuple):
@@ -211,14 +210,14 @@ def kernel(
 ) -> Callable[..., jax.Array]:
     """``body(*inputs, output, buffers)`` on every multiprocessor; ``left`` and ``right`` are the shapes of one slot's operands."""
     dtype, stages, warpgroups = result.dtype, tiling.stages, tiling.warpgroups
-    stored = plgpu.SMEM((warpgroups, 2, STEP, STEP), dtype, transforms=_SWIZZLED)
+    stored = plgpu.SMEM((warpgroups, 2, STEP, STEP), dtype, transforms=_pallas.SWIZZLED)
     plain = plgpu.SMEM((warpgroups, 2, STEP, STEP), dtype)
 
     def with_buffers(*refs: Any) -> None:
         pl.run_scoped(
             lambda *scratch: body(*refs, Buffers(*scratch)),
-            plgpu.SMEM((stages, warpgroups, *left), dtype, transforms=_SWIZZLED),
-            plgpu.SMEM((stages, *right), dtype, transforms=_SWIZZLED),
+            plgpu.SMEM((stages, warpgroups, *left), dtype, transforms=_pallas.SWIZZLED),
+            plgpu.SMEM((stages, *right), dtype, transforms=_pallas.SWIZZLED),
             # Not every JAX's simulator has unions.
             plgpu.RefUnion(stored, plain) if interpret is None else (stored, plain),
             plgpu.Barrier(num_arrivals=warpgroups + 1, num_barriers=stages),

@@ -5,7 +5,7 @@ import dataclasses
 from pallas_kernels import _pallas, _tuned
 
 # Shared memory that one block of threads may have on Hopper, less what barriers take.
-_SHARED_BYTES = 227 * 1024 - 1024
+_SHARED_BYTES = _pallas.SHARED_MEMORY - 1024
 
 
 @dataclasses.dataclass(frozen=True)

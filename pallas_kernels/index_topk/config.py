@@ -4,10 +4,10 @@ import dataclasses
 import math
 
 from pallas_kernels import _tuned
+from pallas_kernels._pallas import SHARED_MEMORY
 
 ROWS = 64  # keys of a product: what a warpgroup multiplies
-SHARED_MEMORY = 227 * 1024  # bytes that a thread block can have
-_RESERVED = 3 * 1024  # of these: 2 KB for sums across threads, and barriers
+_RESERVED = 3 * 1024  # of a block's shared memory: 2 KB for sums across threads, and barriers
 
 
 @dataclasses.dataclass(frozen=True)

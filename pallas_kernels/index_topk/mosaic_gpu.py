@@ -17,9 +17,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import paged
-from pallas_kernels._pallas import WARPGROUP, interpret_gpu, multiprocessors
+from pallas_kernels._pallas import (
+    SHARED_MEMORY,
+    SWIZZLED,
+    WARPGROUP,
+    interpret_gpu,
+    multiprocessors,
+)
 from pallas_kernels.index_topk import xla
-from pallas_kernels.index_topk.config import ROWS, SHARED_MEMORY, Config, chosen
+from pallas_kernels.index_topk.config import ROWS, Config, chosen
 from pallas_kernels.index_topk.selection import (
     LOWEST,
     best_first,
@@ -117,7 +123,6 @@ def score_keys(
                     out_ref[b, group * number + some + i, columns] = ordered_keys(mine.sum(1))
             pl.when(turn + config.depth < turns)(functools.partial(fetch, turn + config.depth))
 
-    swizzled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
     return plgpu.kernel(
         body,
         out_type=jax.ShapeDtypeStruct((batch, tokens, width), jnp.int32),
@@ -126,10 +131,10 @@ def score_keys(
         num_threads=config.warpgroups,
         thread_name="warpgroup",
         scratch_types=[
-            plgpu.SMEM((size, number * heads), jnp.bfloat16, transforms=swizzled),
+            plgpu.SMEM((size, number * heads), jnp.bfloat16, transforms=SWIZZLED),
             plgpu.SMEM((number, heads), jnp.float32),
             plgpu.SMEM(
-                (config.warpgroups * config.depth, ROWS, size), jnp.bfloat16, transforms=swizzled
+                (config.warpgroups * config.depth, ROWS, size), jnp.bfloat16, transforms=SWIZZLED
             ),
             plgpu.Barrier(num_barriers=2),
             plgpu.Barrier(num_barriers=config.warpgroups * config.depth),

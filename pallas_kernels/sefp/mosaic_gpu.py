@@ -24,7 +24,6 @@ from pallas_kernels.sefp.operand import HALFWORDS, TILE, WORDS, operands, ordere
 from pallas_kernels.sefp.xla import groups_of_rows
 
 _MOST_ROWS = 64
-_SWIZZLED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 _ROWS = plgpu.Layout.WGMMA.reduce(1)
 
 
@@ -120,7 +119,9 @@ def _kernel(x, exponent, base, *planes_and_out, tiling: configs.Tiling, steps: i
         body,
         grid=(steps,),
         in_specs=[
-            plgpu.BlockSpec((batch, groups * GROUP), lambda k: (0, at(k)), transforms=_SWIZZLED),
+            plgpu.BlockSpec(
+                (batch, groups * GROUP), lambda k: (0, at(k)), transforms=_pallas.SWIZZLED
+            ),
             plgpu.BlockSpec((groups, warpgroups * TILE), lambda k: (at(k), block)),
             *(
                 plgpu.BlockSpec((groups, warpgroups * TILE // 2, size), lambda k: (at(k), block, 0))

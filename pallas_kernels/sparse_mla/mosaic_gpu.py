@@ -23,7 +23,6 @@ from pallas_kernels.sparse_mla import config as configs
 from pallas_kernels.sparse_mla.config import BLOCK, HEADS
 from pallas_kernels.sparse_mla.merge import merge_partials
 
-_TRANSFORMS = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 _CONSUMERS = 2
 _SLOTS = 2  # blocks of rows in shared memory
 _LOWEST = -1e30  # instead of -inf, whose difference to itself is NaN
@@ -151,7 +150,7 @@ def _kernel(q, rows, splits, per_split, scale, value_dim, config, interpret):
 
     def produce(cached, own, index, block):
         if interpret is None:
-            _rows_ptx.copy_rows(cached, own, index, block, _TRANSFORMS, value_dim)
+            _rows_ptx.copy_rows(cached, own, index, block, _pallas.SWIZZLED, value_dim)
         else:
             _copy_rows_simulated(cached, own, index, block, value_dim)
 
@@ -252,8 +251,8 @@ def _kernel(q, rows, splits, per_split, scale, value_dim, config, interpret):
             jax.ShapeDtypeStruct((splits, queries, heads), jnp.float32),
         ],
         scratch_types=[
-            plgpu.SMEM((HEADS, size), q.dtype, transforms=_TRANSFORMS),
-            plgpu.SMEM((_SLOTS, BLOCK, size), q.dtype, transforms=_TRANSFORMS),
+            plgpu.SMEM((HEADS, size), q.dtype, transforms=_pallas.SWIZZLED),
+            plgpu.SMEM((_SLOTS, BLOCK, size), q.dtype, transforms=_pallas.SWIZZLED),
             plgpu.SMEM((per_split // BLOCK, BLOCK), jnp.int32),
             plgpu.Barrier(),
             plgpu.Barrier(),

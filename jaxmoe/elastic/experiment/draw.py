@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from jaxmoe.elastic.experiment.schedule import Injection, Schedule
+from jaxmoe.elastic.experiment.schedule import HOLDERS, Injection, Schedule
 
 Rng = np.random.Generator
 Episode = Callable[[Rng, list[int]], list[Injection]]  # of some ranks that it may end
@@ -184,7 +184,7 @@ def draw(seed: int, ranks: int, spare_ranks: int) -> Schedule:
     refuses = spare_ranks + 1 < ranks and rng.random() < _REFUSED
     if refuses:
         episodes = [_cancellations, _refusal]
-    elif rng.random() < 0.05 and spare_ranks > 1:  # two ranks, once every expert has two copies
+    elif rng.random() < 0.05 and spare_ranks >= HOLDERS:
         episodes = [lambda rng, ranks: [Injection("kill_holders")]]
     else:
         weights = np.array([w if need <= spare_ranks else 0 for _, need, w in _EPISODES], float)

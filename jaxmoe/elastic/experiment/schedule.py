@@ -58,7 +58,7 @@ COVERS = {
     "cancel": ("F14",),
 }
 _ENDS_A_RANK = ("kill", "kill_joiner", "stop", "raise", "nan", "cut", "mute", "drain", "flip")
-_HOLDERS = 2  # copies of every expert that placements strive for, on as many ranks
+HOLDERS = 2  # copies of every expert that placements strive for, on as many ranks
 _WITHOUT_RANKS = ("kill_holders", "cancel")
 _NEEDS_SECONDS = ("slow", "mute")
 _TAKES_SECONDS = (*_NEEDS_SECONDS, "stop")
@@ -179,7 +179,7 @@ class Schedule:
         out = frozenset().union(*(injection.ends for injection in self.injections))
         # Those who have the scarcest expert are two as soon as every expert has two copies.
         holders = any(injection.kind == "kill_holders" for injection in self.injections)
-        gone = max(len(out), _HOLDERS if holders else 0)
+        gone = max(len(out), HOLDERS if holders else 0)
         return dataclasses.replace(self, refuses=self.refuses or gone > spare_ranks)
 
     def to_dict(self) -> dict[str, Any]:
