@@ -122,9 +122,11 @@ def test_a_step_equals_xla_s_over_ragged_caches_with_nan_beyond_them(rng, tokens
 def test_an_offset_outside_the_matrices_is_an_error_and_no_read(rng):
     x, w, sizes = jnp.ones((2, 3)), jnp.ones((2, 3, 2)), jnp.array([1, 1], jnp.int32)
     for offset in (-1, 1):
-        with pytest.raises(jax.errors.JaxRuntimeError, match="group_offset"):
+        with pytest.raises(ValueError, match=f"group_offset must be from 0 to 0.*got {offset}"):
+            grouped_matmul(x, w, sizes, group_offset=offset, implementation="native")
+        with pytest.raises(jax.errors.JaxRuntimeError, match="group_offset"):  # known when it runs
             grouped_matmul(
-                x, w, sizes, group_offset=offset, implementation="native"
+                x, w, sizes, group_offset=jnp.int32(offset), implementation="native"
             ).block_until_ready()
 
 
