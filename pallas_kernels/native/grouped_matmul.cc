@@ -23,11 +23,13 @@ struct View {
 
 // y[R, columns] (+)= x[R, depth] * w[depth, V vectors]. The sums stay in registers only if nothing takes their address.
 // A block's first tile also fetches the weights of the next kSum rows, harmlessly past the end, and copies those it reads, so
-// that further tiles find them side by side; a tile of four vectors has all rows of its block.
+// that further tiles find them side by side. With four vectors a tile has all rows of its block and reads them where they lie;
+// with two it reads x as `Pack` leaves it.
 template <int64_t R, int64_t V, bool kFirst>
 void Tile(View x, int64_t depth, const float* w, int64_t w_stride, bool add, int64_t columns, float* y, int64_t stride,
           float* copy) {
   Vector sums[R][V] = {};
+  for (int64_t r = 0; r < R && add; ++r) __builtin_prefetch(y + r * stride, 1);
   for (int64_t k = 0; k < depth; ++k) {
     Vector line[V];
 #pragma GCC unroll 4
@@ -40,7 +42,7 @@ void Tile(View x, int64_t depth, const float* w, int64_t w_stride, bool add, int
     }
 #pragma GCC unroll 12
     for (int64_t r = 0; r < R; ++r) {
-      const float value = x.data[r * x.row + k * x.column];
+      const float value = V == 2 ? x.data[k * R + r] : x.data[r * x.row + k * x.column];
 #pragma GCC unroll 4
       for (int64_t v = 0; v < V; ++v) sums[r][v] += value * line[v];
     }
@@ -73,32 +75,56 @@ void TileOf(int64_t rows, View x, int64_t depth, const float* w, int64_t w_strid
 
 // The first `columns` columns of w's first `depth` rows as a dense [depth, width], zeros after the last column.
 void Copy(View w, int64_t depth, int64_t columns, int64_t width, float* to) {
-  for (int64_t k = 0; k < depth; ++k, to += width) {
-    const float* from = w.data + k * w.row;
-    if (w.column == 1 && columns == kPanel) {
-      Store(to, Load(from));
-      Store(to + kVectorSize, Load(from + kVectorSize));
-      continue;
+  if (w.column == 1) {
+    for (int64_t k = 0; k < depth; ++k) std::memcpy(to + k * width, w.data + k * w.row, columns * sizeof(float));
+  } else {  // transposed: w's columns lie side by side
+    for (int64_t n = 0; n < columns; ++n)
+      for (int64_t k = 0; k < depth; ++k) to[k * width + n] = w.data[n * w.column + k * w.row];
+  }
+  if (columns == width) return;
+  for (int64_t k = 0; k < depth; ++k) std::memset(to + k * width + columns, 0, (width - columns) * sizeof(float));
+}
+
+// Rows in parts of about equal height, at most `height`; part t from row Row(t) on.
+struct Tiles {
+  int64_t rows, count;
+
+  Tiles(int64_t rows, int64_t height) : rows(rows), count((rows + height - 1) / height) {}
+  int64_t Row(int64_t t) const { return t * rows / count; }
+  int64_t Height(int64_t t) const { return Row(t + 1) - Row(t); }
+};
+
+// x's first `depth` columns tile after tile, each [depth, height]: where they lie, rows may be a power of two apart and then
+// push each other out of the cache.
+void Pack(View x, Tiles tiles, int64_t depth, float* to) {
+  for (int64_t t = 0; t < tiles.count; ++t) {
+    const int64_t height = tiles.Height(t);
+    const View from = x.At(tiles.Row(t), 0);
+    if (x.column == 1) {
+      for (int64_t r = 0; r < height; ++r)
+        for (int64_t k = 0; k < depth; ++k) to[k * height + r] = from.data[r * from.row + k];
+    } else {
+      for (int64_t k = 0; k < depth; ++k)
+        for (int64_t r = 0; r < height; ++r) to[k * height + r] = from.data[r * from.row + k * from.column];
     }
-    for (int64_t n = 0; n < columns; ++n) to[n] = from[n * w.column];
-    for (int64_t n = columns; n < width; ++n) to[n] = 0.0f;
+    to += height * depth;
   }
 }
 
-// y[rows, columns <= V vectors] (+)= x[rows, depth <= kSum] * w[depth, columns].
+// y[rows, columns <= V vectors] (+)= x[rows, depth <= kSum] * w[depth, columns]; with two vectors x is packed.
 template <int64_t V>
-void RowsTimesPanel(View x, int64_t rows, int64_t depth, View w, bool add, int64_t columns, float* y, int64_t stride) {
+void RowsTimesPanel(View x, Tiles tiles, int64_t depth, View w, bool add, int64_t columns, float* y, int64_t stride) {
   constexpr int64_t kWidth = V * kVectorSize, kHeight = 2 * kTileRows / V;
-  const int64_t tiles = (rows + kHeight - 1) / kHeight;
   float copy[kSum * kWidth];
   const bool dense = w.column != 1 || columns < kWidth;
   if (dense) Copy(w, depth, columns, kWidth, copy);
-  for (int64_t t = 0; t < tiles; ++t) {  // of about equal height
-    const int64_t r = t * rows / tiles, height = (t + 1) * rows / tiles - r;
+  for (int64_t t = 0; t < tiles.count; ++t) {
+    const int64_t r = tiles.Row(t), height = tiles.Height(t);
+    const View part = V == 2 ? View{x.data + r * depth, 0, 0} : x.At(r, 0);
     if (t == 0 && !dense)
-      TileOf<kHeight, V, true>(height, x.At(r, 0), depth, w.data, w.row, add, columns, y + r * stride, stride, copy);
+      TileOf<kHeight, V, true>(height, part, depth, w.data, w.row, add, columns, y + r * stride, stride, copy);
     else
-      TileOf<kHeight, V, false>(height, x.At(r, 0), depth, copy, kWidth, add, columns, y + r * stride, stride, copy);
+      TileOf<kHeight, V, false>(height, part, depth, copy, kWidth, add, columns, y + r * stride, stride, copy);
   }
 }
 
@@ -106,17 +132,27 @@ void RowsTimesPanel(View x, int64_t rows, int64_t depth, View w, bool add, int64
 template <int64_t V>
 void RowsTimesColumns(View x, int64_t rows, int64_t inner, View w, int64_t columns, float* y, int64_t stride) {
   constexpr int64_t kWidth = V * kVectorSize;
-  for (int64_t k = 0; k < inner; k += kSum)
+  const Tiles tiles(rows, 2 * kTileRows / V);
+  float packed[V == 2 ? kRowBlock * kSum : 1];
+  for (int64_t k = 0; k < inner; k += kSum) {
+    const int64_t depth = std::min(kSum, inner - k);
+    View part = x.At(0, k);
+    if (V == 2) {
+      Pack(part, tiles, depth, packed);
+      part.data = packed;
+    }
     for (int64_t n = 0; n < columns; n += kWidth)
-      RowsTimesPanel<V>(x.At(0, k), rows, std::min(kSum, inner - k), w.At(k, n), k > 0, std::min(kWidth, columns - n),
-                        y + n, stride);
+      RowsTimesPanel<V>(part, tiles, depth, w.At(k, n), k > 0, std::min(kWidth, columns - n), y + n, stride);
+  }
 }
 
 void Multiply(View x, int64_t rows, int64_t inner, View w, int64_t columns, float* y, int64_t stride) {
-  if (rows <= kTileRows / 2)
-    RowsTimesColumns<4>(x, rows, inner, w, columns, y, stride);
-  else
-    RowsTimesColumns<2>(x, rows, inner, w, columns, y, stride);
+  if (rows <= kTileRows / 2) return RowsTimesColumns<4>(x, rows, inner, w, columns, y, stride);
+  const Tiles blocks(rows, kRowBlock);
+  for (int64_t b = 0; b < blocks.count; ++b) {
+    const int64_t r = blocks.Row(b);
+    RowsTimesColumns<2>(x.At(r, 0), blocks.Height(b), inner, w, columns, y + r * stride, stride);
+  }
 }
 
 // Rows [first, first + rows) belong to one group.
@@ -131,11 +167,8 @@ std::vector<Block> BlocksOf(S32 sizes, int64_t total, int64_t* covered) {
   int64_t row = 0;
   for (int64_t g = 0; g < static_cast<int64_t>(sizes.element_count()); ++g) {
     const int64_t rows = std::clamp<int64_t>(sizes.typed_data()[g], 0, total - row);
-    const int64_t parts = (rows + kRowBlock - 1) / kRowBlock;
-    for (int64_t p = 0; p < parts; ++p) {
-      const int64_t first = p * rows / parts, end = (p + 1) * rows / parts;
-      blocks.push_back({g, row + first, end - first});
-    }
+    const Tiles parts(rows, kRowBlock);
+    for (int64_t p = 0; p < parts.count; ++p) blocks.push_back({g, row + parts.Row(p), parts.Height(p)});
     row += rows;
   }
   *covered = row;
@@ -180,7 +213,8 @@ ffi::Error GroupedMatmulImpl(ffi::ThreadPool pool, F32 x, F32 w, S32 sizes, S32 
 // dw[g] = x[rows of g]^T * dy[rows of g].
 ffi::Error GroupedOuterImpl(ffi::ThreadPool pool, F32 x, F32 dy, S32 sizes, ffi::ResultBuffer<ffi::F32> dw) {
   const int64_t total = x.dimensions()[0], height = x.dimensions()[1], columns = dy.dimensions()[1];
-  const int64_t groups = sizes.element_count(), strips = (columns + kPanel - 1) / kPanel;
+  const int64_t groups = sizes.element_count();
+  const int64_t width = WidthOf(columns, height, groups), strips = (columns + width - 1) / width;
   std::vector<Block> group(groups);
   int64_t row = 0;
   for (int64_t g = 0; g < groups; ++g) {
@@ -191,7 +225,7 @@ ffi::Error GroupedOuterImpl(ffi::ThreadPool pool, F32 x, F32 dy, S32 sizes, ffi:
   const double work_ns = height * columns * (row / 16.0 + groups);
   ParallelFor(pool, groups * strips, work_ns, [&](int64_t item) {
     const Block block = group[item / strips];
-    const int64_t start = item % strips * kPanel, number = std::min(kPanel, columns - start);
+    const int64_t start = item % strips * width, number = std::min(width, columns - start);
     float* result = dw->typed_data() + block.group * height * columns + start;
     if (block.rows == 0) {
       for (int64_t r = 0; r < height; ++r) std::memset(result + r * columns, 0, number * sizeof(float));
