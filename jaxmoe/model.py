@@ -11,8 +11,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxmoe.config import LayerKind, ModelConfig
-from jaxmoe.layers import core_attention
-from jaxmoe.layers.attention import Entries, gqa_sequence, mla_sequence
+from jaxmoe.layers import core_attention, sparse_attention
+from jaxmoe.layers.attention import Entries, Whole, gqa_sequence, mla_sequence
 from jaxmoe.layers.linear import Stacked, dense, linear, matmul
 from jaxmoe.layers.mlp import mlp
 from jaxmoe.layers.norm import rms_norm
@@ -24,6 +24,7 @@ from jaxmoe.params import Params
 from pallas_kernels.numerics import dot
 
 ATTENTION_MODES = ("sparse", "dense")
+CORES = (None, "masked", "gathered")
 
 
 class LayerStats(NamedTuple):
@@ -34,12 +35,14 @@ class LayerStats(NamedTuple):
       load: [E] int32 (token, choice) pairs per expert.
       balance_loss: float32, the sequence-wise balance loss without its coefficient.
       index_loss: float32, the indexer's KL summed over queries.
+      index_recall: float32 [2], ``core_attention.Result.recall``; None if not asked for.
     """
 
     expert_ids: jax.Array
     load: jax.Array
     balance_loss: jax.Array
     index_loss: jax.Array
+    index_recall: jax.Array | None = None
 
 
 class Output(NamedTuple):
@@ -64,12 +67,23 @@ class PassOptions(NamedTuple):
       index_loss: compute the indexer's KL loss.
       moe: how experts are computed.
       remat: recompute each layer in the backward pass instead of keeping its activations.
+      core: how sparse attention is computed: "gathered" reads the selected rows only, "masked" multiplies all pairs and masks;
+        None for what is faster at this length (``sparse_attention.gathers``). Equal up to rounding.
+      index_recall: with "dense", measure how much of the attention the indexer's selection would have kept.
     """
 
     attention: str = "sparse"
     index_loss: bool = False
     moe: MoeOptions = MoeOptions()
     remat: bool = False
+    core: str | None = None
+    index_recall: bool = False
+
+    def gathers(self, config: ModelConfig, length: int) -> bool:
+        """Whether sequences of ``length`` are attended to by row."""
+        if self.attention != "sparse" or not config.is_mla:
+            return False
+        return sparse_attention.gathers(length, config.index_topk, self.core)
 
 
 # -- one layer -------------------------------------------------------------------------------------
@@ -133,31 +147,39 @@ def sequence_layer(
     options: PassOptions,
     tables: ExpertTables | None = None,
     selection: jax.Array | None = None,
+    starts: jax.Array | None = None,
     valid: jax.Array | None = None,
     *,
     kind: LayerKind,
     keep_selection: bool = False,
 ) -> tuple[jax.Array, Entries, LayerStats, jax.Array | None]:
     """One decoder layer over whole sequences, x [B, T, D]; of those that are not ``valid`` [B] nothing is counted."""
+    sparse = options.attention == "sparse"
     core_options = core_attention.Options(
         scale=config.softmax_scale,
-        topk=config.index_topk if options.attention == "sparse" else None,
+        topk=config.index_topk if sparse else None,
         index_loss=options.index_loss,
         keep_selection=keep_selection,
+        recall_topk=config.index_topk if options.index_recall and not sparse else None,
+    )
+    whole = Whole(
+        selection if kind.indexer == "shared" else None,
+        starts,
+        valid,
+        options.gathers(config, x.shape[1]),
+        options.moe.mesh,
     )
     h = rms_norm(x, p["attention_norm"], config.rms_norm_eps)
     with jax.named_scope("attention"):
-        if config.is_mla:
-            shared = selection if kind.indexer == "shared" else None
-            h, entries, core = mla_sequence(p, config, h, r, core_options, shared, valid)
-        else:
-            h, entries, core = gqa_sequence(p, config, h, r, core_options)
+        attend = mla_sequence if config.is_mla else gqa_sequence
+        h, entries, core = attend(p, config, h, r, core_options, whole)
     x = x + h
     h = rms_norm(x, p["mlp_norm"], config.rms_norm_eps)
     with jax.named_scope("mlp"):
         of_token = None if valid is None else jnp.broadcast_to(valid[:, None], h.shape[:2])
         h, stats = feed_forward(p, config, h, tables, options.moe, of_token)
-    return x + h, entries, stats._replace(index_loss=core.index_loss), core.selection
+    stats = stats._replace(index_loss=core.index_loss, index_recall=core.recall)
+    return x + h, entries, stats, core.selection
 
 
 # -- whole sequences -------------------------------------------------------------------------------
@@ -184,8 +206,28 @@ def concatenate(parts: list[Entries]) -> Entries:
 
 def _remat(layer: Callable[..., Any]) -> Callable[..., Any]:
     """The layer recomputed in the backward pass, but for what is small and dear: core attention's result."""
-    keep = jax.checkpoint_policies.save_only_these_names(*core_attention.SAVED)
+    names = {*core_attention.SAVED, *sparse_attention.SAVED}
+    keep = jax.checkpoint_policies.save_only_these_names(*names)
     return jax.checkpoint(layer, static_argnums=(1, 4), policy=keep)
+
+
+def _positions(tokens: jax.Array, starts: jax.Array | None) -> jax.Array:
+    """Positions [B, T] within each token's document."""
+    row = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    return row if starts is None else row - starts
+
+
+def _no_selection(
+    config: ModelConfig, options: PassOptions, shape: tuple[int, int]
+) -> jax.Array | None:
+    """The form of a selection that layers hand on, where some share it; None where none does."""
+    sharing = any(kind.indexer == "shared" for kind in config.layer_kinds)
+    if not sharing or options.attention != "sparse":
+        return None
+    batch, length = shape
+    if options.gathers(config, length):
+        return jnp.full((batch, length, config.index_topk), -1, jnp.int32)
+    return jnp.zeros((batch, length, length), bool)
 
 
 def run(
@@ -194,6 +236,7 @@ def run(
     tokens: Int[Array, "B T"],
     *,
     positions: Int[Array, "B T"] | None = None,
+    starts: Int[Array, "B T"] | None = None,
     tables: ExpertTables | None = None,
     valid: Bool[Array, " B"] | None = None,
     options: PassOptions = PassOptions(),
@@ -204,19 +247,17 @@ def run(
       params: parameters.
       config: the model.
       tokens: token ids.
-      positions: positions for the rotary embedding; default 0..T-1. Causality follows array order.
+      positions: positions for the rotary embedding; default 0.. within each document. Causality follows array order.
+      starts: index within the row of the first token of each token's document (packed documents): a query sees the tokens from
+        there up to itself. None: one document per row.
       tables: expert placement; None means expert e in slot e.
       valid: sequences that count in the statistics; others, such as padding, use no expert. Default all.
       options: static choices.
     """
-    batch, length = tokens.shape
-    if positions is None:
-        positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
-    r = rotation(config, positions)
+    r = rotation(config, _positions(tokens, starts) if positions is None else positions)
     x = params["embed"]["weight"][tokens]
-    sharing = any(kind.indexer == "shared" for kind in config.layer_kinds)
-    keep = sharing and options.attention == "sparse"
-    selection = jnp.zeros((batch, length, length), bool) if keep else None
+    selection = _no_selection(config, options, tokens.shape)
+    keep = selection is not None
     all_entries, all_stats = [], []
     for segment, stacked in zip(config.segments, params["segments"], strict=True):
 
@@ -227,7 +268,7 @@ def run(
                 layer = functools.partial(sequence_layer, kind=kind, keep_selection=keep)
                 if options.remat:
                     layer = _remat(layer)
-                x, e, s, chosen = layer(p, config, x, r, options, tables, selection, valid)
+                x, e, s, chosen = layer(p, config, x, r, options, tables, selection, starts, valid)
                 selection = chosen if keep else None
                 entries.append(e)
                 stats.append(s)
@@ -261,6 +302,7 @@ def mtp_hidden(
     *,
     options: PassOptions = PassOptions(),
     tables: ExpertTables | None = None,
+    starts: Int[Array, "B T"] | None = None,
     valid: Bool[Array, " B"] | None = None,
 ) -> tuple[Float[Array, "B T D"], LayerStats]:
     """One multi-token-prediction module (spec 6): normalised hidden states that predict one token further.
@@ -273,24 +315,23 @@ def mtp_hidden(
       next_tokens: the token after each position (t_{i+1}).
       options: static choices.
       tables: expert placement.
+      starts: as of ``run``. At a document's end the next token is another's: what that gives no query of either sees.
       valid: as of ``run``.
 
     Returns:
       (hidden states that predict t_{i+2} through the shared head, statistics of the module's layer).
     """
-    batch, length = next_tokens.shape
     embedded = rms_norm(
         params["embed"]["weight"][next_tokens], p["embed_norm"], config.rms_norm_eps
     )
     previous = rms_norm(hidden, p["hidden_norm"], config.rms_norm_eps)
     # Embedding first: the checkpoint's order, not the report's equation 21.
     x = linear(jnp.concatenate([embedded, previous], axis=-1), p["proj"])
-    positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
     layer = functools.partial(sequence_layer, kind=config.mtp_kind)
     if options.remat:
         layer = _remat(layer)
-    r = rotation(config, positions)
-    x, _, stats, _ = layer(p["layer"], config, x, r, options, tables, None, valid)
+    r = rotation(config, _positions(next_tokens, starts))
+    x, _, stats, _ = layer(p["layer"], config, x, r, options, tables, None, starts, valid)
     return rms_norm(x, p["norm"], config.rms_norm_eps), stats
 
 
@@ -361,6 +402,8 @@ def forward(
         raise ValueError(
             f"options.attention must be one of {ATTENTION_MODES}; got {options.attention!r}."
         )
+    if options.core not in CORES:
+        raise ValueError(f"options.core must be one of {CORES}; got {options.core!r}.")
     tokens = check_tokens(tokens, config)
     if positions is not None and positions.shape != tokens.shape:
         raise ValueError(

@@ -294,6 +294,11 @@ def _builder(config: ModelConfig, dtype: Any) -> Any:
     return jax.jit(functools.partial(_initial_values, config, dtype=dtype))
 
 
+def cast(params: Params, config: ModelConfig, dtype: Any) -> Params:
+    """``params`` with the leaves whose spec fixes no dtype in ``dtype``."""
+    return jax.tree.map(lambda s, x: x.astype(s.dtype or dtype), spec(config), params)
+
+
 def param_count(config: ModelConfig, *, include_mtp: bool = False) -> int:
     """Number of parameters of the main model; optionally with the multi-token-prediction modules' own weights.
 

@@ -4,7 +4,7 @@ Every op takes ``implementation=None | name | sequence of names``; see ``pallas_
 """
 
 from pallas_kernels.fp8 import Fp8Block
-from pallas_kernels.grouped_matmul import grouped_matmul
+from pallas_kernels.grouped_matmul import grouped_matmul, grouped_matmul_fp8
 from pallas_kernels.index_topk import index_topk, index_topk_step
 from pallas_kernels.moe_dispatch import (
     Dispatched,
@@ -28,6 +28,7 @@ __all__ = [
     "decode_rows",
     "dispatch",
     "grouped_matmul",
+    "grouped_matmul_fp8",
     "index_topk",
     "index_topk_step",
     "merge_partials",

@@ -81,6 +81,9 @@ def test_info_report_has_the_common_format(tmp_path):
         (["train", "--model", "deepseek_v32"], ["683,501,971,712 parameters", "GiB", "tiny"]),
         (["train", "--learning-rate", "nan"], ["learning_rate", "positive", "nan"]),
         (["train", "--beta1", "1"], ["beta1", "[0, 1)", "1.0"]),
+        (["train", "--data", "no_such_text"], ["--data no_such_text", "does not exist"]),
+        (["train", "--tokenizer", __file__], [__file__, "tokenizer.json", "get it again"]),
+        (["plot", "no_such_run"], ["no_such_run", "train first"]),
     ],
 )
 def test_a_users_mistake_is_one_line(args, words, capsys):

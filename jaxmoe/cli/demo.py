@@ -18,6 +18,7 @@ from jaxmoe.report import make_report, write_report
 from jaxmoe.sharding import make_mesh
 from jaxmoe.tokenizer import ByteTokenizer
 from jaxmoe.train.config import demo_config
+from jaxmoe.train.data import DataOptions
 
 DEVICES = 2  # no more than cores: XLA starts a thread for each, and they take time from each other
 RANKS = 4
@@ -81,7 +82,7 @@ def demo(
     config, train_config = demo_config()
     steps = train_config.steps if steps is None else steps
     train_config = dataclasses.replace(train_config, steps=steps, seed=seed)
-    summary, rows, ratios = run_and_report(config, train_config, output, None, console)
+    summary, rows, ratios = run_and_report(config, train_config, output, DataOptions(), console)
     _restore_elsewhere(output, summary.params, console)
     text, count = stream_text(
         summary.params,

@@ -12,6 +12,7 @@ from jaxmoe.cli.convert import convert
 from jaxmoe.cli.demo import demo
 from jaxmoe.cli.generate import generate
 from jaxmoe.cli.info import info
+from jaxmoe.cli.plot import plot
 from jaxmoe.cli.ranks import ranks
 from jaxmoe.cli.recover import recover
 from jaxmoe.cli.serve import serve
@@ -21,6 +22,7 @@ from jaxmoe.errors import JaxMoeError
 COMMANDS = {
     "demo": demo,
     "train": train,
+    "plot": plot,
     "generate": generate,
     "serve": serve,
     "recover": recover,

@@ -1,7 +1,7 @@
 """Attention layers: multi-head latent attention and grouped-query attention (spec 2, 3).
 
-Each comes as two forms of the same function: ``*_sequence`` over a whole sequence (MLA's expanded form)
-and ``*_step`` over a cache (MLA's absorbed form). Both also return the rows to cache.
+Each comes as two forms of the same function: ``*_sequence`` over a whole sequence (MLA's expanded form, or the absorbed one
+where each query reads few rows) and ``*_step`` over a cache (MLA's absorbed form). Both also return the rows to cache.
 """
 
 from typing import Any, NamedTuple
@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import Mesh
 
 from jaxmoe.config import ModelConfig
-from jaxmoe.layers import core_attention, step_attention
+from jaxmoe.layers import core_attention, sparse_attention, step_attention
 from jaxmoe.layers.indexer import IndexInputs, index_inputs, spread
 from jaxmoe.layers.linear import linear, per_head
 from jaxmoe.layers.norm import rms_norm
@@ -74,16 +75,49 @@ def _stored(config: ModelConfig, entries: Entries, cached: Entries) -> Entries:
     }
 
 
+class Whole(NamedTuple):
+    """What the queries of whole sequences may see, and how attention is computed.
+
+    Attributes:
+      selection: an earlier layer's selection, for a layer that shares it.
+      starts: [B, T] int32, first row of each query's document; None: one document.
+      valid: [B] bool, sequences that count in the index loss and recall; default all.
+      gathered: attend by row (``sparse_attention``) rather than masked.
+      mesh: the devices, for ``sparse_attention``.
+    """
+
+    selection: jax.Array | None = None
+    starts: jax.Array | None = None
+    valid: jax.Array | None = None
+    gathered: bool = False
+    mesh: Mesh | None = None
+
+
+def _expanded(a: dict, projected: _Projected) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries, keys and values of every head (spec 2.1)."""
+    k_nope = linear(projected.latent, {"weight": a["k_b"]["weight"].transpose(2, 0, 1)})
+    v = linear(projected.latent, {"weight": a["v_b"]["weight"].swapaxes(0, 1)})
+    size = projected.k_rope.shape[-1]
+    k_rope = jnp.broadcast_to(projected.k_rope[:, :, None], (*k_nope.shape[:3], size))
+    q = jnp.concatenate([projected.q_nope, projected.q_rope], axis=-1)
+    return q, jnp.concatenate([k_nope, k_rope], axis=-1), v
+
+
+def _absorbed(a: dict, projected: _Projected) -> jax.Array:
+    """Queries of every head in the space of the cached rows (spec 2.2)."""
+    q_latent = per_head(projected.q_nope, a["k_b"]["weight"])
+    return jnp.concatenate([q_latent, projected.q_rope], axis=-1)
+
+
 def mla_sequence(
     p: dict,
     config: ModelConfig,
     x: jax.Array,
     r: Rotation,
     options: core_attention.Options,
-    selection: jax.Array | None,
-    valid: jax.Array | None = None,
+    whole: Whole,
 ) -> tuple[jax.Array, Entries, core_attention.Result]:
-    """MLA in expanded (MHA) form over a whole sequence.
+    """MLA over a whole sequence.
 
     Args:
       p: layer parameters, with "attention" and, for a layer with an indexer, "indexer".
@@ -91,8 +125,7 @@ def mla_sequence(
       x: [B, T, D], normalised.
       r: rotation at the tokens' positions.
       options: static choices of the core.
-      selection: an earlier layer's selection, for a layer that shares it.
-      valid: [B] bool, sequences that count in the index loss; default all.
+      whole: what queries see; decides between the expanded (MHA) and the absorbed form.
 
     Returns:
       (output [B, T, D], rows to cache, core result).
@@ -100,21 +133,26 @@ def mla_sequence(
     a = p["attention"]
     projected = _mla_project(a, config, x, r)
     index = _index(p, config, x, projected.q_latent, r)
-    k_nope = linear(projected.latent, {"weight": a["k_b"]["weight"].transpose(2, 0, 1)})
-    v = linear(projected.latent, {"weight": a["v_b"]["weight"].swapaxes(0, 1)})
-    k_rope = jnp.broadcast_to(
-        projected.k_rope[:, :, None], (*k_nope.shape[:3], config.qk_rope_head_dim)
-    )
-    core = core_attention.causal_attention(
-        jnp.concatenate([projected.q_nope, projected.q_rope], axis=-1),
-        jnp.concatenate([k_nope, k_rope], axis=-1),
-        v,
-        options,
-        index=index,
-        selection=selection,
-        valid=valid,
-    )
-    return linear(core.out, a["o"], contract=2), _entries(projected, index), core
+    entries = _entries(projected, index)
+    seen = {
+        "index": index,
+        "selection": whole.selection,
+        "starts": whole.starts,
+        "valid": whole.valid,
+    }
+    if whole.gathered:
+        core = sparse_attention.sparse_attention(
+            _absorbed(a, projected),
+            entries["latent"],
+            options,
+            value_dim=config.kv_lora_rank,
+            mesh=whole.mesh,
+            **seen,
+        )
+        core = core._replace(out=per_head(core.out, a["v_b"]["weight"]))
+    else:
+        core = core_attention.causal_attention(*_expanded(a, projected), options, **seen)
+    return linear(core.out, a["o"], contract=2), entries, core
 
 
 def mla_step(
@@ -154,9 +192,8 @@ def mla_step(
     if index is not None:
         keys = (cached["index_k"], index_layer, entries["index_k"])
         selection = step_attention.select(index, *keys, sight, selection, config.index_topk)
-    q_latent = per_head(projected.q_nope, a["k_b"]["weight"])
     out = step_attention.latent_attention(
-        jnp.concatenate([q_latent, projected.q_rope], axis=-1),
+        _absorbed(a, projected),
         cached["latent"],
         layer,
         entries["latent"],
@@ -179,11 +216,16 @@ def _gqa_entries(k: jax.Array, v: jax.Array) -> Entries:
 
 
 def gqa_sequence(
-    p: dict, config: ModelConfig, x: jax.Array, r: Rotation, options: core_attention.Options
+    p: dict,
+    config: ModelConfig,
+    x: jax.Array,
+    r: Rotation,
+    options: core_attention.Options,
+    whole: Whole,
 ) -> tuple[jax.Array, Entries, core_attention.Result]:
     """Grouped-query attention over a whole sequence; see ``mla_sequence``."""
     q, k, v = _gqa_project(p["attention"], config, x, r)
-    core = core_attention.causal_attention(q, k, v, options)
+    core = core_attention.causal_attention(q, k, v, options, starts=whole.starts)
     return linear(core.out, p["attention"]["o"], contract=2), _gqa_entries(k, v), core
 
 

@@ -1,4 +1,7 @@
-"""Core attention over a whole sequence: forward pass, prefill and training."""
+"""Core attention over a whole sequence, all pairs of positions: dense, or masked to what the indexer selects.
+
+Long sequences of which few keys are selected take ``sparse_attention`` instead.
+"""
 
 import functools
 from typing import NamedTuple
@@ -29,20 +32,31 @@ class Options(NamedTuple):
       topk: keys each query may attend to, chosen by the index scores; None for all visible ones.
       index_loss: also compute the indexer's KL loss against this attention.
       keep_selection: also return the selection, for later layers that share it.
+      recall_topk: also measure which share of this attention falls on so many keys of best score; with topk None.
     """
 
     scale: float
     topk: int | None = None
     index_loss: bool = False
     keep_selection: bool = False
+    recall_topk: int | None = None
 
 
 class Result(NamedTuple):
-    """out [B, T, H, V]; selection [B, T, T] bool or None; index_loss float32 scalar, summed over queries."""
+    """What the core gives.
+
+    Attributes:
+      out: [B, T, H, V].
+      selection: None; [B, T, T] bool; or, of ``sparse_attention``, rows [B, T, topk] int32, -1 for none.
+      index_loss: float32 scalar, summed over queries.
+      recall: float32 [2] or None: attention inside the best recall_topk keys, summed over the queries that see more keys than
+        that, and the number of those queries.
+    """
 
     out: jax.Array
     selection: jax.Array | None
     index_loss: jax.Array
+    recall: jax.Array | None = None
 
 
 class _Operands(NamedTuple):
@@ -53,6 +67,7 @@ class _Operands(NamedTuple):
     v: jax.Array  # [B, G, T, V]
     index: IndexInputs | None  # q [B, P, I, K], k [B, T, K], weights [B, P, I]
     selection: jax.Array | None  # [B, P, T]
+    starts: jax.Array | None  # [B, P]
     valid: jax.Array | None  # [B]
 
 
@@ -127,39 +142,57 @@ def _softmax_block_backward(scale, want_mean, residuals, cotangents):
 _softmax_block.defvjp(_softmax_block_forward, _softmax_block_backward)
 
 
+def _recall(mean: jax.Array, scores: jax.Array, counted: jax.Array, topk: int) -> jax.Array:
+    """``Result.recall`` of a block: mean probabilities and scores (-inf where not visible) [B, T, S], counted [B, T] or [1, T]."""
+    chosen = select_mask(scores, topk)
+    counted = counted & ((scores > -jnp.inf).sum(-1) > topk)
+    inside = jnp.where(chosen, mean, 0.0).sum(-1)
+    return jnp.stack([jnp.where(counted, inside, 0.0).sum(), counted.sum().astype(jnp.float32)])
+
+
 def _block(
     x: _Operands, options: Options, start: jax.Array | int, rows: int, length: int
-) -> tuple[jax.Array, jax.Array | None, jax.Array]:
-    """Queries [start, start + rows) against keys [0, length): out, selection, loss."""
+) -> tuple[jax.Array, jax.Array | None, jax.Array, jax.Array | None]:
+    """Queries [start, start + rows) against keys [0, length): out, selection, loss, recall."""
     batch = x.q.shape[0]
-    q = lax.dynamic_slice_in_dim(x.q, start, rows, axis=3)
+    some = functools.partial(lax.dynamic_slice_in_dim, start_index=start, slice_size=rows)
+    q = some(x.q, axis=3)
     position = start + jnp.arange(rows, dtype=jnp.int32)
-    visible = jnp.arange(length, dtype=jnp.int32)[None] <= position[:, None]
+    key = jnp.arange(length, dtype=jnp.int32)
+    visible = key[None] <= position[:, None]
     mask = jnp.broadcast_to(visible[None], (batch, rows, length))
-    index = None
+    if x.starts is not None:
+        mask = mask & (key[None, None] >= some(x.starts, axis=1)[..., None])
+    index, scores = None, None
     if x.index is not None:
         index = IndexInputs(
-            lax.dynamic_slice_in_dim(x.index.q, start, rows, axis=1),
-            x.index.k[:, :length],
-            lax.dynamic_slice_in_dim(x.index.weights, start, rows, axis=1),
+            some(x.index.q, axis=1), x.index.k[:, :length], some(x.index.weights, axis=1)
         )
-    if x.selection is not None:
-        mask = mask & lax.dynamic_slice_in_dim(x.selection, start, rows, axis=1)[:, :, :length]
-    elif index is not None and options.topk is not None and options.topk < length:
+    selects = x.selection is None and options.topk is not None and options.topk < length
+    if index is not None and (selects or options.recall_topk is not None):
         scores = lax.stop_gradient(index_scores(*index))
-        mask = select_mask(jnp.where(mask, scores, -jnp.inf), options.topk)
+        scores = jnp.where(mask, scores, -jnp.inf)
+    if x.selection is not None:
+        mask = mask & some(x.selection, axis=1)[:, :, :length]
+    elif selects and scores is not None:
+        mask = select_mask(scores, options.topk)
+    want_mean = options.index_loss or options.recall_topk is not None
     with jax.named_scope("core"):
         out, mean = _softmax_block(
-            q, x.k[:, :, :length], x.v[:, :, :length], mask, options.scale, options.index_loss
+            q, x.k[:, :, :length], x.v[:, :, :length], mask, options.scale, want_mean
         )
-    loss = jnp.zeros((), jnp.float32)
+    loss, recall = jnp.zeros((), jnp.float32), None
+    real = (position < x.k.shape[2])[None]  # padding rows are no queries
+    if x.valid is not None:
+        real = real & x.valid[:, None]
     if options.index_loss and index is not None:
-        real = (position < x.k.shape[2])[None, :, None]  # padding rows are no queries
-        if x.valid is not None:
-            real = real & x.valid[:, None, None]
         with jax.named_scope("index_loss"):
-            loss = indexer_kl(mean, index, mask & real)
-    return out, mask if options.keep_selection else None, loss
+            loss = indexer_kl(mean, index, mask & real[..., None])
+    if options.recall_topk is not None:
+        recall = jnp.zeros(2, jnp.float32)
+        if scores is not None:
+            recall = _recall(mean, scores, real, options.recall_topk)
+    return out, mask if options.keep_selection else None, loss, recall
 
 
 def _group(x: _Operands, options: Options, first: int, count: int, rows: int) -> Result:
@@ -167,9 +200,9 @@ def _group(x: _Operands, options: Options, first: int, count: int, rows: int) ->
     tokens = x.k.shape[2]
     length = min((first + count) * rows, tokens)
     if count == 1:
-        out, mask, loss = _block(x, options, first * rows, rows, length)
+        out, mask, loss, recall = _block(x, options, first * rows, rows, length)
     else:
-        out, mask, loss = lax.map(
+        out, mask, loss, recall = lax.map(
             lambda i: _block(x, options, i * rows, rows, length), first + jnp.arange(count)
         )
         out = jnp.moveaxis(out, 0, 3)
@@ -177,7 +210,8 @@ def _group(x: _Operands, options: Options, first: int, count: int, rows: int) ->
         if mask is not None:
             mask = jnp.moveaxis(mask, 0, 1).reshape(out.shape[0], count * rows, length)
         loss = loss.sum()
-    return Result(out, None if mask is None else _pad(mask, 2, tokens), loss)
+        recall = None if recall is None else recall.sum(0)
+    return Result(out, None if mask is None else _pad(mask, 2, tokens), loss, recall)
 
 
 def causal_attention(
@@ -188,6 +222,7 @@ def causal_attention(
     *,
     index: IndexInputs | None = None,
     selection: jax.Array | None = None,
+    starts: jax.Array | None = None,
     valid: jax.Array | None = None,
 ) -> Result:
     """Causal softmax attention in query blocks: memory is one block of rows times the keys before it.
@@ -199,7 +234,8 @@ def causal_attention(
       options: static choices.
       index: this layer's indexer inputs, if it has an indexer.
       selection: [B, T, T] bool, an earlier layer's selection to reuse instead of selecting.
-      valid: [B] bool, sequences that count in the index loss; default all.
+      starts: [B, T] int32, first key that each query may see; default 0.
+      valid: [B] bool, sequences that count in the index loss and recall; default all.
 
     Returns:
       ``Result``.
@@ -213,9 +249,9 @@ def causal_attention(
     if index is not None:
         index = IndexInputs(_pad(index.q, 1, padded), index.k, _pad(index.weights, 1, padded))
     selection = None if selection is None else _pad(selection, 1, padded)
-    operands = _Operands(
-        q.transpose(0, 2, 3, 1, 4), k.swapaxes(1, 2), v.swapaxes(1, 2), index, selection, valid
-    )
+    starts = None if starts is None else _pad(starts, 1, padded)
+    heads_first = q.transpose(0, 2, 3, 1, 4), k.swapaxes(1, 2), v.swapaxes(1, 2)
+    operands = _Operands(*heads_first, index, selection, starts, valid)
     step = -(-blocks // MAX_GROUPS)
     parts = [
         _group(operands, options, first, min(step, blocks - first), rows)
@@ -226,4 +262,8 @@ def causal_attention(
     chosen = None
     if options.keep_selection:
         chosen = jnp.concatenate([part.selection for part in parts], axis=1)[:, :tokens]
-    return Result(out, chosen, sum((part.index_loss for part in parts), jnp.zeros((), jnp.float32)))
+    loss = sum((part.index_loss for part in parts), jnp.zeros((), jnp.float32))
+    recall = None
+    if options.recall_topk is not None:
+        recall = sum((part.recall for part in parts), jnp.zeros(2, jnp.float32))
+    return Result(out, chosen, loss, recall)

@@ -1,9 +1,9 @@
 """Three ways to bring tokens to experts and back, behind one function.
 
 * ``dense``: every token through every expert, then a weighted sum of the chosen ones. The oracle.
-* ``local``: all experts here; sort pairs by slot, grouped matmul, unsort. On GPU so far like ``dense``.
+* ``local``: all experts here; sort pairs by slot, grouped matmul, unsort. On GPU in float32 like ``dense``.
 * ``all_to_all``: experts sharded over a mesh axis, tokens too; padded exchange under ``shard_map``, with a
-  capacity that no routing can exceed, so nothing is ever dropped.
+  capacity that no routing can exceed, so nothing is ever dropped. Each expert's hidden units may be sharded over another axis.
 
 All three add a token's expert outputs in the order of its choices, in float32: the result does not depend on
 where an expert runs.
@@ -33,16 +33,24 @@ class MoeOptions:
       mesh: for all_to_all, the mesh whose ``axis`` the slots are sharded over.
       axis: mesh axis of the exchange.
       token_axes: mesh axes over which tokens are sharded; must include ``axis``.
+      hidden_axis: mesh axis over which the experts' hidden units are sharded, if the mesh has it.
+      fp8: products of operands rounded to 8 bits, in training (``grouped_matmul_fp8``).
     """
 
     path: str = "local"
     mesh: Mesh | None = None
     axis: str = "expert"
     token_axes: tuple[str, ...] = ("data", "expert")
+    hidden_axis: str = "tensor"
+    fp8: bool = False
 
     def __post_init__(self):
         if self.path not in PATHS:
             raise ValueError(f"path must be one of {PATHS}; got {self.path!r}.")
+        if self.fp8 and self.path == "dense":
+            raise ValueError(
+                "path 'dense' has no products of 8 bits; choose another path, or fp8=False."
+            )
         if self.path != "all_to_all":
             return
         if self.mesh is None or self.axis not in self.mesh.shape:
@@ -68,23 +76,29 @@ def _dense(
 
 
 def _local(
-    x: jax.Array, slots: jax.Array, weights: jax.Array, experts: Experts, act: str
+    x: jax.Array, slots: jax.Array, weights: jax.Array, experts: Experts, act: str, fp8: bool
 ) -> jax.Array:
-    if jax.default_backend() == "gpu":
-        # Until a grouped matmul of ours runs there: XLA's own are many times slower than all experts on all tokens.
+    if jax.default_backend() == "gpu" and x.dtype.itemsize > 2 and not fp8:
+        # Our grouped matmul there takes 16 bits; XLA's own are many times slower than all experts on all tokens.
         return _dense(x, slots, weights, experts, act)
     moved = dispatch(x, slots, experts.slots)
-    y = grouped_experts(experts, moved.rows, moved.group_sizes, act)
+    y = grouped_experts(experts, moved.rows, moved.group_sizes, act, fp8=fp8)
     return combine(y, moved.position, weights)
 
 
 def _exchange(
-    x: jax.Array, slots: jax.Array, weights: jax.Array, experts: Experts, axis: str, act: str
+    x: jax.Array,
+    slots: jax.Array,
+    weights: jax.Array,
+    experts: Experts,
+    axis: str,
+    act: str,
+    fp8: bool,
 ) -> jax.Array:
     """The per-rank body of ``all_to_all``: x [T, D], slots [T, A] global, experts this rank's L slots."""
     ranks = lax.axis_size(axis)
     if ranks == 1:  # nothing to exchange
-        return _local(x, slots, weights, experts, act)
+        return _local(x, slots, weights, experts, act, fp8)
     per_rank = experts.slots
     tokens, active = slots.shape
     # A token's choices are distinct slots, so it can send at most min(A, L) rows to any one rank.
@@ -112,7 +126,7 @@ def _exchange(
     )
     received, received_slot = swap(send), swap(send_slot)
     arrived = dispatch(received, received_slot[:, None], per_rank)
-    y = grouped_experts(experts, arrived.rows, arrived.group_sizes, act)
+    y = grouped_experts(experts, arrived.rows, arrived.group_sizes, act, fp8=fp8)
     y = combine(y, arrived.position, jnp.ones_like(arrived.position, jnp.float32))
     return combine(swap(y), cell, weights)
 
@@ -138,15 +152,22 @@ def _all_to_all(
     # Axes of size 1 are named too: over those that are not, gradients would be summed, by a collective of one.
     idle = [a for a, size in mesh.shape.items() if size == 1]
     by_token = PartitionSpec((*token_axes, *(a for a in idle if a not in token_axes)))
-    by_slot = PartitionSpec((axis, *(a for a in idle if a != axis)))
+    slot_axes = (axis, *(a for a in idle if a != axis))
+    hidden = options.hidden_axis if mesh.shape.get(options.hidden_axis, 1) > 1 else None
 
     def body(x, slots, weights, gate_up, down):
-        return _exchange(x, slots, weights, Experts(gate_up, down, gate_up.shape[0]), axis, act)
+        experts = Experts(gate_up, down, gate_up.shape[0])
+        y = _exchange(x, slots, weights, experts, axis, act, options.fp8)
+        return y if hidden is None else lax.psum(y, hidden)  # each has its hidden units' part
 
     y = jax.shard_map(
         body,
         mesh=mesh,
-        in_specs=(by_token, by_token, by_token, by_slot, by_slot),
+        in_specs=(
+            *(by_token, by_token, by_token),
+            PartitionSpec(slot_axes, None, None, hidden),
+            PartitionSpec(slot_axes, hidden),
+        ),
         out_specs=by_token,
         # combine and dispatch hide custom derivatives, through which varying axes are not tracked.
         check_vma=False,
@@ -185,9 +206,9 @@ def apply_experts(
     if options.path == "dense":
         return _dense(x, slots, weights, experts, activation)
     if options.path == "local":
-        return _local(x, slots, weights, experts, activation)
+        return _local(x, slots, weights, experts, activation, options.fp8)
     if options.path == "exchange":
-        return _exchange(x, slots, weights, experts, options.axis, activation)
+        return _exchange(x, slots, weights, experts, options.axis, activation, options.fp8)
     ranks = options.mesh.shape[options.axis]
     if experts.slots % ranks:
         raise ValueError(

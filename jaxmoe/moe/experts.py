@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from jaxmoe.layers.mlp import gate
-from pallas_kernels import grouped_matmul
+from pallas_kernels import grouped_matmul, grouped_matmul_fp8
 from pallas_kernels.numerics import precision_of
 
 
@@ -28,16 +28,23 @@ class Experts:
 
 
 def grouped_experts(
-    experts: Experts, rows: jax.Array, group_sizes: jax.Array, activation: str, implementation=None
+    experts: Experts,
+    rows: jax.Array,
+    group_sizes: jax.Array,
+    activation: str,
+    implementation=None,
+    *,
+    fp8: bool = False,
 ) -> jax.Array:
-    """Rows [R, D] sorted by slot through their expert: [R, D]."""
+    """Rows [R, D] sorted by slot through their expert: [R, D]; with ``fp8`` by products of 8 bits."""
+    product = grouped_matmul_fp8 if fp8 else grouped_matmul
     groups, size, _, hidden = experts.gate_up.shape
     gate_up = experts.gate_up.astype(rows.dtype).reshape(groups, size, 2 * hidden)
-    h = grouped_matmul(
+    h = product(
         rows, gate_up, group_sizes, group_offset=experts.offset, implementation=implementation
     )
     h = gate(h.reshape(-1, 2, hidden), activation)
-    return grouped_matmul(
+    return product(
         h,
         experts.down.astype(rows.dtype),
         group_sizes,

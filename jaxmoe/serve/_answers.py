@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jaxmoe
+from jaxmoe import chat
+from jaxmoe.chat._dsml import render_calls
 from jaxmoe.engine import Chunk, Result, TokenLogprobs
-from jaxmoe.serve import chat
 from jaxmoe.serve._body import ApiError
-from jaxmoe.serve._dsml import render_calls
 from jaxmoe.serve.protocol import Job, ModelInfo
 from jaxmoe.tokenizer import ByteTokenizer
 

@@ -5,7 +5,7 @@ import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxmoe.serve._dsml import load_json
+from jaxmoe.chat._dsml import load_json
 
 MAX_DEPTH = 64  # of nested lists and objects: what recurses over a schema later stays far from Python's limit
 

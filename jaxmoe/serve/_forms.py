@@ -4,8 +4,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from jaxmoe.chat import _dsml
 from jaxmoe.engine.grammar import Chain, Form, Json, OneOf, Text
-from jaxmoe.serve import _dsml
 from jaxmoe.serve._body import bad, mapping
 from jaxmoe.serve._tools import Tools, calls_form, calls_in_text_form
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from jaxmoe.chat import _dsml
 from jaxmoe.engine.grammar import Chain, Form, Json, Literal, OneOf, Repeat, Text
-from jaxmoe.serve import _dsml
 from jaxmoe.serve._body import bad, boolean, items, mapping, show
 
 MAX_TOOLS = 1024

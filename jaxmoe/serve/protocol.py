@@ -8,8 +8,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jaxmoe import chat
 from jaxmoe.engine import SamplingParams
-from jaxmoe.serve import chat
 from jaxmoe.serve._body import ApiError, bad, boolean, integer, items, mapping, number, unsupported
 from jaxmoe.serve._forms import answer_form, response_schema
 from jaxmoe.serve._tools import read_tools

@@ -5,7 +5,13 @@ from typing import Any
 
 from jaxmoe.config import ModelConfig
 from jaxmoe.presets import presets
-from jaxmoe.tokenizer import ByteTokenizer
+
+STAGES = ("pretrain", "dsa_warmup", "dsa_sparse", "sft")
+# Peak learning rates. Warm-up: V3.2's (spec 4.1). Sparse training there goes on at the rate at which pre-training ended: a tenth of the
+# peak here. For chat examples no rate is published; a third of that.
+_LEARNING_RATES = {"pretrain": 3e-3, "dsa_warmup": 1e-3, "dsa_sparse": 3e-4, "sft": 1e-4}
+
+COMPUTE_DTYPES = ("float32", "bfloat16")
 
 # What a resumed run may change.
 _BESIDE_THE_LOSSES = ("eval_every", "eval_bytes", "probe_bytes", "save_every", "keep")
@@ -21,14 +27,21 @@ def check_seed(seed: int) -> None:
 class TrainConfig:
     """Hyper-parameters of a run; defaults follow V3's pre-training where a laptop can (spec 4.3)."""
 
+    stage: str = "pretrain"
+    """Of the way to a sparse model (spec 4.1): pretrain (dense attention), dsa_warmup (dense, only the indexers learn), dsa_sparse
+    (attention to what they select, everything learns), or sft (the same, on examples)."""
     steps: int = 1000
     """Optimiser steps in all."""
     batch_size: int = 16
     """Sequences per step."""
+    accumulate: int = 1
+    """Passes per step, each over an equal part of the batch: less memory for activations, the same step."""
+    compute_dtype: str = "float32"
+    """Of activations and of the weights that are multiplied: float32 or bfloat16. Master weights, moments and losses stay float32."""
     seq_len: int = 256
     """Tokens per sequence."""
-    learning_rate: float = 3e-3
-    """Peak learning rate."""
+    learning_rate: float | None = None
+    """Peak learning rate; default by stage: 3e-3, 1e-3, 3e-4, 1e-4."""
     final_learning_rate_ratio: float = 0.1
     """Learning rate at the last step, relative to the peak (cosine)."""
     warmup_steps: int = 50
@@ -41,6 +54,8 @@ class TrainConfig:
     """Decoupled weight decay, on matrices only."""
     clip_norm: float = 1.0
     """Gradient norm above which gradients are scaled down; the indexer's is taken apart from the model's."""
+    fp8: bool = False
+    """Whether the experts' products, forward and backward, have operands rounded to 8 bits (spec 7)."""
     mtp_weight: float = 0.3
     """Weight of the multi-token-prediction loss (lambda)."""
     balance_weight: float = 1e-4
@@ -48,7 +63,7 @@ class TrainConfig:
     bias_update_speed: float = 1e-3
     """Step of the routers' correction bias (gamma)."""
     index_weight: float = 1.0
-    """Weight of the indexer's KL loss."""
+    """Weight of the indexer's KL loss; with 0 indexers stay as they are."""
     eval_every: int = 200
     """Steps between evaluations; there is one at the end in any case."""
     eval_bytes: int = 1 << 20
@@ -65,11 +80,14 @@ class TrainConfig:
     """Recompute activations in the backward pass: less memory, and on CPU less time too."""
 
     def __post_init__(self):
+        if self.stage not in STAGES:
+            raise ValueError(f"stage must be one of {', '.join(STAGES)}; got {self.stage!r}.")
         positive = (
             "steps",
             "batch_size",
+            "accumulate",
             "seq_len",
-            "learning_rate",
+            "peak_learning_rate",
             "clip_norm",
             "eval_every",
             "save_every",
@@ -77,7 +95,8 @@ class TrainConfig:
         )
         for name in (*positive, "eval_bytes", "probe_bytes"):
             if not getattr(self, name) > 0:  # nor NaN
-                raise ValueError(f"{name} must be positive; got {getattr(self, name)}.")
+                shown = name.removeprefix("peak_")
+                raise ValueError(f"{shown} must be positive; got {getattr(self, name)}.")
         for name in (
             "mtp_weight",
             "balance_weight",
@@ -94,6 +113,33 @@ class TrainConfig:
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1); got {getattr(self, name)}.")
         check_seed(self.seed)
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"batch_size ({self.batch_size}) must be a multiple of accumulate ({self.accumulate}); change one of them."
+            )
+        if self.compute_dtype not in COMPUTE_DTYPES:
+            raise ValueError(
+                f"compute_dtype must be one of {', '.join(COMPUTE_DTYPES)}; got {self.compute_dtype!r}."
+            )
+        if self.stage == "dsa_warmup" and self.index_weight == 0:
+            raise ValueError(
+                "index_weight must be positive in stage dsa_warmup, whose only loss it is; got 0.0."
+            )
+
+    @property
+    def peak_learning_rate(self) -> float:
+        """``learning_rate``, or the stage's."""
+        return _LEARNING_RATES[self.stage] if self.learning_rate is None else self.learning_rate
+
+    @property
+    def attention(self) -> str:
+        """How the model attends in training: "dense", or "sparse" to what its indexers select."""
+        return "sparse" if self.stage in ("dsa_sparse", "sft") else "dense"
+
+    @property
+    def trains_model(self) -> bool:
+        """Whether anything but the indexers learns."""
+        return self.stage != "dsa_warmup"
 
     def check(self, model: ModelConfig) -> None:
         """Raises ValueError if this run does not fit the model."""
@@ -102,11 +148,10 @@ class TrainConfig:
                 f"seq_len ({self.seq_len}) must be <= the model's max_position_embeddings "
                 f"({model.max_position_embeddings}); shorten seq_len or derive a config with more positions."
             )
-
-        if model.vocab_size < ByteTokenizer.pad + 1:
+        if self.stage.startswith("dsa") and model.index_topk is None:
             raise ValueError(
-                f"vocab_size ({model.vocab_size}) must be >= {ByteTokenizer.pad + 1}, the ids of bytes and special "
-                f"tokens; use a config with vocab_size={ByteTokenizer.vocab_size}."
+                f"stage {self.stage} trains indexers, and the model has none (index_topk is None); choose a model with them, "
+                "and --init-from for the other weights."
             )
 
     def to_dict(self) -> dict[str, Any]:

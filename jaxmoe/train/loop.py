@@ -8,9 +8,8 @@ import math
 import os
 import pathlib
 import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -25,19 +24,25 @@ from jaxmoe.model import PassOptions, run, unembed
 from jaxmoe.moe import MoeOptions
 from jaxmoe.params import Params
 from jaxmoe.train.config import TrainConfig
-from jaxmoe.train.data import Corpus, batch, evaluation_windows, load_corpus
+from jaxmoe.train.data import Batch, Corpus, DataOptions, Loader, evaluation_rows, load_corpus
+from jaxmoe.train.dsa import index_recall, note_origin, origin_of
+from jaxmoe.train.flops import peak_flops, step_flops
 from jaxmoe.train.loss import cross_entropy
+from jaxmoe.train.metrics import Metrics
+from jaxmoe.train.saver import Saver
+from jaxmoe.train.signals import anywhere, deferred_signals
 from jaxmoe.train.step import (
     TrainState,
     abstract_state,
     init_state,
     place_batch,
+    read_batch,
     state_shardings,
     train_step,
 )
 
-METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
+MAX_SKIPPED = 10  # steps in a row; parameters that give no finite loss on ten batches will give none on the next
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +55,8 @@ class Progress:
     tokens_per_s: float
     bits_per_byte: float | None = None
     """Held-out bits per byte, when this step ended with an evaluation."""
+    skipped: bool = False
+    """The loss or its gradient was not finite, so the step changed nothing."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,25 +67,28 @@ class Summary:
     config: ModelConfig
     step: int
     bits_per_byte: float
+    held_out_loss: float
     seconds: float
     directory: pathlib.Path
     corpus: Corpus = dataclasses.field(repr=False)
 
 
 class LossNotFinite(JaxMoeError, FloatingPointError):
-    """The loss became infinite or NaN; the message names the step and what is still good."""
+    """The loss or its gradient stays infinite or NaN; the message names the steps and the last checkpoint."""
 
 
 # At module level: a fresh jit per evaluation would compile again each time.
-@functools.partial(jax.jit, static_argnames=("config", "mesh"))
+@functools.partial(jax.jit, static_argnames=("config", "mesh", "attention"))
 def scored_nats(
-    params: Params, windows: jax.Array, mask: jax.Array, config: ModelConfig, mesh: Mesh | None
+    params: Params, batch: Batch, config: ModelConfig, mesh: Mesh | None, attention: str = "sparse"
 ) -> jax.Array:
-    """Sum of the nats of the targets that count: windows [B, T + 1] int32, mask [B, T] bool."""
+    """Sum of the nats of the targets that count, each by its weight: rows of width T + 1."""
     moe = MoeOptions() if mesh is None else MoeOptions("all_to_all", mesh)
-    output = run(params, config, windows[:, :-1], options=PassOptions(moe=moe))
-    nats = cross_entropy(unembed(params, output.hidden), windows[:, 1:])
-    return jnp.where(mask, nats, 0.0).sum()
+    tokens, starts = batch.tokens[:, :-1], batch.starts[:, :-1]
+    output = run(params, config, tokens, starts=starts, options=PassOptions(attention, moe=moe))
+    nats = cross_entropy(unembed(params, output.hidden), batch.tokens[:, 1:])
+    weights = batch.weights[:, 1:]
+    return jnp.where(weights > 0, nats * weights, 0.0).sum()
 
 
 def evaluate(
@@ -92,11 +102,13 @@ def evaluate(
     probe_bytes: int | None = None,
     mesh: Mesh | None = None,
     score: Callable[..., jax.Array] | None = None,
-) -> float:
-    """Held-out bits per byte with sparse attention, as at inference.
+    attention: str = "sparse",
+    recall: bool = False,
+) -> dict[str, Any]:
+    """How well a model says held-out documents; by default with sparse attention, as at inference.
 
-    Every scored byte has at least half a window of context (``data.evaluation_windows``). The end-of-document
-    tokens' nats count, their number does not: the model must also say where a file ends.
+    Every target has at least half a window of context, or its document's beginning (``data.evaluation_rows``). Nats of tokens
+    that end a document count, though they have no bytes: the model must also say where one ends.
 
     Args:
       params: parameters, on ``mesh`` if there is one.
@@ -107,41 +119,36 @@ def evaluate(
       batch_size: windows at once.
       probe_bytes: score only about so many bytes, spread evenly.
       mesh: over which the windows are split.
-      score: ``scored_nats`` for this config and mesh, compiled before.
+      score: ``scored_nats`` for this config and mesh, compiled before; with sparse attention.
+      attention: "sparse" or "dense".
+      recall: also measure how much of dense attention the indexers keep (``dsa.index_recall``), on some of the windows.
+
+    Returns:
+      "bits_per_byte" of text, and "held_out_loss", nats per token. With ``recall``, if any query has to choose, "index_recall",
+      the mean of "index_recall_layers".
     """
-    windows, mask = evaluation_windows(corpus, max_bytes, seq_len, probe_bytes)
-    n_bytes = int((mask & (windows[:, 1:] < 256)).sum())
-    short = -len(windows) % batch_size
-    windows = np.pad(windows, ((0, short), (0, 0)))
-    mask = np.pad(mask, ((0, short), (0, 0)))
+    rows, n_bytes = evaluation_rows(corpus, max_bytes, seq_len, probe_bytes)
+    short = -len(rows.tokens) % batch_size
+    rows = Batch(*(np.pad(x, ((0, short), (0, 0))) for x in rows))
     place = jnp.asarray if mesh is None else functools.partial(place_batch, mesh)
-    score = score or functools.partial(scored_nats, config=config, mesh=mesh)
+    score = score or functools.partial(scored_nats, config=config, mesh=mesh, attention=attention)
     nats = 0.0
-    for i in range(0, len(windows), batch_size):
-        piece = place(windows[i : i + batch_size]), place(mask[i : i + batch_size])
-        nats += float(score(params, *piece))
-    return nats / n_bytes / math.log(2)
-
-
-def drop_after(path: pathlib.Path, step: int) -> None:
-    """Removes metric lines past ``step``, and a line that a kill cut short."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except (json.JSONDecodeError, KeyError):
-            continue
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(f"{line}\n" for line in kept))
-    temporary.replace(path)
+    for i in range(0, len(rows.tokens), batch_size):
+        nats += float(score(params, Batch(*(place(x[i : i + batch_size]) for x in rows))))
+    result = {
+        "bits_per_byte": nats / n_bytes / math.log(2),
+        "held_out_loss": nats / float(rows.weights.sum(dtype=np.float64)),
+    }
+    if recall:
+        layers = index_recall(params, config, rows, batch_size, place, mesh)
+        if layers:
+            result |= {"index_recall": float(np.mean(layers)), "index_recall_layers": layers}
+    return result
 
 
 def _same_run(saved: dict[str, Any], ours: dict[str, Any], directory: pathlib.Path) -> None:
     """Raises if a checkpoint belongs to another run than the one asked for."""
-    for name in ("training options", "corpus", "model config"):
+    for name in ("training options", "corpus", "model config", "initial parameters"):
         old, new = saved.get(name) or {}, ours[name]
         changed = sorted(k for k in {*old, *new} if old.get(k) != new.get(k))
         if changed:
@@ -149,32 +156,6 @@ def _same_run(saved: dict[str, Any], ours: dict[str, Any], directory: pathlib.Pa
             raise ValueError(
                 f"{directory} holds a run with another {name} ({shown}); choose another directory, or use the same."
             )
-
-
-@contextlib.contextmanager
-def deferred_signals() -> Iterator[list[int]]:
-    """Collects SIGTERM and SIGINT instead of dying in the middle of a step; a second one takes its course.
-
-    Signals can only be caught in the main thread; in others nothing changes.
-    """
-    received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received
-        return
-    previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def remember(number: int, frame: Any) -> None:
-        del frame
-        received.append(number)
-        signal.signal(number, previous[number])
-
-    for number in previous:
-        signal.signal(number, remember)
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 class Run:
@@ -187,11 +168,14 @@ class Run:
         directory: pathlib.Path,
         corpus: Corpus,
         mesh: Mesh | None,
+        init_from: str | os.PathLike[str] | None = None,
     ):
         self.config, self.train_config, self.directory = config, train_config, directory
-        self.corpus, self.mesh = corpus, mesh
+        self.corpus, self.mesh, self.init_from = corpus, mesh, init_from
+        c = train_config
+        self.loader = Loader(corpus, c.seed, c.batch_size, c.seq_len)
         self.checkpoints = directory / CHECKPOINTS
-        self.place = jnp.asarray if mesh is None else functools.partial(place_batch, mesh)
+        self.skipped, self.flops = 0, step_flops(config, train_config)
         # As JSON gives them back.
         self.identity = json.loads(
             json.dumps(
@@ -199,14 +183,22 @@ class Run:
                     "training options": train_config.trajectory(),
                     "corpus": corpus.fingerprint,
                     "model config": config.to_dict(),
+                    "initial parameters": {} if init_from is None else origin_of(init_from),
                 }
             )
         )
 
+    def peak_flops(self) -> float:
+        """Of all the run's devices. CPU devices of one process share its cores."""
+        one = peak_flops(self.train_config.compute_dtype)
+        if jax.default_backend() == "cpu":
+            return one * jax.process_count()
+        return one * (1 if self.mesh is None else self.mesh.size)
+
     def start(self) -> TrainState:
         """The last checkpoint's state, or a fresh one."""
         if checkpoint.latest_step(self.checkpoints) is None:
-            return init_state(self.config, self.train_config, self.mesh)
+            return init_state(self.config, self.train_config, self.mesh, init_from=self.init_from)
         target = abstract_state(self.config, self.train_config).opt_state
         restored = checkpoint.restore(self.checkpoints, self.mesh, train_state=target)
         _same_run(restored.extra, self.identity, self.directory)
@@ -229,8 +221,8 @@ class Run:
             overwrite=True,
         )
 
-    def evaluate(self, params: Params, *, final: bool) -> float:
-        """Held-out bits per byte, of all ``eval_bytes`` or of a sample of them."""
+    def evaluate(self, params: Params, *, final: bool) -> dict[str, Any]:
+        """``evaluate`` on all ``eval_bytes`` or on a sample of them."""
         c = self.train_config
         return evaluate(
             params,
@@ -241,34 +233,68 @@ class Run:
             batch_size=c.batch_size,
             probe_bytes=None if final else c.probe_bytes,
             mesh=self.mesh,
+            # Indexers that nothing trains select at random.
+            attention="sparse" if c.index_weight > 0 else "dense",
+            recall=self.config.index_topk is not None and c.index_weight > 0,
+        )
+
+    def summary(self, state: TrainState, held_out: dict[str, float], seconds: float) -> Summary:
+        """The run's outcome."""
+        return Summary(
+            state.params,
+            self.config,
+            int(state.step),
+            held_out["bits_per_byte"],
+            held_out["held_out_loss"],
+            seconds,
+            self.directory,
+            self.corpus,
         )
 
     def step(self, state: TrainState, step: int) -> tuple[TrainState, dict[str, Any]]:
         """One optimiser step, and its line of ``metrics.jsonl``."""
         c, began = self.train_config, time.perf_counter()
-        tokens = batch(self.corpus, c.seed, step, c.batch_size, c.seq_len + 2)
-        state, metrics = train_step(state, self.place(tokens), self.config, c, self.mesh)
+        rows = read_batch(
+            self.mesh, functools.partial(self.loader, step), c.batch_size, c.accumulate
+        )
+        state, metrics = train_step(state, rows, self.config, c, self.mesh)
         metrics = jax.device_get(metrics)
-        record = record_of(step + 1, metrics, time.perf_counter() - began, c.batch_size * c.seq_len)
+        seconds = time.perf_counter() - began
+        record = record_of(step + 1, metrics, seconds, c.batch_size * c.seq_len)
+        record["mfu"] = round(self.flops / seconds / self.peak_flops(), 4)
         self.check_finite(record)
         return state, record
 
     def check_finite(self, record: dict[str, Any]) -> None:
-        """Raises LossNotFinite if a step's loss is not."""
-        if math.isfinite(record["total_loss"]):
+        """Counts steps skipped in a row, and raises LossNotFinite if they are too many."""
+        self.skipped = self.skipped + 1 if record["skipped"] else 0
+        if self.skipped < MAX_SKIPPED:
             return
-        c, saved = self.train_config, checkpoint.latest_step(self.checkpoints)
-        kept = "Nothing was saved yet." if saved is None else f"Step {saved} is saved and good."
+        c = self.train_config
         raise LossNotFinite(
-            f"the loss is {record['total_loss']} at step {record['step']}; lower learning_rate (now {c.learning_rate}) "
-            f"or clip_norm ({c.clip_norm}). {kept}"
+            f"steps {record['step'] - MAX_SKIPPED + 1} to {record['step']} were skipped because loss or gradient were not finite; lower "
+            f"learning_rate (now {c.peak_learning_rate}) or clip_norm ({c.clip_norm}). What is saved in {self.checkpoints} is finite."
         )
+
+
+def progress_of(record: dict[str, Any], steps: int) -> Progress:
+    """What a progress display gets of a line of ``metrics.jsonl``; a loss that is no number is NaN."""
+    loss = math.nan if record["loss"] is None else record["loss"]
+    skipped, bits = bool(record["skipped"]), record.get("bits_per_byte")
+    return Progress(record["step"], steps, loss, record["tokens_per_s"], bits, skipped)
+
+
+def metrics_of(directory: pathlib.Path, step: int) -> contextlib.AbstractContextManager[Any]:
+    """The run's ``Metrics`` in the process that writes them; in others a place where nothing is kept."""
+    return Metrics(directory, step) if jax.process_index() == 0 else contextlib.nullcontext()
 
 
 def record_of(step: int, metrics: dict[str, Any], seconds: float, tokens: int) -> dict[str, Any]:
     """A line of ``metrics.jsonl``."""
     record: dict[str, Any] = {"step": step}
-    record |= {name: float(value) for name, value in metrics.items() if name != "load"}
+    figures = {name: float(value) for name, value in metrics.items() if name != "load"}
+    # JSON has no NaN.
+    record |= {name: value if math.isfinite(value) else None for name, value in figures.items()}
     if "load" in metrics:
         load = np.asarray(metrics["load"], np.float64)
         record["load_max_over_mean"] = [round(float(x), 4) for x in load.max(1) / load.mean(1)]
@@ -281,24 +307,26 @@ def train(
     train_config: TrainConfig,
     directory: str | os.PathLike[str],
     *,
-    data: str | os.PathLike[str] | None = None,
+    data: DataOptions | str | os.PathLike[str] | None = None,
     on_progress: Callable[[Progress], None] | None = None,
     resume: bool = True,
     mesh: Mesh | None = None,
+    init_from: str | os.PathLike[str] | None = None,
 ) -> Summary:
-    """Trains a byte-level model, or goes on where a run in ``directory`` stopped.
+    """Trains a language model, or goes on where a run in ``directory`` stopped.
 
     After a crash or SIGKILL at any moment the resumed run has bit-identical losses: parameters, optimiser state
-    and step are restored, and batches are a function of (seed, step). SIGTERM and Ctrl-C save first.
+    and step are restored, and batches are a function of (seed, step) (``data.Loader``). SIGTERM and Ctrl-C save first.
 
     Args:
-      config: the model; its vocabulary must hold bytes and special tokens (``presets.BYTE_VOCAB_SIZE``).
+      config: the model; its vocabulary must hold the tokenizer's, for bytes ``presets.BYTE_VOCAB_SIZE``.
       train_config: the run.
-      directory: gets ``checkpoints/`` and ``metrics.jsonl``, one JSON object per step.
-      data: a file or directory of text; default the standard library's sources.
+      directory: gets ``checkpoints/``, ``metrics.jsonl`` with one JSON object per step, and TensorBoard's events.
+      data: what to train on, or just the path of text; default the standard library's sources, as bytes.
       on_progress: called after every step.
       resume: go on with a run found in ``directory``; otherwise finding one is an error.
       mesh: devices to train on (``sharding.make_mesh``); default: one. A batch that does not divide over them is padded.
+      init_from: a run or checkpoint with whose parameters to start, and a fresh optimiser (``dsa.initial_params``): the stage before.
 
     Returns:
       ``Summary`` with the final parameters and held-out bits per byte.
@@ -310,46 +338,52 @@ def train(
     """
     train_config.check(config)
     directory = pathlib.Path(directory)
-    this = Run(config, train_config, directory, load_corpus(data), mesh)
+    corpus = load_corpus(data)
+    corpus.check(config.vocab_size, init_from)
+    this = Run(config, train_config, directory, corpus, mesh, init_from)
     if not resume and checkpoint.latest_step(this.checkpoints) is not None:
         raise ValueError(
             f"{directory} already holds a run; resume it, or choose another directory."
         )
     state = this.start()
-    directory.mkdir(parents=True, exist_ok=True)
-    drop_after(directory / METRICS, int(state.step))
+    if jax.process_index() == 0:
+        directory.mkdir(parents=True, exist_ok=True)
+        corpus.put_tokenizer(directory)
+        note_origin(directory, init_from)
     began = time.perf_counter()
-    state, bits = _steps(this, state, on_progress)
-    if bits is None:  # the run was complete already
-        bits = this.evaluate(state.params, final=True)
-    seconds = time.perf_counter() - began
-    return Summary(state.params, config, int(state.step), bits, seconds, directory, this.corpus)
+    state, held_out = _steps(this, state, on_progress)
+    if held_out is None:  # the run was complete already
+        held_out = this.evaluate(state.params, final=True)
+    return this.summary(state, held_out, time.perf_counter() - began)
 
 
 def _steps(
     this: Run, state: TrainState, on_progress: Callable[[Progress], None] | None
-) -> tuple[TrainState, float | None]:
+) -> tuple[TrainState, dict[str, float] | None]:
     """The remaining steps: the last state, and the last evaluation if there was a step."""
-    c, bits = this.train_config, None
-    with deferred_signals() as received, (this.directory / METRICS).open("a") as file:
-        for step in range(int(state.step), c.steps):
+    c, held_out = this.train_config, None
+    first = int(state.step)
+    with (
+        deferred_signals() as received,
+        metrics_of(this.directory, first) as metrics,
+        Saver(this.save) as saver,
+    ):
+        for step in range(first, c.steps):
             state, record = this.step(state, step)
-            last, bits = step + 1 == c.steps, None
+            last, held_out = step + 1 == c.steps, None
             if last or (step + 1) % c.eval_every == 0:
-                bits = this.evaluate(state.params, final=last)
-                record["bits_per_byte"] = bits
+                held_out = this.evaluate(state.params, final=last)
+                record |= held_out
             # Asked once: a signal that comes after the decision to save must wait for the next step.
-            stop = bool(received)
-            # The line is with the operating system before the checkpoint that makes it final.
-            file.write(json.dumps(record) + "\n")
-            file.flush()
+            stop = anywhere(bool(received))
+            if metrics is not None:
+                metrics.write(record)  # before the checkpoint that makes it final
             if last or stop or (step + 1) % c.save_every == 0:
-                this.save(state)
+                saver.save(state)
             if on_progress is not None:
-                speed = record["tokens_per_s"]
-                on_progress(Progress(step + 1, c.steps, record["loss"], speed, bits))
+                on_progress(progress_of(record, c.steps))
             if stop and not last:
                 break
     for number in received:  # saved: now they take their usual course
         signal.raise_signal(number)
-    return state, bits
+    return state, held_out

@@ -1,22 +1,35 @@
-"""A picture of a run: loss curves and expert load."""
+"""Pictures of runs: loss curves and expert load of one, curves of several."""
 
 import json
 import os
 import pathlib
+from collections.abc import Callable, Sequence
 
 import numpy as np
+
+from jaxmoe.train.dsa import stages_of
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict]:
     """The records of a ``metrics.jsonl``.
 
+    A line that is still being written, without its end, is no record yet.
+
     Raises:
-      ValueError: if there is none, or it is empty.
+      ValueError: if there is none, it is empty, or a line is damaged.
     """
     path = pathlib.Path(path)
     if not path.is_file():
         raise ValueError(f"no metrics at {path}; train first.")
-    records = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = path.read_text().split("\n")[:-1]
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{path}, line {number} is not JSON ({error}); resume the run, which mends it."
+            ) from None
     if not records:
         raise ValueError(f"{path} is empty; train at least one step.")
     return records
@@ -25,7 +38,9 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict]:
 def plot_run(
     directory: str | os.PathLike[str], target: str | os.PathLike[str] | None = None
 ) -> pathlib.Path:
-    """Draws ``training.png`` from a run's metrics: loss, held-out bits per byte, load per layer, load per expert.
+    """Draws ``training.png`` from a run's metrics: loss, held-out bits per byte, indexer recall, load per layer, load per expert.
+
+    A run that started from another's parameters (``--init-from``) follows it on one axis of steps.
 
     Args:
       directory: of the run.
@@ -41,16 +56,27 @@ def plot_run(
 
     directory = pathlib.Path(directory)
     target = pathlib.Path(target) if target is not None else directory / "training.png"
-    records = read_metrics(directory / "metrics.jsonl")
+    stages = [read_metrics(stage / "metrics.jsonl") for stage in stages_of(directory)]
+    ends = np.cumsum([0, *(records[-1]["step"] for records in stages)])
+    records = [
+        r | {"step": r["step"] + int(before)}
+        for stage, before in zip(stages, ends, strict=False)
+        for r in stage
+    ]
     steps = np.asarray([r["step"] for r in records])
-    has_load = "load" in records[0]
+    panels = [_plot_loss]
+    if any("index_recall_layers" in r for r in records):
+        panels.append(_plot_recall)
+    if "load" in records[0]:
+        panels += [_plot_balance, _plot_load]
     figure, axes = plt.subplots(
-        1, 3 if has_load else 1, figsize=(15 if has_load else 6, 4), squeeze=False
+        1, len(panels), figsize=(5 * len(panels) + (len(panels) == 1), 4), squeeze=False
     )
-    _plot_loss(axes[0, 0], steps, records)
-    if has_load:
-        _plot_balance(axes[0, 1], steps, records)
-        _plot_load(axes[0, 2], figure, records)
+    for axis, draw in zip(axes.flat, panels, strict=True):
+        draw(axis, steps, records)
+        if draw is not _plot_load:
+            for end in ends[1:-1]:
+                axis.axvline(end, color="black", linewidth=0.8, linestyle="--")
     figure.tight_layout()
     figure.savefig(target, dpi=110)
     plt.close(figure)
@@ -82,6 +108,20 @@ def _plot_loss(axis, steps: np.ndarray, records: list[dict]) -> None:
     axis.legend()
 
 
+def _plot_recall(axis, steps: np.ndarray, records: list[dict]) -> None:
+    points = [(r["step"], r["index_recall_layers"]) for r in records if "index_recall_layers" in r]
+    for layer, values in enumerate(zip(*(layers for _, layers in points), strict=True)):
+        axis.plot(
+            [step for step, _ in points], values, "o-", markersize=3, label=f"indexer {layer + 1}"
+        )
+    axis.set(
+        xlabel="step", ylabel="share of dense attention", title="indexer recall", ylim=(0, 1.02)
+    )
+    axis.set_xlim(0, steps[-1])
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize="small")
+
+
 def _plot_balance(axis, steps: np.ndarray, records: list[dict]) -> None:
     ratio = np.asarray([r["load_max_over_mean"] for r in records])
     window = max(1, min(25, len(ratio) // 10))
@@ -96,10 +136,84 @@ def _plot_balance(axis, steps: np.ndarray, records: list[dict]) -> None:
         axis.legend()
 
 
-def _plot_load(axis, figure, records: list[dict]) -> None:
+def _plot_load(axis, steps: np.ndarray, records: list[dict]) -> None:
+    del steps
     recent = np.asarray([r["load"] for r in records[-50:]], np.float64).mean(0)
     share = recent / recent.sum(1, keepdims=True) * recent.shape[1]
     image = axis.imshow(share, aspect="auto", vmin=0, vmax=2, cmap="RdBu_r")
     axis.set(xlabel="expert", ylabel="MoE layer", title="load / mean, last steps")
     axis.set_yticks(range(share.shape[0]), [str(i + 1) for i in range(share.shape[0])])
-    figure.colorbar(image, ax=axis)
+    axis.figure.colorbar(image, ax=axis)
+
+
+# -- several runs ------------------------------------------------------------------------------------
+
+
+def _mean_of(name: str) -> Callable[[dict], float | None]:
+    """A field of a record, of a list the mean; None where it is missing."""
+
+    def value(record: dict) -> float | None:
+        found = record.get(name)
+        return None if found is None else float(np.mean(found))
+
+    return value
+
+
+# Title, label, value, and whether it is smoothed.
+_CURVES: tuple[tuple[str, str, str, bool], ...] = (
+    ("training loss", "nats per token", "loss", True),
+    ("held out", "bits per byte", "bits_per_byte", False),
+    ("expert balance, mean of layers", "busiest expert / mean", "load_max_over_mean", True),
+    ("indexer recall, mean of layers", "share of attention mass", "index_recall", False),
+    ("learning rate", "", "learning_rate", False),
+    ("speed", "tokens/s", "tokens_per_s", True),
+)
+
+
+def plot_runs(
+    directories: Sequence[str | os.PathLike[str]], target: str | os.PathLike[str]
+) -> pathlib.Path:
+    """Draws the curves of several runs over each other: what any of their metrics has of ``_CURVES``.
+
+    Args:
+      directories: of the runs.
+      target: where to write.
+
+    Returns:
+      The picture's path.
+
+    Raises:
+      ValueError: for a directory without metrics.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg", force=False)
+    import matplotlib.pyplot as plt
+
+    runs = {str(d): read_metrics(pathlib.Path(d) / "metrics.jsonl") for d in directories}
+    shown = [c for c in _CURVES if any(c[2] in r for records in runs.values() for r in records)]
+    columns = min(3, len(shown))
+    rows = -(-len(shown) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(5 * columns, 3.5 * rows), squeeze=False)
+    for axis in axes.flat[len(shown) :]:
+        axis.set_axis_off()
+    for axis, (title, label, name, smooth) in zip(axes.flat, shown, strict=False):
+        for run, records in runs.items():
+            _plot_curve(axis, run, records, _mean_of(name), smooth=smooth)
+        axis.set(xlabel="step", ylabel=label, title=title)
+        axis.grid(alpha=0.3)
+    axes.flat[0].legend(fontsize="small")
+    figure.tight_layout()
+    target = pathlib.Path(target)
+    figure.savefig(target, dpi=110)
+    plt.close(figure)
+    return target
+
+
+def _plot_curve(axis, run: str, records: list[dict], value: Callable, *, smooth: bool) -> None:
+    points = [(r["step"], v) for r in records if (v := value(r)) is not None]
+    steps, values = np.asarray(points, np.float64).reshape(-1, 2).T
+    window = max(1, min(25, len(values) // 10)) if smooth else 1
+    style = "o-" if 0 < len(values) < len(records) else "-"
+    smoothed = _smooth(values, window) if len(values) else values
+    axis.plot(steps[window - 1 :], smoothed, style, markersize=3, label=run)

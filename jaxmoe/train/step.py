@@ -1,7 +1,10 @@
 """One optimiser step."""
 
+import dataclasses
 import functools
 import math
+import os
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,7 +21,9 @@ from jaxmoe.config import ModelConfig
 from jaxmoe.moe import MoeOptions
 from jaxmoe.moe.balance import update_bias
 from jaxmoe.train.config import TrainConfig
-from jaxmoe.train.loss import loss
+from jaxmoe.train.data import Batch
+from jaxmoe.train.dsa import initial_params, is_index, merged, trained
+from jaxmoe.train.loss import as_batch, counts_of, loss
 
 
 @struct.dataclass
@@ -44,13 +49,13 @@ def learning_rate(train_config: TrainConfig) -> optax.Schedule:
         done = jnp.clip((t - warmup) / max(c.steps - 1 - warmup, 1), 0.0, 1.0)
         end = c.final_learning_rate_ratio
         fall = end + (1 - end) * (1 + jnp.cos(jnp.pi * done)) / 2
-        return c.learning_rate * jnp.minimum(rise, fall)
+        return c.peak_learning_rate * jnp.minimum(rise, fall)
 
     return schedule
 
 
 def _group(path: tuple[Any, ...]) -> str:
-    return "index" if "/indexer/" in params_lib.path_name(path) else "model"
+    return "index" if is_index(path) else "model"
 
 
 def group_norms(grads: params_lib.Params) -> dict[str, jax.Array]:
@@ -76,9 +81,9 @@ def _clip(max_norm: float) -> optax.GradientTransformation:
 
 
 def make_optimizer(config: ModelConfig, train_config: TrainConfig) -> optax.GradientTransformation:
-    """AdamW with clipping. Only matrices decay: neither norms nor biases."""
-    decays = jax.tree.map(lambda s: s.init == "normal", params_lib.spec(config))
+    """AdamW with clipping, for what the stage trains (``dsa.trained``). Only matrices decay: neither norms nor biases."""
     c = train_config
+    decays = jax.tree.map(lambda s: s.init == "normal", trained(params_lib.spec(config), c))
     return optax.chain(
         _clip(c.clip_norm),
         optax.adamw(
@@ -90,7 +95,8 @@ def make_optimizer(config: ModelConfig, train_config: TrainConfig) -> optax.Grad
 def abstract_state(config: ModelConfig, train_config: TrainConfig) -> TrainState:
     """The state as ``jax.ShapeDtypeStruct``s."""
     params = params_lib.abstract_params(config)
-    optimizer = jax.eval_shape(make_optimizer(config, train_config).init, params)
+    init = make_optimizer(config, train_config).init
+    optimizer = jax.eval_shape(init, trained(params, train_config))
     return TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, optimizer)
 
 
@@ -102,7 +108,7 @@ def state_shardings(config: ModelConfig, train_config: TrainConfig, mesh: Mesh) 
         make_optimizer(config, train_config),
         lambda _, sharding: sharding,
         abstract_state(config, train_config).opt_state,
-        by_param,
+        trained(by_param, train_config),
         transform_non_params=lambda _: everywhere,
     )
     return TrainState(everywhere, by_param, optimizer)
@@ -117,33 +123,74 @@ def _batch_axes(mesh: Mesh) -> tuple[str, ...]:
     return tuple(axis for axis in MoeOptions().token_axes if axis in mesh.shape)
 
 
-def padded_rows(mesh: Mesh, rows: int) -> int:
-    """The number of sequences at which ``rows`` divide over the mesh; the last ones are padding."""
-    return rows + -rows % math.prod(mesh.shape[axis] for axis in _batch_axes(mesh))
+def padded_rows(mesh: Mesh, rows: int, accumulate: int = 1) -> int:
+    """The number of sequences at which ``rows`` divide over the mesh in each of a step's passes; the last ones are padding."""
+    return rows + -rows % (accumulate * math.prod(mesh.shape[axis] for axis in _batch_axes(mesh)))
 
 
-def place_batch(mesh: Mesh, rows: np.ndarray) -> jax.Array:
+def place_batch(mesh: Mesh, rows: np.ndarray, accumulate: int = 1) -> jax.Array:
     """Rows [B, ...] over the mesh, with rows of zeros where they don't divide. Every process gives the same."""
-    short = padded_rows(mesh, len(rows)) - len(rows)
+    short = padded_rows(mesh, len(rows), accumulate) - len(rows)
     rows = np.pad(rows, ((0, short), *[(0, 0)] * (rows.ndim - 1)))
     return jax.make_array_from_callback(rows.shape, batch_sharding(mesh), rows.__getitem__)
 
 
+def read_batch(
+    mesh: Mesh | None, read: Callable[[slice], Batch], rows: int, accumulate: int = 1
+) -> Batch:
+    """``rows`` rows as ``place_batch`` puts them, of which each process reads only those on its devices.
+
+    Args:
+      mesh: the devices; None for one.
+      read: gives some rows of the batch.
+      rows: in all.
+      accumulate: passes per step.
+    """
+    if mesh is None:
+        return Batch(*map(jnp.asarray, read(slice(0, rows))))
+    size, sharding = padded_rows(mesh, rows, accumulate), batch_sharding(mesh)
+    indices = sharding.addressable_devices_indices_map((size,)).values()
+    spans = [index[0].indices(size)[:2] for index in indices]
+    first, end = min(begin for begin, _ in spans), max(end for _, end in spans)
+    own = read(slice(min(first, rows), min(end, rows)))
+    short = end - first - len(own.tokens)
+
+    def place(values: np.ndarray) -> jax.Array:
+        values = np.pad(values, ((0, short), (0, 0)))
+
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            begin, end, _ = index[0].indices(size)
+            return values[begin - first : end - first]
+
+        return jax.make_array_from_callback((size, values.shape[1]), sharding, part)
+
+    return Batch(*map(place, own))
+
+
 def init_state(
-    config: ModelConfig, train_config: TrainConfig, mesh: Mesh | None = None
+    config: ModelConfig,
+    train_config: TrainConfig,
+    mesh: Mesh | None = None,
+    *,
+    init_from: str | os.PathLike[str] | None = None,
 ) -> TrainState:
-    """A fresh state from ``train_config.seed``, on one device or created in place on a mesh."""
+    """A fresh state from ``train_config.seed``, on one device or created in place on a mesh.
+
+    With ``init_from``, a run or checkpoint, its parameters (``dsa.initial_params``).
+    """
     shardings = None if mesh is None else state_shardings(config, train_config, mesh)
-    params = params_lib.init_params(
-        config, jax.random.key(train_config.seed), shardings=shardings and shardings.params
-    )
+    where, seed = shardings and shardings.params, train_config.seed
+    if init_from is None:
+        params = params_lib.init_params(config, jax.random.key(seed), shardings=where)
+    else:
+        params = initial_params(config, seed, init_from, shardings=where)
     init = jax.jit(
         make_optimizer(config, train_config).init, out_shardings=shardings and shardings.opt_state
     )
     step = jnp.zeros((), jnp.int32)
     if mesh is not None:
         step = jax.device_put(step, shardings.step)
-    return TrainState(step, params, init(params))
+    return TrainState(step, params, init(trained(params, train_config)))
 
 
 def update_biases(params: params_lib.Params, load: dict, speed: float) -> params_lib.Params:
@@ -183,41 +230,80 @@ def _load_table(load: dict) -> jax.Array | None:
 @functools.partial(jax.jit, static_argnames=("config", "train_config", "mesh"), donate_argnums=(0,))
 def train_step(
     state: TrainState,
-    tokens: jax.Array,
+    rows: Batch | jax.Array,
     config: ModelConfig,
     train_config: TrainConfig,
     mesh: Mesh | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One step on windows [B, seq_len + 2]; donates ``state``.
+    """One step on rows [B, seq_len + 2] (``loss``); donates ``state``.
 
-    On a mesh, ``state`` lies as ``state_shardings`` says (and stays so) and ``tokens`` as ``place_batch`` puts them.
+    On a mesh, ``state`` lies as ``state_shardings`` says (and stays so) and ``rows`` as ``place_batch`` puts them.
+
+    A step whose loss or gradient is not finite changes nothing but the step number ("skipped" is 1).
 
     Returns:
       (new state, metrics): float32 scalars, and "load", int32 [layers, E], the choices per expert; on a mesh, everywhere.
     """
-    gradient = jax.value_and_grad(loss, has_aux=True)
-    (total, aux), grads = gradient(state.params, config, train_config, tokens, mesh)
+    c = train_config
+    # Of what is frozen no gradient is computed.
+    part = trained(state.params, c)
+    (total, aux), grads = _gradient(part, state.params, config, c, rows, mesh)
     load = aux.pop("load")
+    norms = group_norms(grads)
+    finite = jnp.isfinite(total) & jnp.isfinite(norms["model"]) & jnp.isfinite(norms["index"])
     # optax mixes Python numbers and integers, which strict dtype promotion (as in our tests) refuses.
     with jax.named_scope("optimizer"), jax.numpy_dtype_promotion("standard"):
-        optimizer = make_optimizer(config, train_config)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        updates, opt_state = make_optimizer(config, c).update(grads, state.opt_state, part)
+        params = merged(state.params, optax.apply_updates(part, updates))
         # Routing stops gradients at the correction bias and it is not decayed, so only the load moves it.
-        params = update_biases(params, load, train_config.bias_update_speed)
-    norms = group_norms(grads)
+        if c.trains_model:
+            params = update_biases(params, load, c.bias_update_speed)
+        after = TrainState(state.step + 1, params, opt_state)
+        # A step that went wrong leaves no trace but its number, with which the next has other data.
+        before = dataclasses.replace(state, step=after.step)
+        after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, before)
     metrics = {
         "total_loss": total,
         **aux,
         "grad_norm": norms["model"],
         "index_grad_norm": norms["index"],
-        "learning_rate": learning_rate(train_config)(state.step),
+        "learning_rate": learning_rate(c)(state.step),
+        "skipped": jnp.where(finite, 0.0, 1.0),
     }
     table = _load_table(load)
     if table is not None:
         metrics["load"] = table
-    after = TrainState(state.step + 1, params, opt_state)
     if mesh is not None:
-        after = lax.with_sharding_constraint(after, state_shardings(config, train_config, mesh))
+        after = lax.with_sharding_constraint(after, state_shardings(config, c, mesh))
         metrics = lax.with_sharding_constraint(metrics, NamedSharding(mesh, PartitionSpec()))
     return after, metrics
+
+
+def _gradient(
+    part: params_lib.Params,
+    params: params_lib.Params,
+    config: ModelConfig,
+    c: TrainConfig,
+    rows: Batch | jax.Array,
+    mesh: Mesh | None,
+) -> tuple[tuple[jax.Array, dict], params_lib.Params]:
+    """Of ``loss`` with respect to ``part`` of ``params``, a few rows at a time if there is to be accumulation."""
+    batch = as_batch(rows, c.batch_size)
+    counts = counts_of(batch)
+
+    def loss_of(part: params_lib.Params, rows: Batch | jax.Array) -> tuple[jax.Array, dict]:
+        cast = params_lib.cast(merged(params, part), config, c.compute_dtype)
+        return loss(cast, config, c, rows, mesh, counts)
+
+    gradient = jax.value_and_grad(loss_of, has_aux=True)
+    if c.accumulate == 1:
+        return gradient(part, rows)
+    # Row i goes to pass i % accumulate, so that each pass has as many rows of every device.
+    passes = jax.tree.map(lambda x: x.reshape(-1, c.accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
+
+    def add(sums: Any, rows: Batch) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, sums, gradient(part, rows)), None
+
+    one = jax.tree.map(lambda x: x[0], passes)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, part, one))
+    return lax.scan(add, zeros, passes)[0]

@@ -11,9 +11,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels.numerics import precision_of
 from pallas_kernels.sparse_mla import addresses, chunks
+
+SAVED = (
+    "sparse_mla"  # the name of what a rematerialised caller should keep: out and log denominator
+)
 
 
 def differentiable(kernel: Callable[..., tuple[jax.Array, jax.Array]]) -> Callable[..., Any]:
@@ -26,7 +31,7 @@ def differentiable(kernel: Callable[..., tuple[jax.Array, jax.Array]]) -> Callab
             return kernel(q, kv, indices, scale, value_dim)
 
         def forward(q, kv, indices):
-            out, lse = run(q, kv, indices)
+            out, lse = checkpoint_name(run(q, kv, indices), SAVED)
             return (out, lse), (q, kv, indices, out, lse)
 
         def backward(residuals, cotangents):

@@ -13,7 +13,7 @@ import numpy as np
 
 import jaxmoe
 from jaxmoe.layers import core_attention
-from jaxmoe.model import run, unembed
+from jaxmoe.model import PassOptions, run, unembed
 from jaxmoe.params import path_name
 
 # Two ways through a model differ by about 1e-6; a choice by less than this could fall either way.
@@ -87,7 +87,8 @@ def clear_case(
     @jax.jit
     def whole(params, tokens):
         with _watching(margin):
-            logits = unembed(params, run(params, config, tokens).hidden)
+            options = PassOptions(core="masked")  # whose selection can be watched
+            logits = unembed(params, run(params, config, tokens, options=options).hidden)
         margin.watch(logits, 1)
         return logits
 

@@ -1,6 +1,6 @@
 """Messages, and their text by hand from the spec, for the tests of the message format."""
 
-from jaxmoe.serve.chat import Wording, encode
+from jaxmoe.chat import Wording, encode
 
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 WORDING = Wording(tools="TOOLS", response_format="FORMAT", developer="SAYS: ")

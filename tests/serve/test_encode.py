@@ -18,8 +18,8 @@ from serve.messages import (
     user,
 )
 
-from jaxmoe.serve import chat
-from jaxmoe.serve.chat import ToolCall, encode, parse
+from jaxmoe import chat
+from jaxmoe.chat import ToolCall, encode, parse
 
 # -- encode: the rows of the table -------------------------------------------------------------------
 

@@ -23,10 +23,9 @@ from serve.support import (  # noqa: E402
 
 import jaxmoe  # noqa: E402
 from bench._metrics import parse  # noqa: E402
-from jaxmoe import checkpoint  # noqa: E402
+from jaxmoe import chat, checkpoint  # noqa: E402
 from jaxmoe.cli._models import load  # noqa: E402
 from jaxmoe.engine import Engine, EngineOptions, SamplingParams  # noqa: E402
-from jaxmoe.serve import chat  # noqa: E402
 from jaxmoe.tokenizer import FileTokenizer, load_tokenizer  # noqa: E402
 
 PATIENCE = ["--silence-s", "20", "--deadline-s", "300"]

@@ -21,7 +21,7 @@ from serve.support import (  # noqa: E402
 )
 
 from bench._metrics import parse  # noqa: E402
-from jaxmoe.serve import chat  # noqa: E402
+from jaxmoe import chat  # noqa: E402
 
 GREEDY = {"model": MODEL, "temperature": 0, "extra_body": {"ignore_eos": True}}
 

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from serve.messages import BOS, CALL_F, CALLS_FG, EOS, says, user
 
-from jaxmoe.serve import chat
-from jaxmoe.serve.chat import Delta, ParsedMessage, StreamParser, ToolCall, encode, parse
+from jaxmoe import chat
+from jaxmoe.chat import Delta, ParsedMessage, StreamParser, ToolCall, encode, parse
 
 # -- parse -------------------------------------------------------------------------------------------
 

@@ -6,8 +6,8 @@ import pytest
 
 pytest.importorskip("starlette")
 
+from jaxmoe import chat  # noqa: E402
 from jaxmoe.engine import SamplingParams  # noqa: E402
-from jaxmoe.serve import chat  # noqa: E402
 from jaxmoe.serve._body import MAX_DEPTH, ApiError, parse_object  # noqa: E402
 from jaxmoe.serve.protocol import (  # noqa: E402
     MAX_CHOICES,

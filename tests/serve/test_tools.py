@@ -13,10 +13,10 @@ pytest.importorskip("llguidance")
 
 from serve.support import CONFIG, HELLO, MODEL, SCRIPTED  # noqa: E402
 
+from jaxmoe import chat  # noqa: E402
+from jaxmoe.chat._dsml import render_calls  # noqa: E402
 from jaxmoe.engine import grammar  # noqa: E402
-from jaxmoe.serve import chat  # noqa: E402
 from jaxmoe.serve._body import ApiError  # noqa: E402
-from jaxmoe.serve._dsml import render_calls  # noqa: E402
 from jaxmoe.serve._forms import answer_form  # noqa: E402
 from jaxmoe.serve._tools import Tools, calls_form, read_tools  # noqa: E402
 from jaxmoe.tokenizer import ByteTokenizer  # noqa: E402

@@ -4,6 +4,7 @@ import dataclasses
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -17,7 +18,7 @@ from train.support import MODEL, REPOSITORY, RUN, losses, records, with_options,
 from jaxmoe import checkpoint
 from jaxmoe.sharding import make_mesh
 from jaxmoe.train import TrainConfig, train
-from jaxmoe.train.loop import LossNotFinite
+from jaxmoe.train.loop import MAX_SKIPPED, LossNotFinite
 
 # A run in its own process: argv is directory, corpus, steps and the step at which it signals itself (0: never).
 _SCRIPT = textwrap.dedent("""
@@ -110,12 +111,13 @@ def test_a_finished_run_trains_no_further(run, corpus):
     np.testing.assert_allclose(again.bits_per_byte, summary.bits_per_byte, rtol=1e-6)
 
 
-def test_losses_after_sigkill_are_those_of_an_undisturbed_run(corpus, tmp_path):
-    steps = 30
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+def test_losses_after_sigkill_are_those_of_an_undisturbed_run(corpus, tmp_path, kills):
+    steps = 10 * (kills + 1)
     calm = start(tmp_path / "calm", corpus, steps)
     assert finish(calm)[-1] == str(steps)
     rng = random.Random(0)
-    for kill in range(2):
+    for kill in range(kills):
         # Killed some steps, and some milliseconds, after it has come further than the last time.
         goal = (kill + 1) * 10 + rng.randrange(5)
         process = start(tmp_path / "killed", corpus, steps)
@@ -157,14 +159,59 @@ def test_sigterm_between_saving_and_the_next_step_saves_that_step(corpus, tmp_pa
     assert _saved_after_sigterm(start(tmp_path, corpus, 100_000, signal_at=3), tmp_path) == 4
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(corpus, tmp_path):
-    options = with_options(steps=20, learning_rate=1e30, save_every=1)
-    with pytest.raises(LossNotFinite, match=r"loss is \S+ at step \d+.*learning_rate") as error:
-        train(MODEL, options, tmp_path, data=corpus)
+def test_steps_that_stay_not_finite_are_skipped_reported_and_end_the_run(corpus, tmp_path):
+    options, seen = with_options(steps=40, learning_rate=1e30, save_every=1), []
+    with pytest.raises(
+        LossNotFinite, match=r"steps \d+ to \d+ were skipped.*learning_rate"
+    ) as error:
+        train(MODEL, options, tmp_path, data=corpus, on_progress=seen.append)
     assert "\n" not in str(error.value)
-    saved = checkpoint.latest_step(tmp_path / "checkpoints")
-    assert saved is not None and f"Step {saved} is saved" in str(error.value)
-    assert records(tmp_path)[-1]["step"] == saved
+    skipped = [record for record in records(tmp_path) if record["skipped"]]
+    assert [p.step for p in seen if p.skipped] == [record["step"] for record in skipped]
+    assert len(skipped) >= MAX_SKIPPED - 1
+    assert all(None in (r["total_loss"], r["grad_norm"]) for r in skipped)
+    # What was skipped changed nothing: all that is saved is finite.
+    restored = checkpoint.restore(tmp_path / "checkpoints")
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(restored.params))
+
+
+@pytest.mark.slow
+def test_several_processes_train_as_one_device_does(corpus, tmp_path):
+    """The command line, on two processes of two devices each; then the run goes on on one device."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    options = "train --steps 4 --batch-size 4 --seq-len 32 --eval-every 100 --eval-bytes 2048"
+
+    def command(output, more="", devices=1):
+        environment = os.environ | {
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"
+        }
+        words = f"{options} --output {output} --data {corpus} {more}".split()
+        return subprocess.Popen(
+            [sys.executable, "-c", "from jaxmoe.cli import main; main()", *words],
+            cwd=REPOSITORY,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    mesh = (
+        f"--data-parallel 2 --expert-parallel 2 --coordinator-address {address} --num-processes 2"
+    )
+    processes = [
+        command(tmp_path / "both", f"{mesh} --process-id {i}", devices=2) for i in range(2)
+    ]
+    outputs = [process.communicate(timeout=500) for process in processes]
+    assert [p.returncode for p in processes] == [0, 0], outputs
+    silent = [line for line in outputs[1][0].splitlines() if not line.startswith("[Gloo]")]
+    assert not silent, "only process 0 speaks"
+    alone = command(tmp_path / "alone")
+    _, errors = alone.communicate(timeout=500)
+    assert alone.returncode == 0, errors
+    both, one = ([r["loss"] for r in records(tmp_path / name)] for name in ("both", "alone"))
+    np.testing.assert_allclose(both, one, rtol=1e-4)
 
 
 def test_another_corpus_is_refused(run, tmp_path):

@@ -6,7 +6,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from jaxmoe.train.plot import plot_run
+from jaxmoe.train.plot import plot_run, plot_runs
 
 
 def write(directory, load=True):
@@ -35,3 +35,25 @@ def test_the_plot_is_a_png_with_something_on_it(tmp_path, load):
 def test_no_metrics_is_one_line(tmp_path):
     with pytest.raises(ValueError, match="train first"):
         plot_run(tmp_path)
+
+
+def test_curves_of_runs_lie_over_each_other_where_one_has_them(tmp_path):
+    write(tmp_path / "a")
+    write(tmp_path / "b", load=False)
+    with (tmp_path / "b" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 41, "lo')  # it is being written
+    one = matplotlib.image.imread(plot_runs([tmp_path / "a"], tmp_path / "one.png"))
+    both = matplotlib.image.imread(
+        plot_runs([tmp_path / "a", tmp_path / "b"], tmp_path / "both.png")
+    )
+    assert one.shape == both.shape and not np.array_equal(one, both)
+    without = matplotlib.image.imread(plot_runs([tmp_path / "b"], tmp_path / "without.png"))
+    assert without.shape[1] < one.shape[1]  # no load, no panel for it
+
+
+def test_a_damaged_line_is_named(tmp_path):
+    write(tmp_path)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write("{\n")
+    with pytest.raises(ValueError, match="metrics.jsonl, line 41 is not JSON"):
+        plot_runs([tmp_path], tmp_path / "a.png")

@@ -14,6 +14,7 @@ from jaxmoe.moe.balance import update_bias
 from jaxmoe.moe.route import expert_load, route
 from jaxmoe.params import flatten
 from jaxmoe.sharding import make_mesh
+from jaxmoe.train.data import Batch
 from jaxmoe.train.loss import cross_entropy, loss
 from jaxmoe.train.step import (
     group_norms,
@@ -174,7 +175,7 @@ def test_cross_entropy_is_the_log_of_the_softmax():
 @pytest.mark.parametrize(
     "shape",
     [
-        {"data": 2, "expert": 2},
+        {"data": 2, "expert": 2, "tensor": 2},
         pytest.param({"data": 3}, marks=pytest.mark.slow),  # 3 do not divide 4
     ],
 )
@@ -194,3 +195,47 @@ def test_a_mesh_gives_the_losses_of_one_device(devices, shape):
         np.testing.assert_array_equal(metrics["load"], expected["load"])
     for leaf, sharding in zip(jax.tree.leaves(spread), jax.tree.leaves(wanted), strict=True):
         assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+
+
+def test_passes_over_parts_of_a_batch_add_up_to_its_step():
+    """Rows count by their weights, so that the parts' means would differ from the whole's."""
+    rows = np.array(tokens(0))
+    starts, weights = np.zeros_like(rows), np.ones(rows.shape, np.float32)
+    weights[0], weights[1, 5:], starts[2, 7:] = 0.0, 0.0, 7
+    batch = Batch(rows, starts, weights)
+    results = []
+    for options in (with_options(steps=3), with_options(steps=3, accumulate=2)):
+        state = init_state(MODEL, options)
+        for _ in range(2):
+            state, metrics = train_step(state, batch, MODEL, options)
+        results.append(metrics)
+    whole, parts = results
+    for name in ("total_loss", "loss", "mtp_loss", "index_loss", "balance_loss", "grad_norm"):
+        np.testing.assert_allclose(parts[name], whole[name], rtol=2e-5, err_msg=name)
+    np.testing.assert_array_equal(parts["load"], whole["load"])
+
+
+def test_a_step_that_is_not_finite_changes_nothing_but_its_number():
+    options = with_options(steps=3)
+    state = init_state(MODEL, options)
+    ruined = jax.tree.map(lambda x: x * jnp.inf, state.params["norm"])
+    state = state.replace(params={**state.params, "norm": ruined})
+    before = jax.device_get(state)
+    after, metrics = train_step(state, tokens(0), MODEL, options)
+    assert metrics["skipped"] == 1.0 and not np.isfinite(metrics["total_loss"])
+    assert after.step == before.step + 1
+    jax.tree.map(np.testing.assert_array_equal, after.params, before.params)
+    jax.tree.map(np.testing.assert_array_equal, after.opt_state, before.opt_state)
+
+
+@pytest.mark.slow
+def test_bfloat16_computes_near_float32_and_keeps_float32_weights():
+    results = {}
+    for dtype in ("float32", "bfloat16"):
+        options = with_options(steps=3, compute_dtype=dtype)
+        state, metrics = train_step(init_state(MODEL, options), tokens(0), MODEL, options)
+        assert {x.dtype.name for x in jax.tree.leaves(state.params)} == {"float32"}
+        results[dtype] = metrics
+    for name in ("loss", "mtp_loss"):
+        np.testing.assert_allclose(results["bfloat16"][name], results["float32"][name], rtol=2e-3)
+    assert results["bfloat16"]["loss"] != results["float32"]["loss"]

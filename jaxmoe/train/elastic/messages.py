@@ -6,6 +6,7 @@ from typing import Any
 from jaxmoe.config import ModelConfig
 from jaxmoe.elastic.cluster.orders import Order
 from jaxmoe.train.config import TrainConfig
+from jaxmoe.train.data import DataOptions
 from jaxmoe.train.elastic.parts import Sources
 
 
@@ -23,7 +24,7 @@ class Setup:
       capacity: how many ranks there can be.
       devices: of each process, of which it uses one at a time (``elastic.cluster.orders``).
       config, train_config: the run.
-      data: path of the text, as of ``load_corpus``.
+      data: what to train on, as of ``load_corpus``.
       fingerprint: that the text must have.
       folder, key: for sockets, of one user, and what proves that a process may ask.
       programs: folder of compiled programs that all ranks share.
@@ -35,7 +36,7 @@ class Setup:
     devices: int
     config: ModelConfig
     train_config: TrainConfig
-    data: str | None
+    data: DataOptions
     fingerprint: dict[str, Any]
     folder: str
     key: bytes
@@ -105,10 +106,10 @@ class Snapshot:
 
 @dataclasses.dataclass(frozen=True)
 class StepValue:
-    """With "done": metrics, held-out bits per byte if asked for, and the last step of which this rank has all it keeps."""
+    """With "done": metrics, figures of held-out text if asked for, and the last step of which this rank has all it keeps."""
 
     metrics: dict[str, Any]
-    bits_per_byte: float | None
+    held_out: dict[str, float] | None
     protected: int
 
 

@@ -5,6 +5,7 @@ fetch the neighbour's while training goes on.
 """
 
 import contextlib
+import functools
 import logging
 import os
 import pathlib
@@ -22,7 +23,7 @@ from jaxmoe.elastic.cluster.rank import devices_by_rank
 from jaxmoe.elastic.cluster.worker import CollectiveFailed, Worker, call_controller, with_others
 from jaxmoe.elastic.executables import Executables
 from jaxmoe.sharding import make_mesh
-from jaxmoe.train.data import batch, load_corpus
+from jaxmoe.train.data import Batch, Loader, load_corpus
 from jaxmoe.train.elastic import parts, peers
 from jaxmoe.train.elastic.messages import (
     Compile,
@@ -41,7 +42,7 @@ from jaxmoe.train.step import (
     abstract_state,
     batch_sharding,
     padded_rows,
-    place_batch,
+    read_batch,
     state_shardings,
     train_step,
 )
@@ -61,6 +62,8 @@ class Rank:
         self._corpus = load_corpus(setup.data)
         if self._corpus.fingerprint != setup.fingerprint:
             raise ValueError("the text has changed since the run began; restore it.")
+        run = setup.train_config
+        self._loader = Loader(self._corpus, run.seed, run.batch_size, run.seq_len)
         self._devices = devices_by_rank()
         self._programs = Executables(pathlib.Path(setup.programs))
         self._abstract = abstract_state(setup.config, setup.train_config)
@@ -86,8 +89,8 @@ class Rank:
         config, run = self.setup.config, self.setup.train_config
 
         def lower() -> jax.stages.Lowered:
-            tokens = _rows(mesh, run.batch_size, run.seq_len + 2, np.int32)
-            return train_step.lower(self._abstract_on(mesh), tokens, config, run, mesh)
+            rows = _rows(mesh, run.batch_size, run.seq_len + 2, run.accumulate)
+            return train_step.lower(self._abstract_on(mesh), rows, config, run, mesh)
 
         return self._programs.get("train", list(mesh.devices.flat), lower)
 
@@ -95,9 +98,8 @@ class Rank:
         config, run = self.setup.config, self.setup.train_config
 
         def lower() -> jax.stages.Lowered:
-            windows = _rows(mesh, run.batch_size, run.seq_len + 1, np.int32)
-            mask = _rows(mesh, run.batch_size, run.seq_len, np.bool_)
-            return scored_nats.lower(self._abstract_on(mesh).params, windows, mask, config, mesh)
+            rows = _rows(mesh, run.batch_size, run.seq_len + 1)
+            return scored_nats.lower(self._abstract_on(mesh).params, rows, config, mesh)
 
         return self._programs.get("score", list(mesh.devices.flat), lower)
 
@@ -200,21 +202,27 @@ class Rank:
         """Takes a step, and scores held-out text if asked to."""
         self._faults.at("step")
         self._store.keep(*(s for s in self._store.inventory() if s >= message.safe))
-        run, bits = self.setup.train_config, None
-        tokens = batch(self._corpus, run.seed, message.number, run.batch_size, run.seq_len + 2)
+        held_out = None
+        run = self.setup.train_config
+        rows = read_batch(
+            self._mesh,
+            functools.partial(self._loader, message.number),
+            run.batch_size,
+            run.accumulate,
+        )
         program = self._step_program(self._mesh)
         state, self._state = self._state, None  # donated
         self._state, metrics = with_others(
             self._mesh,
-            lambda: jax.block_until_ready(program(state, place_batch(self._mesh, tokens))),
+            lambda: jax.block_until_ready(program(state, rows)),
         )
         self._faults.at("computed")
         if message.evaluate is not None:
             final = message.evaluate == "final"
-            bits = with_others(self._mesh, lambda: self._evaluate(final=final))
-        return StepValue(jax.device_get(metrics), bits, self._protected)
+            held_out = with_others(self._mesh, lambda: self._evaluate(final=final))
+        return StepValue(jax.device_get(metrics), held_out, self._protected)
 
-    def _evaluate(self, *, final: bool) -> float:
+    def _evaluate(self, *, final: bool) -> dict[str, float]:
         run = self.setup.train_config
         return evaluate(
             self._state.params,
@@ -263,9 +271,10 @@ class Rank:
         return self._store.inventory()
 
 
-def _rows(mesh: Mesh, rows: int, length: int, dtype: Any) -> jax.ShapeDtypeStruct:
-    shape = padded_rows(mesh, rows), length
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))
+def _rows(mesh: Mesh, rows: int, width: int, accumulate: int = 1) -> Batch:
+    shape, sharding = (padded_rows(mesh, rows, accumulate), width), batch_sharding(mesh)
+    dtypes = Batch(np.int32, np.int32, np.float32)
+    return Batch(*(jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for dtype in dtypes))
 
 
 class TrainWorker(Worker):

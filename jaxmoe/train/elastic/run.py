@@ -29,17 +29,18 @@ from jaxmoe.elastic.cluster.supervisor import Member, Supervisor
 from jaxmoe.elastic.cluster.team import RankFailed, Team
 from jaxmoe.elastic.membership import Membership
 from jaxmoe.errors import JaxMoeError
+from jaxmoe.train.data import DataOptions
 from jaxmoe.train.elastic import parts, peers
 from jaxmoe.train.elastic.events import EVENTS, Event
 from jaxmoe.train.elastic.messages import Compile, Install, Prepare, Setup, Snapshot, Step, name_of
 from jaxmoe.train.elastic.options import ElasticOptions
 from jaxmoe.train.loop import (
-    METRICS,
     Progress,
     Run,
-    drop_after,
+    progress_of,
     record_of,
 )
+from jaxmoe.train.metrics import Metrics
 from jaxmoe.train.step import TrainState, abstract_state
 
 logger = logging.getLogger(__name__)
@@ -57,13 +58,17 @@ class ElasticRun:
 
     Args:
       run: the run's files.
-      data: path of the text.
+      data: what to train on.
       options: ranks and limits.
       on_event: called after every change of the ranks.
     """
 
     def __init__(
-        self, run: Run, data: str | None, options: ElasticOptions, on_event: Callable[[Event], None]
+        self,
+        run: Run,
+        data: DataOptions,
+        options: ElasticOptions,
+        on_event: Callable[[Event], None],
     ):
         self._run, self._data, self.options, self._on_event = run, data, options, on_event
         self._experts = run.config.n_routed_experts
@@ -327,7 +332,7 @@ class ElasticRun:
                 break
             except RankFailed as error:
                 gone = set(error.ranks)
-        drop_after(self._run.directory / METRICS, self.step)
+        self._metrics.drop_after(self.step)
         self._tell(
             "lost" if lost else "retried", lost, before - self.step, source, phases, compiled
         )
@@ -379,9 +384,15 @@ class ElasticRun:
 
     def train(
         self, received: list[int], on_progress: Callable[[Progress], None] | None
-    ) -> float | None:
-        """The remaining steps, until a signal is received; the last evaluation if there was a step."""
-        c, bits = self._run.train_config, None
+    ) -> dict[str, Any]:
+        """The remaining steps, until a signal is received; the last one's record."""
+        with Metrics(self._run.directory, self.step) as self._metrics:
+            return self._train(received, on_progress)
+
+    def _train(
+        self, received: list[int], on_progress: Callable[[Progress], None] | None
+    ) -> dict[str, Any]:
+        c, record = self._run.train_config, {}
         while True:
             stop = bool(received)
             try:
@@ -389,18 +400,15 @@ class ElasticRun:
                 if self._is_due(stop=stop):
                     self._save()
                 if stop or self.step == c.steps:
-                    return bits
+                    return record
                 record = self._advance()
             except RankFailed as error:
                 self._recover(error.ranks)
                 continue
             self._tries = 0
-            bits = record.get("bits_per_byte")
-            with (self._run.directory / METRICS).open("a") as file:
-                file.write(json.dumps(record) + "\n")
+            self._metrics.write(record)
             if on_progress is not None:
-                speed = record["tokens_per_s"]
-                on_progress(Progress(self.step, c.steps, record["loss"], speed, bits))
+                on_progress(progress_of(record, c.steps))
 
     def _between_steps(self) -> None:
         """Notices ranks that have died, takes in one that has returned, and makes a snapshot when it is time."""
@@ -442,9 +450,7 @@ class ElasticRun:
         record = record_of(self.step, value.metrics, seconds, c.batch_size * c.seq_len)
         record["ranks"] = len(replies)
         self._run.check_finite(record)
-        if value.bits_per_byte is not None:
-            record["bits_per_byte"] = value.bits_per_byte
-        return record
+        return record | (value.held_out or {})
 
 
 def _free_port() -> int:

@@ -9,11 +9,12 @@ from collections.abc import Callable
 from jaxmoe import checkpoint
 from jaxmoe.config import ModelConfig
 from jaxmoe.train.config import TrainConfig
-from jaxmoe.train.data import load_corpus
+from jaxmoe.train.data import DataOptions, load_corpus
 from jaxmoe.train.elastic.events import Event
 from jaxmoe.train.elastic.options import ElasticOptions
 from jaxmoe.train.elastic.run import ElasticRun
-from jaxmoe.train.loop import METRICS, Progress, Run, Summary, deferred_signals, drop_after, train
+from jaxmoe.train.loop import Progress, Run, Summary, train
+from jaxmoe.train.signals import deferred_signals
 
 
 def train_elastic(
@@ -21,7 +22,7 @@ def train_elastic(
     train_config: TrainConfig,
     directory: str | os.PathLike[str],
     *,
-    data: str | os.PathLike[str] | None = None,
+    data: DataOptions | str | os.PathLike[str] | None = None,
     options: ElasticOptions = ElasticOptions(),
     on_progress: Callable[[Progress], None] | None = None,
     on_event: Callable[[Event], None] = lambda event: None,
@@ -48,18 +49,20 @@ def train_elastic(
     """
     train_config.check(config)
     directory = pathlib.Path(directory)
-    run = Run(config, train_config, directory, load_corpus(data), None)
+    data = data if isinstance(data, DataOptions) else DataOptions(data)
+    corpus = load_corpus(data)
+    corpus.check(config.vocab_size)
+    run = Run(config, train_config, directory, corpus, None)
     if (checkpoint.latest_step(run.checkpoints) or 0) >= train_config.steps:
         return train(config, train_config, directory, data=data)  # complete already: it only scores
     directory.mkdir(parents=True, exist_ok=True)
-    this = ElasticRun(run, None if data is None else str(data), options, on_event)
+    corpus.put_tokenizer(directory)
+    this = ElasticRun(run, data, options, on_event)
     with this.processes():
         this.start()
-        drop_after(directory / METRICS, this.step)
         began = time.perf_counter()
         with deferred_signals() as received:
-            bits = this.train(received, on_progress)
+            record = this.train(received, on_progress)
     for number in received:  # saved: now they take their usual course
         signal.raise_signal(number)
-    seconds = time.perf_counter() - began
-    return Summary(this.state.params, config, this.step, bits, seconds, directory, run.corpus)
+    return run.summary(this.state, record, time.perf_counter() - began)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from jaxmoe.serve._dsml import (
+from jaxmoe.chat._dsml import (
     BLOCK,
     END,
     END_CALLS,

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from jaxmoe.serve._dsml import SPECIAL_TOKENS, TURN_TOKENS, dump_json, is_plain, load_json
+from jaxmoe.chat._dsml import SPECIAL_TOKENS, TURN_TOKENS, dump_json, is_plain, load_json
 
 Message = Mapping[str, Any]
 

@@ -1,0 +1,58 @@
+"""Checkpoints written while training goes on."""
+
+import concurrent.futures
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxmoe.train.step import TrainState
+
+
+def _on_host(x: jax.Array) -> Any:
+    """A copy in host memory: the next step takes the device's over."""
+    return np.array(x, copy=True)
+
+
+class Saver:
+    """Calls ``write(state)`` in a thread of its own, on a copy of the state; one call at a time.
+
+    A step is saved once ``wait`` has returned, or the next ``save``; until then the checkpoint before it is the last one. What
+    ``write`` raises, they raise. With several processes, whose writing needs all of them in the same order as their steps, ``save``
+    waits itself.
+    """
+
+    def __init__(self, write: Callable[[TrainState], None]):
+        self._write = write
+        self._threads = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
+        self._running: concurrent.futures.Future | None = None
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        # What was being written is worth having, also if training failed.
+        self._threads.shutdown(wait=True)
+        if exc[0] is None:
+            self.wait()
+
+    def save(self, state: TrainState) -> None:
+        """Begins to write ``state`` once what is being written is done."""
+        self.wait()
+        if jax.process_count() > 1:
+            self._write(state)
+            return
+        copy = jax.tree.map(_on_host, state)
+        self._running = self._threads.submit(self._write_from_host, copy)
+
+    def wait(self) -> None:
+        """Returns when everything is written."""
+        running, self._running = self._running, None
+        if running is not None:
+            running.result()
+
+    def _write_from_host(self, state: TrainState) -> None:
+        # Not on the accelerator, whose memory is training's.
+        with jax.default_device(jax.devices("cpu")[0]):
+            self._write(state)
