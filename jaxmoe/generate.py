@@ -20,6 +20,7 @@ from jaxmoe.model import check_tokens
 from jaxmoe.moe import MoeOptions
 from jaxmoe.params import Params
 from jaxmoe.steps import run_step, step, unembed_step
+from quant import at_width
 
 DECODE_CHUNK = (
     64  # tokens per call of the decode loop, and with a callback the most between two calls of it
@@ -223,7 +224,7 @@ def generate(
       top_p: nucleus mass in (0, 1]; a scalar or one per sequence.
       key: one PRNG key (sequence i then uses ``fold_in(key, i)``) or one per sequence. A sequence's draws depend on its
         own key only, not on the rest of the batch.
-      width: SEFP bit width; reserved, must be None.
+      width: SEFP bit width at which ``quant.quantize_params`` weights are read; None for all that is stored.
       lengths: true prompt lengths; default all of ``tokens``.
       eos_token_id: stop id or ids. None (the default) never stops: exactly ``max_new_tokens`` tokens are sampled.
         A stopped sequence repeats its stop id to the end.
@@ -242,9 +243,7 @@ def generate(
     if not isinstance(max_new_tokens, int | np.integer) or max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be an integer >= 1; got {max_new_tokens!r}.")
     if width is not None:
-        raise ValueError(
-            f"width={width} needs SEFP weights, which this version cannot serve; leave width=None."
-        )
+        params = at_width(params, width)
     lengths = np.full(batch, length, np.int32) if lengths is None else np.asarray(lengths, np.int32)
     if lengths.shape != (batch,) or lengths.min() < 1 or lengths.max() > length:
         raise ValueError(f"lengths must be {batch} numbers in 1..{length}; got {lengths}.")

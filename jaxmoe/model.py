@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxmoe.config import LayerKind, ModelConfig
 from jaxmoe.layers import core_attention, sparse_attention
 from jaxmoe.layers.attention import Entries, Whole, gqa_sequence, mla_sequence
-from jaxmoe.layers.linear import Stacked, dense, linear, matmul
+from jaxmoe.layers.linear import Stacked, dense, embed, linear, matmul, merged_stack, transposed
 from jaxmoe.layers.mlp import mlp
 from jaxmoe.layers.norm import rms_norm
 from jaxmoe.layers.rope import Rotation, rotation
@@ -22,6 +22,7 @@ from jaxmoe.moe.balance import sequence_balance_loss
 from jaxmoe.moe.route import expert_load
 from jaxmoe.params import Params
 from pallas_kernels.numerics import dot
+from quant.tensor import SefpTensor
 
 ATTENTION_MODES = ("sparse", "dense")
 CORES = (None, "masked", "gathered")
@@ -135,7 +136,7 @@ def _experts_of(p: dict, options: MoeOptions) -> Experts:
         return Experts(gate_up, down, slots)
     if options.path not in ("local", "exchange"):  # the others need one layer's slots as an array
         return Experts(dense(gate_up), dense(down), slots)
-    stacks = (w.stack.reshape(-1, *w.shape[1:]) for w in (gate_up, down))
+    stacks = (merged_stack(w.stack) for w in (gate_up, down))
     return Experts(*stacks, slots, down.layer * slots)
 
 
@@ -153,7 +154,7 @@ def sequence_layer(
     kind: LayerKind,
     keep_selection: bool = False,
 ) -> tuple[jax.Array, Entries, LayerStats, jax.Array | None]:
-    """One decoder layer over whole sequences, x [B, T, D]; of those that are not ``valid`` [B] nothing is counted."""
+    """One decoder layer over whole sequences, x [B, T, D]; tokens that are not ``valid`` [B, T] use no expert."""
     sparse = options.attention == "sparse"
     core_options = core_attention.Options(
         scale=config.softmax_scale,
@@ -165,7 +166,7 @@ def sequence_layer(
     whole = Whole(
         selection if kind.indexer == "shared" else None,
         starts,
-        valid,
+        None if valid is None else valid.any(1),
         options.gathers(config, x.shape[1]),
         options.moe.mesh,
     )
@@ -176,8 +177,7 @@ def sequence_layer(
     x = x + h
     h = rms_norm(x, p["mlp_norm"], config.rms_norm_eps)
     with jax.named_scope("mlp"):
-        of_token = None if valid is None else jnp.broadcast_to(valid[:, None], h.shape[:2])
-        h, stats = feed_forward(p, config, h, tables, options.moe, of_token)
+        h, stats = feed_forward(p, config, h, tables, options.moe, valid)
     stats = stats._replace(index_loss=core.index_loss, index_recall=core.recall)
     return x + h, entries, stats, core.selection
 
@@ -238,7 +238,7 @@ def run(
     positions: Int[Array, "B T"] | None = None,
     starts: Int[Array, "B T"] | None = None,
     tables: ExpertTables | None = None,
-    valid: Bool[Array, " B"] | None = None,
+    valid: Bool[Array, "B T"] | None = None,
     options: PassOptions = PassOptions(),
 ) -> Output:
     """A whole-sequence pass; everything that prefill, training and ``forward`` need.
@@ -251,11 +251,11 @@ def run(
       starts: index within the row of the first token of each token's document (packed documents): a query sees the tokens from
         there up to itself. None: one document per row.
       tables: expert placement; None means expert e in slot e.
-      valid: sequences that count in the statistics; others, such as padding, use no expert. Default all.
+      valid: tokens that count in the statistics; others, such as padding, use no expert. Default all.
       options: static choices.
     """
     r = rotation(config, _positions(tokens, starts) if positions is None else positions)
-    x = params["embed"]["weight"][tokens]
+    x = embed(params["embed"]["weight"], tokens)
     selection = _no_selection(config, options, tokens.shape)
     keep = selection is not None
     all_entries, all_stats = [], []
@@ -286,7 +286,9 @@ def unembed(params: Params, hidden: Float[Array, "*S D"]) -> Float[Array, "*S V"
     if "lm_head" in params:
         weight = params["lm_head"]["weight"]
     else:
-        weight = params["embed"]["weight"].T
+        weight = transposed(params["embed"]["weight"])
+    if isinstance(weight, SefpTensor):
+        return linear(hidden.astype(jnp.float32), {"weight": weight})
     if hidden.dtype == weight.dtype == jnp.bfloat16:  # whose products are exact in float32
         flat = hidden.reshape(-1, hidden.shape[-1])
         return dot(flat, weight, (1, 0)).reshape(*hidden.shape[:-1], weight.shape[1])
@@ -303,7 +305,7 @@ def mtp_hidden(
     options: PassOptions = PassOptions(),
     tables: ExpertTables | None = None,
     starts: Int[Array, "B T"] | None = None,
-    valid: Bool[Array, " B"] | None = None,
+    valid: Bool[Array, "B T"] | None = None,
 ) -> tuple[Float[Array, "B T D"], LayerStats]:
     """One multi-token-prediction module (spec 6): normalised hidden states that predict one token further.
 
@@ -321,9 +323,8 @@ def mtp_hidden(
     Returns:
       (hidden states that predict t_{i+2} through the shared head, statistics of the module's layer).
     """
-    embedded = rms_norm(
-        params["embed"]["weight"][next_tokens], p["embed_norm"], config.rms_norm_eps
-    )
+    embedded = embed(params["embed"]["weight"], next_tokens)
+    embedded = rms_norm(embedded, p["embed_norm"], config.rms_norm_eps)
     previous = rms_norm(hidden, p["hidden_norm"], config.rms_norm_eps)
     # Embedding first: the checkpoint's order, not the report's equation 21.
     x = linear(jnp.concatenate([embedded, previous], axis=-1), p["proj"])

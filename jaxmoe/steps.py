@@ -14,7 +14,7 @@ from jaxmoe.cache import Cache
 from jaxmoe.config import ModelConfig
 from jaxmoe.layers import step_attention
 from jaxmoe.layers.attention import Entries, gqa_step, mla_step
-from jaxmoe.layers.linear import Stacked, linear, whole
+from jaxmoe.layers.linear import Stacked, embed, is_weight, linear, whole
 from jaxmoe.layers.norm import rms_norm
 from jaxmoe.layers.rope import Rotation, rotation
 from jaxmoe.model import LayerStats, concatenate, feed_forward, interleave, unembed
@@ -51,7 +51,7 @@ def _step_layer(p, config, x, state, layer, index_layer, tables, selection):
 
 def _layer_of(member: dict, repeat: jax.Array) -> dict:
     """One layer of a segment's stacked parameters, by reference."""
-    return jax.tree.map(lambda leaf: Stacked(leaf, repeat), member)
+    return jax.tree.map(lambda leaf: Stacked(leaf, repeat), member, is_leaf=is_weight)
 
 
 class _Layers(NamedTuple):
@@ -160,7 +160,7 @@ def run_step(
       tables: expert placement, of all layers or with a leading axis of those with experts.
       moe: how experts are computed.
     """
-    x = params["embed"]["weight"][tokens]
+    x = embed(params["embed"]["weight"], tokens)
     state, selection = _begin(config, x, cache, spans, valid, tables, moe, tiles)
     parts, all_stats, first = [], [], _Layers()
     for segment, members in zip(config.segments, params["segments"], strict=True):
@@ -207,11 +207,10 @@ def run_mtp_step(
       hidden: states that predict, through the shared head, the token after ``next_tokens``.
       entries: rows of one layer.
     """
-    p = jax.tree.map(whole, p)
+    p = jax.tree.map(whole, p, is_leaf=is_weight)
     state, selection = _begin(config, hidden, cache, spans, valid, tables, moe, tiles)
-    embedded = rms_norm(
-        params["embed"]["weight"][next_tokens], p["embed_norm"], config.rms_norm_eps
-    )
+    embedded = embed(params["embed"]["weight"], next_tokens)
+    embedded = rms_norm(embedded, p["embed_norm"], config.rms_norm_eps)
     previous = rms_norm(hidden, p["hidden_norm"], config.rms_norm_eps)
     # Embedding first: the checkpoint's order, not the report's equation 21.
     x = linear(jnp.concatenate([embedded, previous], axis=-1), p["proj"])

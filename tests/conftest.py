@@ -28,7 +28,9 @@ import pytest  # noqa: E402
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-jaxtyping.install_import_hook(["jaxmoe", "pallas_kernels"], "typechecking.check")
+_compiler_now = {"less": False}
+
+jaxtyping.install_import_hook(["jaxmoe", "pallas_kernels", "quant"], "typechecking.check")
 
 # Fixed examples: a run never differs from the one before. Compilation makes single examples slow: no deadline.
 hypothesis.settings.register_profile(
@@ -64,6 +66,16 @@ def _type_checks(request):
     )
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _compiler(request):
+    """XLA optimises less, which halves the suite's time, most of it compilation; fully for modules marked "optimised"."""
+    less = request.node.get_closest_marker("optimised") is None
+    if _compiler_now["less"] != less:
+        jax.config.update("jax_disable_most_optimizations", less)
+        jax.clear_caches()
+        _compiler_now["less"] = less
 
 
 @pytest.fixture(autouse=True, scope="module")

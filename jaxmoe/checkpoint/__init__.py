@@ -8,7 +8,9 @@ from jaxmoe.checkpoint.native import (
     restore,
     restore_config,
     restore_experts,
+    restore_extra,
     save,
+    topology_of,
 )
 
 __all__ = [
@@ -22,6 +24,8 @@ __all__ = [
     "restore",
     "restore_config",
     "restore_experts",
+    "restore_extra",
     "save",
     "save_hf",
+    "topology_of",
 ]

@@ -85,6 +85,7 @@ def save(
     extra: dict[str, Any] | None = None,
     keep: int | None = None,
     overwrite: bool = False,
+    topology: dict[str, Any] | None = None,
 ) -> pathlib.Path:
     """Saves one step, atomically: a crash at any moment leaves the steps before it whole.
 
@@ -101,6 +102,7 @@ def save(
       extra: optional JSON-serialisable dict, e.g. the position in the data.
       keep: afterwards keep only this many highest-numbered steps (and this one); default: all.
       overwrite: replace a step that exists (also atomically) instead of raising.
+      topology: of the state that ``params`` are a copy of (``topology_of``); default theirs.
 
     Returns:
       The step's directory.
@@ -138,7 +140,8 @@ def save(
         for name, x in flat_params(params, config).items()
     }
     packed = _train_state.pack(train_state)
-    metadata = _metadata_json(flat, config, step, packed, extra)
+    topology = topology or topology_of(flat)
+    metadata = _metadata_json(flat, config, step, packed, extra, topology)
 
     arrays = {_orbax_name(name): leaf for name, leaf in flat.items()} | packed.arrays
     temporary = _steps.temporary(root, step)
@@ -175,28 +178,34 @@ def _orbax_name(leaf: str) -> str:
     return "params." + leaf.replace("/", ".")
 
 
+def topology_of(params: params_lib.Params) -> dict[str, Any]:
+    """Where arrays lie, for the metadata: mesh, device_count, process_count, device_kind."""
+    shardings = [leaf.sharding for leaf in jax.tree.leaves(params)]
+    meshes = [s.mesh for s in shardings if isinstance(s, NamedSharding)]
+    devices = set().union(*(s.device_set for s in shardings))
+    return {
+        "mesh": dict(meshes[0].shape) if meshes else None,
+        "device_count": len(devices),
+        "process_count": jax.process_count(),
+        "device_kind": next(iter(devices)).device_kind,
+    }
+
+
 def _metadata_json(
     flat: dict[str, jax.Array],
     config: ModelConfig,
     step: int,
     packed: _train_state.Packed,
     extra: dict[str, Any] | None,
+    topology: dict[str, Any],
 ) -> str:
-    shardings = [leaf.sharding for leaf in flat.values()]
-    meshes = [s.mesh for s in shardings if isinstance(s, NamedSharding)]
-    devices = set().union(*(s.device_set for s in shardings))
     metadata = {
         "format": "jaxmoe",
         "format_version": FORMAT_VERSION,
         "step": step,
         "saved_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "config": config.to_dict(),
-        "topology": {
-            "mesh": dict(meshes[0].shape) if meshes else None,
-            "device_count": len(devices),
-            "process_count": jax.process_count(),
-            "device_kind": next(iter(devices)).device_kind,
-        },
+        "topology": topology,
         "versions": {"jax": jax.__version__, "orbax": ocp.__version__},
         "params": {
             name: {"shape": list(x.shape), "dtype": x.dtype.name} for name, x in flat.items()
@@ -348,6 +357,17 @@ def restore_config(directory: str | os.PathLike[str], step: int | None = None) -
     """
     _, path = _steps.find(pathlib.Path(directory).absolute(), step)
     return ModelConfig.from_dict(read_metadata(path, _manifest.read(path))["config"])
+
+
+def restore_extra(directory: str | os.PathLike[str], step: int | None = None) -> dict[str, Any]:
+    """The ``extra`` of a saved step (default: the latest); reads no arrays.
+
+    Raises:
+      CheckpointCorrupt: the metadata is missing or damaged.
+      ValueError: no such step.
+    """
+    _, path = _steps.find(pathlib.Path(directory).absolute(), step)
+    return read_metadata(path, _manifest.read(path))["extra"]
 
 
 def read_metadata(path: pathlib.Path, manifest: _manifest.Manifest) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from jaxmoe.params import Params
 from jaxmoe.report import make_report, write_report
 from jaxmoe.tokenizer import load_tokenizer
 from jaxmoe.train.config import check_seed
+from quant import at_width, quantize_params
 
 
 def stream_text(
@@ -82,6 +83,7 @@ def generate(
     top_p: float = 0.95,
     seed: int = 0,
     dtype: Literal["float32", "bfloat16"] = "float32",
+    width: int | None = None,
     json: pathlib.Path | None = None,
 ) -> None:
     """Continues a prompt, streaming the text to standard output.
@@ -94,10 +96,13 @@ def generate(
       top_p: Nucleus mass in (0, 1].
       seed: Random seed.
       dtype: Parameter dtype.
+      width: SEFP bit width, 3 to 8, at which the weights are read; default: as they are.
       json: Also write a JSON report.
     """
     check_seed(seed)
     params, config = load(checkpoint, dtype_of(dtype))
+    if width is not None:
+        params = at_width(quantize_params(params), width)
     tokenizer = load_tokenizer(checkpoint)
     if tokenizer.vocab_size > config.vocab_size:
         raise ValueError(

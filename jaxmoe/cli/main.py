@@ -17,11 +17,13 @@ from jaxmoe.cli.ranks import ranks
 from jaxmoe.cli.recover import recover
 from jaxmoe.cli.serve import serve
 from jaxmoe.cli.train import train
+from jaxmoe.cli.tune import tune
 from jaxmoe.errors import JaxMoeError
 
 COMMANDS = {
     "demo": demo,
     "train": train,
+    "tune": tune,
     "plot": plot,
     "generate": generate,
     "serve": serve,

@@ -45,7 +45,9 @@ def training_progress(
             figures = f"loss {p.loss:.3f} nats  {p.tokens_per_s:,.0f} tokens/s"
             bar.update(task, completed=p.step, figures=figures)
             if p.skipped:
-                bar.console.print(f"step {p.step} skipped: its loss or gradient is not finite")
+                bar.console.print(
+                    f"step {p.step} skipped: its loss, gradient or update is not finite"
+                )
             if p.bits_per_byte is not None:
                 bar.console.print(f"step {p.step}: {p.bits_per_byte:.3f} bits per held-out byte")
 
@@ -56,7 +58,7 @@ def report_rows(summary: Summary, train_config: TrainConfig) -> tuple[list[dict]
     """Rows and ratios of a training report: held-out bits per byte, of text beside gzip's on the same bytes."""
     rows = [
         {
-            "name": "held-out, sparse attention",
+            "name": f"held-out, {train_config.held_out_attention} attention",
             "value": summary.bits_per_byte,
             "unit": "bits/byte",
             "step": summary.step,

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jaxmoe.config import ModelConfig
 from jaxmoe.layers import core_attention, sparse_attention, step_attention
 from jaxmoe.layers.indexer import IndexInputs, index_inputs, spread
-from jaxmoe.layers.linear import linear, per_head
+from jaxmoe.layers.linear import dense, linear, per_head
 from jaxmoe.layers.norm import rms_norm
 from jaxmoe.layers.rope import Rotation, rotate
 from pallas_kernels import cache_rows
@@ -95,8 +95,9 @@ class Whole(NamedTuple):
 
 def _expanded(a: dict, projected: _Projected) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Queries, keys and values of every head (spec 2.1)."""
-    k_nope = linear(projected.latent, {"weight": a["k_b"]["weight"].transpose(2, 0, 1)})
-    v = linear(projected.latent, {"weight": a["v_b"]["weight"].swapaxes(0, 1)})
+    # In SEFP the groups of k_b lie along what the absorbed form contracts, so that here it is decoded.
+    k_nope = linear(projected.latent, {"weight": dense(a["k_b"]["weight"]).transpose(2, 0, 1)})
+    v = linear(projected.latent, {"weight": dense(a["v_b"]["weight"]).swapaxes(0, 1)})
     size = projected.k_rope.shape[-1]
     k_rope = jnp.broadcast_to(projected.k_rope[:, :, None], (*k_nope.shape[:3], size))
     q = jnp.concatenate([projected.q_nope, projected.q_rope], axis=-1)

@@ -17,7 +17,6 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxmoe.layers.indexer import IndexInputs
-from pallas_kernels._implementation import on_accelerator
 from pallas_kernels.numerics import precision_of
 from pallas_kernels.sparse_mla import addresses, chunks
 
@@ -133,11 +132,6 @@ indexer_kl.defvjp(_forward, _backward)
 # -- over selected keys ------------------------------------------------------------------------------
 
 
-def _chunk_bytes() -> int:
-    """What is gathered and multiplied at once: on CPU what its caches hold."""
-    return 2**28 if on_accelerator() else 2**22
-
-
 def _target(q, rows, lse, valid, scale, heads_axis) -> jax.Array:
     """Head-mean probabilities [Q, K] of q [Q, H, C] over rows [Q, K, C], whose softmax has the log denominators ``lse`` [Q, H]."""
     logits = _dot(q, rows, (2, 2)) * jnp.float32(scale)
@@ -162,7 +156,7 @@ def _over_chunks(body, start, operands, scale, heads_axis):
         return body(carry, part, some, address)
 
     width = kv.shape[2] + index.k.shape[2] + q.shape[2] + 2 * index.q.shape[2]
-    size = max(1, min(len(flat[0]), _chunk_bytes() // (4 * rows.shape[2] * width)))
+    size = chunks.size(len(flat[0]), 4 * rows.shape[2] * width)
     return chunks.scan(chunk, start, (latents.address, *flat), (-1, 0, 0, 0, 0), size)
 
 

@@ -1,5 +1,6 @@
 """Matrix multiplication that dispatches on the type of the weight leaf."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -8,8 +9,9 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
-from pallas_kernels import grouped_matmul, native
+from pallas_kernels import grouped_matmul, native, sefp_matmul
 from pallas_kernels.numerics import dot, precision_of
+from quant.tensor import Layout, SefpTensor
 
 
 @struct.dataclass
@@ -17,11 +19,11 @@ class Stacked:
     """One layer's weight, addressed in the stack of all layers instead of being sliced out: a slice is a copy.
 
     Attributes:
-      stack: [L, *shape].
+      stack: [L, *shape]; an array or a ``SefpTensor``.
       layer: which one; may be traced.
     """
 
-    stack: jax.Array
+    stack: Any
     layer: jax.Array
 
     @property
@@ -30,16 +32,31 @@ class Stacked:
         return self.stack.shape[1:]
 
 
-def whole(w: jax.Array) -> Stacked:
+Weight = jax.Array | SefpTensor | Stacked  # what a parameter may be where layers read it
+
+
+def is_weight(leaf: Any) -> bool:
+    """For ``is_leaf``: a parameter in SEFP is one leaf, though a tree of arrays."""
+    return isinstance(leaf, SefpTensor)
+
+
+def whole(w: jax.Array | SefpTensor) -> Stacked:
     """A weight that is no layer's, as the only one of a stack: steps treat it like the others."""
-    return Stacked(w[None], jnp.zeros((), jnp.int32))
+    w = w.expand_batch() if isinstance(w, SefpTensor) else w[None]
+    return Stacked(w, jnp.zeros((), jnp.int32))
 
 
-def dense(w: jax.Array | Stacked) -> jax.Array:
+def own(w: Weight) -> jax.Array | SefpTensor:
+    """The weight apart from its stack, in the form in which it is stored."""
+    if not isinstance(w, Stacked):
+        return w
+    return jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, w.layer, 0, keepdims=False), w.stack)
+
+
+def dense(w: Weight) -> jax.Array:
     """The weight as an array of its own."""
-    if isinstance(w, Stacked):
-        return lax.dynamic_index_in_dim(w.stack, w.layer, 0, keepdims=False)
-    return w
+    w = own(w)
+    return w.decode() if isinstance(w, SefpTensor) else w
 
 
 @jax.custom_vjp
@@ -66,9 +83,11 @@ def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
     return y.reshape(*x.shape[:-1], w.shape[1])
 
 
-def in_place(x: jax.Array, w: jax.Array | Stacked) -> bool:
+def in_place(x: jax.Array, w: Weight) -> bool:
     """Whether a C++ kernel can use w where it lies in its stack, without a copy of the layer."""
-    if not isinstance(w, Stacked) or not x.dtype == w.stack.dtype == jnp.float32:
+    if not isinstance(w, Stacked) or isinstance(w.stack, SefpTensor):
+        return False
+    if not x.dtype == w.stack.dtype == jnp.float32:
         return False
     return native.available()
 
@@ -89,7 +108,7 @@ def linear(x: jax.Array, p: dict[str, Any], *, contract: int = 1) -> jax.Array:
 
     Args:
       x: [..., *in].
-      p: weight (an array or ``Stacked``) with its input axes first, optional bias of the output's shape.
+      p: weight (an array, in SEFP, or either ``Stacked``) with its input axes first, optional bias of the output's shape.
       contract: number of input axes.
 
     Returns:
@@ -100,7 +119,9 @@ def linear(x: jax.Array, p: dict[str, Any], *, contract: int = 1) -> jax.Array:
     lead = x.shape[: x.ndim - contract]
     size = math.prod(inputs)
     x = x.reshape(*lead, size)
-    if isinstance(w, Stacked):
+    if isinstance(getattr(w, "stack", w), SefpTensor):
+        y = sefp_matmul(x, own(w).stored)
+    elif isinstance(w, Stacked):
         y = _matmul_stacked(x, w, size)
     else:
         y = matmul(x, w.reshape(size, math.prod(outputs)))
@@ -110,7 +131,28 @@ def linear(x: jax.Array, p: dict[str, Any], *, contract: int = 1) -> jax.Array:
     return y
 
 
-def per_head(x: jax.Array, w: jax.Array | Stacked) -> jax.Array:
+def merged_stack(w: jax.Array | SefpTensor) -> jax.Array | SefpTensor:
+    """[L, G, ...] as [L * G, ...]; no copy."""
+    return w.flatten_batch() if isinstance(w, SefpTensor) else w.reshape(-1, *w.shape[2:])
+
+
+def transposed(w: jax.Array | SefpTensor) -> jax.Array | SefpTensor:
+    """An embedding [V, D] as a head [D, V]; no copy."""
+    if not isinstance(w, SefpTensor):
+        return w.T
+    return dataclasses.replace(w, layout=Layout())
+
+
+def embed(w: jax.Array | SefpTensor, tokens: jax.Array) -> jax.Array:
+    """Rows of an embedding [V, D]: tokens [...] -> [..., D]. Of one in SEFP only those rows are decoded."""
+    if not isinstance(w, SefpTensor):
+        return w[tokens]
+    rows = jax.tree.map(lambda a: jnp.take(a, tokens.reshape(-1), axis=1), w.stored)
+    rows = dataclasses.replace(w, stored=rows, outputs=(tokens.size,)).decode()
+    return rows.reshape(*tokens.shape, -1)
+
+
+def per_head(x: jax.Array, w: Weight) -> jax.Array:
     """Every head by its own matrix: x [B, T, H, N], w [H, N, C] -> [B, T, H, C] in x's dtype."""
     if not in_place(x, w):
         w = dense(w).astype(x.dtype)

@@ -21,9 +21,10 @@ from pallas_kernels import index_topk, index_topk_step, sparse_mla
 from pallas_kernels.sparse_mla.gradient import SAVED as CORE_SAVED
 
 # A sequence longer than this many times topk is attended to by row, a shorter one masked: multiplying all rows in order
-# can be faster than gathering some, as in V3.2's own masked mode for short prompts (spec 2.2). By arithmetic the two cross at 4.2
-# times V3.2's topk (spec 3.4); measured on CPU between 2 (small) and 8 times (tiny): docs/log.md, bench/dsa_scaling.py.
-GATHER_FACTOR = 4
+# can be faster than gathering some, as in V3.2's own masked mode for short prompts (spec 2.2). On CPU rows win from 4 times
+# topk on for `small`, for `tiny` in training at 4 and in prefill at 8 times (docs/log.md, 2026-11-27); by arithmetic alone the
+# two would cross at 4.2 times V3.2's topk (spec 3.4).
+GATHER_FACTOR = 3
 
 _CHOSEN = "sparse_selection"
 # Residuals that rematerialised layers keep; the chosen rows (T * topk numbers) because choosing them takes T * T scores.

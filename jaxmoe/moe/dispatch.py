@@ -1,7 +1,7 @@
 """Three ways to bring tokens to experts and back, behind one function.
 
 * ``dense``: every token through every expert, then a weighted sum of the chosen ones. The oracle.
-* ``local``: all experts here; sort pairs by slot, grouped matmul, unsort. On GPU in float32 like ``dense``.
+* ``local``: all experts here; sort pairs by slot, grouped matmul, unsort. On GPU like ``dense`` where our kernel does not take the weights.
 * ``all_to_all``: experts sharded over a mesh axis, tokens too; padded exchange under ``shard_map``, with a
   capacity that no routing can exceed, so nothing is ever dropped. Each expert's hidden units may be sharded over another axis.
 
@@ -20,6 +20,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxmoe.moe.experts import Experts, every_expert, grouped_experts
 from jaxmoe.moe.tables import ExpertTables, slots_of
 from pallas_kernels import combine, dispatch
+from quant.tensor import SefpTensor
 
 PATHS = ("dense", "local", "all_to_all", "exchange")
 
@@ -78,12 +79,19 @@ def _dense(
 def _local(
     x: jax.Array, slots: jax.Array, weights: jax.Array, experts: Experts, act: str, fp8: bool
 ) -> jax.Array:
-    if jax.default_backend() == "gpu" and x.dtype.itemsize > 2 and not fp8:
-        # Our grouped matmul there takes 16 bits; XLA's own are many times slower than all experts on all tokens.
+    def grouped(implementation: str | None = None) -> jax.Array:
+        moved = dispatch(x, slots, experts.slots)
+        sizes = moved.group_sizes
+        y = grouped_experts(experts, moved.rows, sizes, act, implementation, fp8=fp8)
+        return combine(y, moved.position, weights)
+
+    if jax.default_backend() != "gpu" or fp8:
+        return grouped()
+    try:
+        return grouped("mosaic_gpu")
+    except NotImplementedError:
+        # XLA's own grouped products are many times slower there than all experts on all tokens.
         return _dense(x, slots, weights, experts, act)
-    moved = dispatch(x, slots, experts.slots)
-    y = grouped_experts(experts, moved.rows, moved.group_sizes, act, fp8=fp8)
-    return combine(y, moved.position, weights)
 
 
 def _exchange(
@@ -155,19 +163,25 @@ def _all_to_all(
     slot_axes = (axis, *(a for a in idle if a != axis))
     hidden = options.hidden_axis if mesh.shape.get(options.hidden_axis, 1) > 1 else None
 
+    by_slot = (PartitionSpec(slot_axes, None, None, hidden), PartitionSpec(slot_axes, hidden))
+    if isinstance(experts.down, SefpTensor):  # a tree of arrays, each beginning with the slots
+        if hidden is not None:
+            raise ValueError(
+                f"experts in SEFP cannot be split over mesh axis {hidden!r}: their hidden units are stored in groups; use expert=N."
+            )
+        by_slot = (PartitionSpec(slot_axes),) * 2
+
     def body(x, slots, weights, gate_up, down):
         experts = Experts(gate_up, down, gate_up.shape[0])
         y = _exchange(x, slots, weights, experts, axis, act, options.fp8)
-        return y if hidden is None else lax.psum(y, hidden)  # each has its hidden units' part
+        if hidden is None:
+            return y
+        return lax.psum(y.astype(jnp.float32), hidden).astype(y.dtype)  # of all hidden units
 
     y = jax.shard_map(
         body,
         mesh=mesh,
-        in_specs=(
-            *(by_token, by_token, by_token),
-            PartitionSpec(slot_axes, None, None, hidden),
-            PartitionSpec(slot_axes, hidden),
-        ),
+        in_specs=(by_token, by_token, by_token, *by_slot),
         out_specs=by_token,
         # combine and dispatch hide custom derivatives, through which varying axes are not tracked.
         check_vma=False,

@@ -137,6 +137,11 @@ class TrainConfig:
         return "sparse" if self.stage in ("dsa_sparse", "sft") else "dense"
 
     @property
+    def held_out_attention(self) -> str:
+        """How held-out text is scored: "sparse", as at inference, unless nothing has trained the indexers."""
+        return "sparse" if self.attention == "sparse" or self.index_weight > 0 else "dense"
+
+    @property
     def trains_model(self) -> bool:
         """Whether anything but the indexers learns."""
         return self.stage != "dsa_warmup"

@@ -10,7 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxmoe import checkpoint
 from jaxmoe.config import ModelConfig
@@ -99,8 +100,12 @@ def initial_params(
     return jax.tree_util.tree_map_with_path(take, fresh)
 
 
-def origin_of(source: str | os.PathLike[str]) -> dict[str, Any]:
-    """What tells a run's starting point from others: name and step of the checkpoint."""
+def origin_of(
+    source: str | os.PathLike[str], saved: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """What tells a run's starting point from others: name and step of the checkpoint; ``saved`` if that is of the same name."""
+    if saved and saved["name"] in pathlib.Path(source).absolute().parts:
+        return saved
     path = checkpoint.locate(source)
     step = int(path.name) if path.name.isdecimal() else None
     run_path = path.parent.parent if path.parent.name == "checkpoints" else path
@@ -142,12 +147,15 @@ def _recall_sums(
         config,
         batch.tokens[:, :-1],
         starts=batch.starts[:, :-1],
-        valid=(batch.weights > 0).any(1),
+        valid=jnp.broadcast_to((batch.weights > 0).any(1)[:, None], batch.starts[:, :-1].shape),
         options=PassOptions("dense", moe=moe, index_recall=True),
     )
     # A segment's members take turns.
     parts = [[s.index_recall for s in segment] for segment in output.stats]
-    return [jnp.stack(members, axis=1).reshape(-1, 2) for members in parts]
+    sums = [jnp.stack(members, axis=1).reshape(-1, 2) for members in parts]
+    if mesh is None:
+        return sums
+    return lax.with_sharding_constraint(sums, NamedSharding(mesh, PartitionSpec()))
 
 
 def index_recall(

@@ -56,7 +56,7 @@ class Progress:
     bits_per_byte: float | None = None
     """Held-out bits per byte, when this step ended with an evaluation."""
     skipped: bool = False
-    """The loss or its gradient was not finite, so the step changed nothing."""
+    """The loss, its gradient or the update was not finite, so the step changed nothing."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,7 +175,13 @@ class Run:
         c = train_config
         self.loader = Loader(corpus, c.seed, c.batch_size, c.seq_len)
         self.checkpoints = directory / CHECKPOINTS
-        self.skipped, self.flops = 0, step_flops(config, train_config)
+        self.topology: dict[str, Any] | None = None  # of what is copied to host memory to be saved
+        self.skipped: frozenset[int] = frozenset()
+        self.flops = step_flops(config, train_config)
+        # A run that goes on doesn't need what it began with.
+        begun = checkpoint.latest_step(self.checkpoints) is not None
+        saved = checkpoint.restore_extra(self.checkpoints) if begun else {}
+        saved = saved.get("initial parameters")
         # As JSON gives them back.
         self.identity = json.loads(
             json.dumps(
@@ -183,7 +189,7 @@ class Run:
                     "training options": train_config.trajectory(),
                     "corpus": corpus.fingerprint,
                     "model config": config.to_dict(),
-                    "initial parameters": {} if init_from is None else origin_of(init_from),
+                    "initial parameters": {} if init_from is None else origin_of(init_from, saved),
                 }
             )
         )
@@ -199,9 +205,9 @@ class Run:
         """The last checkpoint's state, or a fresh one."""
         if checkpoint.latest_step(self.checkpoints) is None:
             return init_state(self.config, self.train_config, self.mesh, init_from=self.init_from)
+        _same_run(checkpoint.restore_extra(self.checkpoints), self.identity, self.directory)
         target = abstract_state(self.config, self.train_config).opt_state
         restored = checkpoint.restore(self.checkpoints, self.mesh, train_state=target)
-        _same_run(restored.extra, self.identity, self.directory)
         step = jnp.asarray(restored.step, jnp.int32)
         state = TrainState(step, restored.params, restored.train_state)
         if self.mesh is None:
@@ -217,6 +223,7 @@ class Run:
             int(state.step),
             train_state=state.opt_state,
             extra=self.identity,
+            topology=self.topology,
             keep=self.train_config.keep,
             overwrite=True,
         )
@@ -233,19 +240,18 @@ class Run:
             batch_size=c.batch_size,
             probe_bytes=None if final else c.probe_bytes,
             mesh=self.mesh,
-            # Indexers that nothing trains select at random.
-            attention="sparse" if c.index_weight > 0 else "dense",
+            attention=c.held_out_attention,
             recall=self.config.index_topk is not None and c.index_weight > 0,
         )
 
-    def summary(self, state: TrainState, held_out: dict[str, float], seconds: float) -> Summary:
-        """The run's outcome."""
+    def summary(self, state: TrainState, held_out: dict[str, Any], seconds: float) -> Summary:
+        """The run's outcome; NaN where a run that was stopped has not been evaluated."""
         return Summary(
             state.params,
             self.config,
             int(state.step),
-            held_out["bits_per_byte"],
-            held_out["held_out_loss"],
+            held_out.get("bits_per_byte", math.nan),
+            held_out.get("held_out_loss", math.nan),
             seconds,
             self.directory,
             self.corpus,
@@ -262,17 +268,17 @@ class Run:
         seconds = time.perf_counter() - began
         record = record_of(step + 1, metrics, seconds, c.batch_size * c.seq_len)
         record["mfu"] = round(self.flops / seconds / self.peak_flops(), 4)
-        self.check_finite(record)
         return state, record
 
     def check_finite(self, record: dict[str, Any]) -> None:
         """Counts steps skipped in a row, and raises LossNotFinite if they are too many."""
-        self.skipped = self.skipped + 1 if record["skipped"] else 0
-        if self.skipped < MAX_SKIPPED:
+        # By number: after a rank is lost steps are done again.
+        self.skipped = self.skipped | {record["step"]} if record["skipped"] else frozenset()
+        if len(self.skipped) < MAX_SKIPPED:
             return
         c = self.train_config
         raise LossNotFinite(
-            f"steps {record['step'] - MAX_SKIPPED + 1} to {record['step']} were skipped because loss or gradient were not finite; lower "
+            f"steps {record['step'] - MAX_SKIPPED + 1} to {record['step']} were skipped because loss, gradient or update were not finite; lower "
             f"learning_rate (now {c.peak_learning_rate}) or clip_norm ({c.clip_norm}). What is saved in {self.checkpoints} is finite."
         )
 
@@ -345,7 +351,9 @@ def train(
         raise ValueError(
             f"{directory} already holds a run; resume it, or choose another directory."
         )
+    this.peak_flops()  # measured while memory is free
     state = this.start()
+    this.topology = checkpoint.topology_of(state.params)
     if jax.process_index() == 0:
         directory.mkdir(parents=True, exist_ok=True)
         corpus.put_tokenizer(directory)
@@ -361,7 +369,7 @@ def _steps(
     this: Run, state: TrainState, on_progress: Callable[[Progress], None] | None
 ) -> tuple[TrainState, dict[str, float] | None]:
     """The remaining steps: the last state, and the last evaluation if there was a step."""
-    c, held_out = this.train_config, None
+    c, held_out, stop = this.train_config, None, False
     first = int(state.step)
     with (
         deferred_signals() as received,
@@ -382,8 +390,11 @@ def _steps(
                 saver.save(state)
             if on_progress is not None:
                 on_progress(progress_of(record, c.steps))
+            this.check_finite(record)
             if stop and not last:
                 break
+    if stop and not received:  # another process's, and this one ends with it
+        received.append(signal.SIGTERM)
     for number in received:  # saved: now they take their usual course
         signal.raise_signal(number)
     return state, held_out

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxmoe.config import ModelConfig
 from jaxmoe.model import LayerStats, PassOptions, mtp_hidden, run, unembed
@@ -31,11 +31,13 @@ class Counts(NamedTuple):
     Attributes:
       tokens: weights of the targets of the next token.
       tokens_mtp: weights of the targets two tokens on.
-      sequences: rows in which any token counts; others are padding.
+      queries: tokens that are no padding.
+      sequences: rows with any such token.
     """
 
     tokens: jax.Array
     tokens_mtp: jax.Array
+    queries: jax.Array
     sequences: jax.Array
 
 
@@ -55,10 +57,24 @@ def target_weights(batch: Batch, ahead: int) -> Float[Array, "B T"]:
     return jnp.where(starts == batch.starts[:, :end], weights, 0.0)
 
 
+def is_token(batch: Batch) -> Bool[Array, "B W"]:
+    """False for padding: rows in which nothing counts, and documents of one token that does not."""
+    place = jnp.arange(batch.tokens.shape[1], dtype=jnp.int32)[None]
+    begins = batch.starts == place
+    ends = jnp.pad(begins[:, 1:], ((0, 0), (0, 1)), constant_values=True)
+    counts = batch.weights > 0
+    return counts.any(1, keepdims=True) & ~(begins & ends & ~counts)
+
+
 def counts_of(batch: Batch) -> Counts:
     """A batch's ``Counts``; those of several batches add up."""
-    sequences = (batch.weights > 0).any(1).sum().astype(jnp.float32)
-    return Counts(target_weights(batch, 1).sum(), target_weights(batch, 2).sum(), sequences)
+    queries = is_token(batch)[:, :-2]
+    return Counts(
+        target_weights(batch, 1).sum(),
+        target_weights(batch, 2).sum(),
+        queries.sum().astype(jnp.float32),
+        queries.any(1).sum().astype(jnp.float32),
+    )
 
 
 def pass_options(
@@ -107,7 +123,7 @@ def loss(
     at_least_one = jax.tree.map(lambda n: jnp.maximum(n, jnp.finfo(jnp.float32).tiny), counts)
     tokens, length = batch.tokens, batch.tokens.shape[1] - 2
     starts = batch.starts[:, :length] if isinstance(rows, Batch) else None
-    seen = {"starts": starts, "valid": (batch.weights > 0).any(1)}
+    seen = {"starts": starts, "valid": is_token(batch)[:, :length]}
 
     def mean(hidden: jax.Array, ahead: int, total: jax.Array) -> jax.Array:
         nats = cross_entropy(unembed(params, hidden), tokens[:, ahead : length + ahead])
@@ -131,7 +147,7 @@ def loss(
     layers = max(1, sum(kind.indexer == "full" for kind in kinds))
     # A mean over sequences, where padding counts as zero.
     balance = _sum(every, "balance_loss") * (len(tokens) / at_least_one.sequences)
-    index = _sum(every, "index_loss") / (layers * length * at_least_one.sequences)
+    index = _sum(every, "index_loss") / (layers * at_least_one.queries)
     total = c.index_weight * index
     if c.trains_model:
         total = total + lm + c.mtp_weight * mtp + c.balance_weight * balance

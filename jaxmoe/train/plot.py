@@ -88,29 +88,34 @@ def _smooth(values: np.ndarray, window: int) -> np.ndarray:
     return np.convolve(values, kernel, mode="valid")
 
 
+def _table(rows: list[list[float]]) -> np.ndarray:
+    """[rows, layers], NaN where a stage had fewer layers than another."""
+    table = np.full((len(rows), max(map(len, rows))), np.nan)
+    for row, values in zip(table, rows, strict=True):
+        row[: len(values)] = values
+    return table
+
+
 def _plot_loss(axis, steps: np.ndarray, records: list[dict]) -> None:
-    bits = np.asarray([r["loss"] for r in records]) / np.log(2)
+    # In a skipped step the loss may be missing.
+    bits = np.asarray([r["loss"] for r in records], np.float64) / np.log(2)
     window = max(1, min(25, len(bits) // 10))
     axis.plot(steps, bits, color="tab:blue", alpha=0.25, linewidth=0.8)
     axis.plot(steps[window - 1 :], _smooth(bits, window), color="tab:blue", label="training")
-    held_out = [(r["step"], r["bits_per_byte"]) for r in records if "bits_per_byte" in r]
+    held_out = [
+        (r["step"], r["held_out_loss"] / np.log(2)) for r in records if "held_out_loss" in r
+    ]
     if held_out:
-        axis.plot(
-            *zip(*held_out, strict=True),
-            "o-",
-            color="tab:orange",
-            label="held out, sparse attention",
-        )
-    axis.set(
-        xlabel="step", ylabel="bits per byte", title="loss", ylim=(0, min(8.5, bits.max() * 1.05))
-    )
+        axis.plot(*zip(*held_out, strict=True), "o-", color="tab:orange", label="held out")
+    top = np.nanmax(bits) * 1.05 if np.isfinite(bits).any() else 1.0
+    axis.set(xlabel="step", ylabel="bits per token", title="loss", ylim=(0, top))
     axis.grid(alpha=0.3)
     axis.legend()
 
 
 def _plot_recall(axis, steps: np.ndarray, records: list[dict]) -> None:
     points = [(r["step"], r["index_recall_layers"]) for r in records if "index_recall_layers" in r]
-    for layer, values in enumerate(zip(*(layers for _, layers in points), strict=True)):
+    for layer, values in enumerate(_table([layers for _, layers in points]).T):
         axis.plot(
             [step for step, _ in points], values, "o-", markersize=3, label=f"indexer {layer + 1}"
         )
@@ -123,7 +128,7 @@ def _plot_recall(axis, steps: np.ndarray, records: list[dict]) -> None:
 
 
 def _plot_balance(axis, steps: np.ndarray, records: list[dict]) -> None:
-    ratio = np.asarray([r["load_max_over_mean"] for r in records])
+    ratio = _table([r["load_max_over_mean"] for r in records])
     window = max(1, min(25, len(ratio) // 10))
     for layer in range(ratio.shape[1]):
         axis.plot(
@@ -138,7 +143,9 @@ def _plot_balance(axis, steps: np.ndarray, records: list[dict]) -> None:
 
 def _plot_load(axis, steps: np.ndarray, records: list[dict]) -> None:
     del steps
-    recent = np.asarray([r["load"] for r in records[-50:]], np.float64).mean(0)
+    last = np.shape(records[-1]["load"])
+    recent = [r["load"] for r in records[-50:] if np.shape(r["load"]) == last]
+    recent = np.asarray(recent, np.float64).mean(0)
     share = recent / recent.sum(1, keepdims=True) * recent.shape[1]
     image = axis.imshow(share, aspect="auto", vmin=0, vmax=2, cmap="RdBu_r")
     axis.set(xlabel="expert", ylabel="MoE layer", title="load / mean, last steps")

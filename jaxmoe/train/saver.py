@@ -2,7 +2,6 @@
 
 import concurrent.futures
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import numpy as np
@@ -10,9 +9,17 @@ import numpy as np
 from jaxmoe.train.step import TrainState
 
 
-def _on_host(x: jax.Array) -> Any:
-    """A copy in host memory: the next step takes the device's over."""
-    return np.array(x, copy=True)
+def _host() -> jax.Device | None:
+    """The CPU, as a device for copies; None where JAX was told to have none."""
+    try:
+        return jax.devices("cpu")[0]
+    except RuntimeError:
+        return None
+
+
+def _copy(x: jax.Array) -> jax.Array:
+    """In host memory, for the next step takes the device's over. A JAX array, which Orbax writes in pieces."""
+    return jax.device_put(np.array(x, copy=True), _host())
 
 
 class Saver:
@@ -43,16 +50,10 @@ class Saver:
         if jax.process_count() > 1:
             self._write(state)
             return
-        copy = jax.tree.map(_on_host, state)
-        self._running = self._threads.submit(self._write_from_host, copy)
+        self._running = self._threads.submit(self._write, jax.tree.map(_copy, state))
 
     def wait(self) -> None:
         """Returns when everything is written."""
         running, self._running = self._running, None
         if running is not None:
             running.result()
-
-    def _write_from_host(self, state: TrainState) -> None:
-        # Not on the accelerator, whose memory is training's.
-        with jax.default_device(jax.devices("cpu")[0]):
-            self._write(state)

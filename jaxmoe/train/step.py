@@ -80,14 +80,23 @@ def _clip(max_norm: float) -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
-def make_optimizer(config: ModelConfig, train_config: TrainConfig) -> optax.GradientTransformation:
-    """AdamW with clipping, for what the stage trains (``dsa.trained``). Only matrices decay: neither norms nor biases."""
+def make_optimizer(
+    config: ModelConfig, train_config: TrainConfig, schedule: optax.Schedule | None = None
+) -> optax.GradientTransformation:
+    """AdamW with clipping, for what the stage trains (``dsa.trained``). Only matrices decay: neither norms nor biases.
+
+    Its learning rate is ``learning_rate``, unless there is another ``schedule``.
+    """
     c = train_config
     decays = jax.tree.map(lambda s: s.init == "normal", trained(params_lib.spec(config), c))
     return optax.chain(
         _clip(c.clip_norm),
         optax.adamw(
-            learning_rate(c), b1=c.beta1, b2=c.beta2, weight_decay=c.weight_decay, mask=decays
+            schedule or learning_rate(c),
+            b1=c.beta1,
+            b2=c.beta2,
+            weight_decay=c.weight_decay,
+            mask=decays,
         ),
     )
 
@@ -239,7 +248,7 @@ def train_step(
 
     On a mesh, ``state`` lies as ``state_shardings`` says (and stays so) and ``rows`` as ``place_batch`` puts them.
 
-    A step whose loss or gradient is not finite changes nothing but the step number ("skipped" is 1).
+    A step whose loss, gradient or update is not finite changes nothing but the step number ("skipped" is 1).
 
     Returns:
       (new state, metrics): float32 scalars, and "load", int32 [layers, E], the choices per expert; on a mesh, everywhere.
@@ -253,7 +262,10 @@ def train_step(
     finite = jnp.isfinite(total) & jnp.isfinite(norms["model"]) & jnp.isfinite(norms["index"])
     # optax mixes Python numbers and integers, which strict dtype promotion (as in our tests) refuses.
     with jax.named_scope("optimizer"), jax.numpy_dtype_promotion("standard"):
-        updates, opt_state = make_optimizer(config, c).update(grads, state.opt_state, part)
+        # By the step's own number, which skipped steps count in.
+        optimizer = make_optimizer(config, c, lambda _: learning_rate(c)(state.step))
+        updates, opt_state = optimizer.update(grads, state.opt_state, part)
+        finite = finite & jnp.isfinite(optax.tree.norm(updates))
         params = merged(state.params, optax.apply_updates(part, updates))
         # Routing stops gradients at the correction bias and it is not decayed, so only the load moves it.
         if c.trains_model:

@@ -6,12 +6,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels._implementation import on_accelerator
+
 GATHERED_BYTES = 2**28  # of a chunk's rows
+# On CPU, where what was gathered should still be in the cache when it is used, and pages that are new to the process cost more
+# than all arithmetic: gradients took 5 to 8 times as long with 2**28 (docs/log.md, 2026-11-27).
+CACHED_BYTES = 2**20
 
 
 def size(queries: int, row_bytes: int) -> int:
     """Queries of a chunk, for gathered rows of ``row_bytes`` a query."""
-    return max(1, min(queries, GATHERED_BYTES // max(row_bytes, 1)))
+    limit = GATHERED_BYTES if on_accelerator() else CACHED_BYTES
+    return max(1, min(queries, limit // max(row_bytes, 1)))
 
 
 def scan(

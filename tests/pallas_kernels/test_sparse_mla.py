@@ -289,7 +289,7 @@ def test_gradients_do_not_depend_on_how_many_queries_are_taken_at_a_time(rng, mo
     q, kv, indices, value_dim = Cases().arrays(rng, "some missing")
     cotangents = random_cotangents(rng, q, value_dim)
     whole = gradients(q, kv, indices, cotangents, value_dim, "xla")
-    monkeypatch.setattr(chunks, "GATHERED_BYTES", 4 * 4 * indices.shape[2] * q.shape[3])
+    monkeypatch.setattr(chunks, "CACHED_BYTES", 4 * 4 * indices.shape[2] * q.shape[3])
     jax.clear_caches()
     pieces = gradients(q, kv, indices, cotangents, value_dim, "xla")
     jax.clear_caches()
@@ -297,7 +297,9 @@ def test_gradients_do_not_depend_on_how_many_queries_are_taken_at_a_time(rng, mo
         np.testing.assert_allclose(a, b, **FLOAT32)
 
 
-def test_memory_of_a_gradient_follows_the_chunk_and_not_the_queries():
+def test_memory_of_a_gradient_follows_the_chunk_and_not_the_queries(monkeypatch):
+    monkeypatch.setattr(chunks, "CACHED_BYTES", chunks.GATHERED_BYTES)
+
     def temporary_bytes(tokens):
         shapes = [(1, tokens, 4, 64), (1, 4096, 64), (1, tokens, 1024)]
         arrays = [

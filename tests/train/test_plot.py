@@ -6,6 +6,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
+from jaxmoe.train.dsa import ORIGIN
 from jaxmoe.train.plot import plot_run, plot_runs
 
 
@@ -17,7 +18,7 @@ def write(directory, load=True):
         if load:
             line |= {"load_max_over_mean": [1.5, 1.1], "load": [[step, 3, 2, 1], [4, 4, 4, 4]]}
         if step % 20 == 0:
-            line["bits_per_byte"] = 8.0 / step
+            line |= {"bits_per_byte": 8.0 / step, "held_out_loss": 5.0 / step}
         lines.append(json.dumps(line))
     (directory / "metrics.jsonl").write_text("\n".join(lines) + "\n")
 
@@ -30,6 +31,20 @@ def test_the_plot_is_a_png_with_something_on_it(tmp_path, load):
     pixels = matplotlib.image.imread(path)
     assert min(pixels.shape[:2]) > 300
     assert len(np.unique(pixels.reshape(-1, pixels.shape[2]), axis=0)) > 50
+
+
+def test_skipped_steps_and_stages_of_other_depths_are_drawn(tmp_path):
+    write(tmp_path / "first")
+    write(tmp_path / "second")
+    path = tmp_path / "second" / "metrics.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    for record in records:
+        record |= {"load_max_over_mean": [1.5], "load": [[1, 3, 2, 1]]}
+    records[3] |= {"loss": None, "skipped": 1.0}
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    origin = {"init_from": str(tmp_path / "first")}
+    (tmp_path / "second" / ORIGIN).write_text(json.dumps(origin))
+    assert plot_run(tmp_path / "second").read_bytes().startswith(b"\x89PNG")
 
 
 def test_no_metrics_is_one_line(tmp_path):

@@ -202,6 +202,7 @@ def test_passes_over_parts_of_a_batch_add_up_to_its_step():
     rows = np.array(tokens(0))
     starts, weights = np.zeros_like(rows), np.ones(rows.shape, np.float32)
     weights[0], weights[1, 5:], starts[2, 7:] = 0.0, 0.0, 7
+    starts[1, 5:] = np.arange(5, rows.shape[1])  # padding: 5 of the row's tokens are real
     batch = Batch(rows, starts, weights)
     results = []
     for options in (with_options(steps=3), with_options(steps=3, accumulate=2)):
@@ -213,6 +214,8 @@ def test_passes_over_parts_of_a_batch_add_up_to_its_step():
     for name in ("total_loss", "loss", "mtp_loss", "index_loss", "balance_loss", "grad_norm"):
         np.testing.assert_allclose(parts[name], whole[name], rtol=2e-5, err_msg=name)
     np.testing.assert_array_equal(parts["load"], whole["load"])
+    real = 5 + (len(rows) - 2) * (rows.shape[1] - 2)
+    np.testing.assert_array_equal(whole["load"].sum(1), real * MODEL.num_experts_per_tok)
 
 
 def test_a_step_that_is_not_finite_changes_nothing_but_its_number():

@@ -99,7 +99,8 @@ class Rank:
 
         def lower() -> jax.stages.Lowered:
             rows = _rows(mesh, run.batch_size, run.seq_len + 1)
-            return scored_nats.lower(self._abstract_on(mesh).params, rows, config, mesh)
+            params, attention = self._abstract_on(mesh).params, run.held_out_attention
+            return scored_nats.lower(params, rows, config, mesh, attention)
 
         return self._programs.get("score", list(mesh.devices.flat), lower)
 

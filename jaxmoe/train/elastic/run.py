@@ -407,6 +407,7 @@ class ElasticRun:
                 continue
             self._tries = 0
             self._metrics.write(record)
+            self._run.check_finite(record)
             if on_progress is not None:
                 on_progress(progress_of(record, c.steps))
 
@@ -449,7 +450,6 @@ class ElasticRun:
         seconds = time.perf_counter() - began
         record = record_of(self.step, value.metrics, seconds, c.batch_size * c.seq_len)
         record["ranks"] = len(replies)
-        self._run.check_finite(record)
         return record | (value.held_out or {})
 
 

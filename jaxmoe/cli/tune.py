@@ -1,0 +1,153 @@
+"""``jaxmoe tune``: one model for every SEFP width, beside the methods that it is compared with."""
+
+import dataclasses
+import pathlib
+from typing import Annotated, Any
+
+import rich.box
+import rich.console
+import rich.progress
+import rich.table
+import tyro
+
+from jaxmoe.cli._models import find_config, locate
+from jaxmoe.cli.train import check_memory
+from jaxmoe.report import make_report, write_report
+from jaxmoe.train import TrainConfig
+from jaxmoe.train.data import DataOptions, load_corpus
+from jaxmoe.train.tune import (
+    SearchOptions,
+    Widths,
+    check,
+    otaro_config,
+    plot_widths,
+    score_source,
+)
+from jaxmoe.train.tune import tune as run_tuning
+from quant import bps
+
+_DEFAULTS = TrainConfig(steps=200, learning_rate=3e-4, warmup_steps=20, eval_bytes=131072)
+
+
+def _table(results: list[Widths]) -> rich.table.Table:
+    # As narrow as a terminal of 80 columns.
+    table = rich.table.Table(
+        title="held-out nats per token",
+        box=rich.box.SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )
+    for name in ("method", *(f"E5M{w}" for w in bps.WIDTHS), "mean", "float"):
+        table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
+    for r in results:
+        figures = (*r.losses.values(), r.mean, r.unquantised)
+        table.add_row(r.method, *(f"{value:.4f}" for value in figures))
+    sizes = results[0].bytes.values()
+    table.add_row("MB", *(f"{size / 1e6:.3g}" for size in sizes), "", "", style="dim")
+    return table
+
+
+def report_rows(results: list[Widths]) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """Rows and ratios of a tuning report: a row per method and width; how otaro's mean and ends compare with the others'."""
+    rows = [
+        {
+            "name": f"{r.method}, E5M{width}",
+            "value": loss,
+            "unit": "nats/token",
+            "method": r.method,
+            "width": width,
+            "bits_per_byte": r.bits_per_byte[width],
+            "bytes": r.bytes[width],
+            "steps": r.visits.get(width, 0),
+        }
+        for r in results
+        for width, loss in r.losses.items()
+    ]
+    rows += [
+        {"name": f"{r.method}, unquantised", "value": r.unquantised, "unit": "nats/token"}
+        for r in results
+    ]
+    rows += [
+        {"name": f"{r.method}, tuning", "value": r.seconds, "unit": "s"}
+        for r in results
+        if r.directory is not None
+    ]
+    named = {r.method: r for r in results}
+    sizes = results[0].bytes
+    ratios = {"bytes_m3_over_m8": sizes[3] / sizes[8]}
+    if "otaro" in named:
+        ours = named.pop("otaro")
+        for name, other in named.items():
+            ratios[f"mean_otaro_over_{name}"] = ours.mean / other.mean
+        if "fixed:3" in named:
+            ratios["m3_otaro_over_fixed:3"] = ours.losses[3] / named["fixed:3"].losses[3]
+        if "ptq" in named:
+            ratios["m8_otaro_over_unquantised_tuning"] = ours.losses[8] / named["ptq"].unquantised
+    return rows, ratios
+
+
+def tune(
+    source: Annotated[str, tyro.conf.Positional],
+    method: tuple[str, ...] = ("otaro",),
+    output: pathlib.Path = pathlib.Path("runs/tune"),
+    data: Annotated[DataOptions, tyro.conf.arg(name="")] = DataOptions(),
+    options: Annotated[TrainConfig, tyro.conf.arg(name="")] = _DEFAULTS,
+    search: Annotated[SearchOptions, tyro.conf.arg(name="")] = SearchOptions(),
+    json: pathlib.Path | None = None,
+) -> None:
+    """Tunes a trained model for every SEFP width, by each of the methods for the same steps on the same batches, and compares them.
+
+    Goes on where an interrupted run stopped. Steps are small by default; --learning-rate should be a tenth of training's.
+
+    Args:
+      source: Run or checkpoint to start from.
+      method: otaro (bit-width path search and accumulation), uniform or round_robin (widths at random or in turn), joint (all widths
+        in each step), fixed:W (one width, 3 to 8; fixed:8 is tuning at the highest and truncating), ptq (no quantisation in
+        training, rounding to nearest after). Several are compared.
+      output: Gets a directory per method, with checkpoints and metrics.jsonl, and widths.png.
+      data: What to train on.
+      options: Hyper-parameters.
+      search: Of method otaro.
+      json: Also write a JSON report.
+    """
+    console = rich.console.Console(soft_wrap=True, highlight=False)
+    if not method or len(set(method)) < len(method):
+        raise ValueError(
+            f"method must name at least one, and each once; got {' '.join(method) or 'none'}."
+        )
+    for name in method:  # before anything is trained
+        otaro_config(name, options.steps, search)
+    check(options)
+    config = find_config(str(locate(source)))
+    check_memory(config)
+    corpus = load_corpus(data)
+    results = [score_source(source, config, options, corpus)]
+    for name in method:
+        with rich.progress.Progress(console=console) as bar:
+            task = bar.add_task(name, total=options.steps)
+
+            def update(record: dict[str, Any], task=task, bar=bar) -> None:
+                bar.update(task, completed=record["step"])
+
+            directory = output / name.replace(":", "_")
+            results.append(
+                run_tuning(
+                    source,
+                    name,
+                    config,
+                    options,
+                    corpus,
+                    directory,
+                    search=search,
+                    on_step=update,
+                )
+            )
+        visits = ", ".join(f"{w or 'all'}: {n}" for w, n in results[-1].visits.items())
+        console.print(f"{name}: {results[-1].seconds:.0f} s; steps at each width: {visits}")
+    console.print(_table(results))
+    console.print(f"plot: {plot_widths(results, output / 'widths.png')}")
+    console.print(f"generate with: jaxmoe generate {directory} --width 3")
+    if json is not None:
+        report = make_report("tune", *report_rows(results))
+        given = dataclasses.asdict(options) | dataclasses.asdict(search)
+        write_report(json, report | {"options": given})

@@ -1,0 +1,364 @@
+"""Tuning a trained model for every SEFP width at once, and the methods that it is compared with: ``quant.otaro_tune`` on this model."""
+
+import dataclasses
+import functools
+import json
+import math
+import os
+import pathlib
+import re
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import quant
+from jaxmoe import checkpoint
+from jaxmoe import params as params_lib
+from jaxmoe.config import ModelConfig
+from jaxmoe.train.config import TrainConfig
+from jaxmoe.train.data import Batch, Corpus, Loader
+from jaxmoe.train.dsa import initial_params, note_origin, origin_of
+from jaxmoe.train.loop import CHECKPOINTS, MAX_SKIPPED, LossNotFinite, evaluate
+from jaxmoe.train.loss import loss as model_loss
+from jaxmoe.train.metrics import Metrics
+from jaxmoe.train.step import learning_rate, make_optimizer, update_biases
+from quant import BpsConfig, LaaConfig, OtaroConfig, TuneState, bps, otaro
+
+IDENTITY = "tune.json"
+METHODS = ("otaro", "uniform", "round_robin", "joint", "fixed:W", "ptq")
+
+
+@dataclasses.dataclass(frozen=True)
+class SearchOptions:
+    """Which width each step of method otaro takes, and when gradients at low widths move the weights (specification 2.2, 2.3)."""
+
+    reading: str = "loss_seeking"
+    """What the search looks for: loss_seeking, the width with the highest loss, or loss_avoiding."""
+    exploration: float = 1.0
+    """Weight of what was visited rarely (lambda); a few units are nearly round robin."""
+    loss_decay: float = 0.9
+    """Of the running loss of each width."""
+    low_widths: tuple[int, ...] = (4, 3)
+    """Widths whose gradients are collected; none: every step moves the weights."""
+    low_steps: int = 8
+    """How many of them make one optimiser step."""
+    low_reduce: str = "mean"
+    """mean or sum of them."""
+    low_flush: str = "drop"
+    """What becomes of those left at the end: drop, or apply."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Widths:
+    """Result of one method.
+
+    Attributes:
+      method: its name.
+      losses: held-out nats per token at each width.
+      bits_per_byte: the same per byte of text.
+      unquantised: held-out nats per token of the weights as they are.
+      bytes: of the parameters at each width.
+      visits: steps at each width; 0 stands for all of them.
+      seconds: of tuning; what an earlier process spent isn't in it.
+      directory: checkpoints and metrics; None if nothing was tuned.
+    """
+
+    method: str
+    losses: dict[int, float]
+    bits_per_byte: dict[int, float]
+    unquantised: float
+    bytes: dict[int, int]
+    visits: dict[int, int]
+    seconds: float
+    directory: pathlib.Path | None
+
+    @property
+    def mean(self) -> float:
+        """Of the losses over the widths."""
+        return sum(self.losses.values()) / len(self.losses)
+
+
+def otaro_config(
+    method: str, steps: int, search: SearchOptions = SearchOptions(), seed: int = 0
+) -> OtaroConfig:
+    """The run that a method's name stands for.
+
+    otaro: path search and accumulation. uniform, round_robin: widths at random or in turn. joint: the mean loss of all widths.
+    fixed:W: one width; fixed:8 is tuning at the highest and truncating. ptq: no quantisation in training, rounding to nearest after.
+
+    Raises:
+      ValueError: for a name that there isn't.
+    """
+    plain = LaaConfig(low=())
+    if method == "otaro":
+        s = search
+        search_config = BpsConfig(
+            reading=s.reading, exploration=s.exploration, decay=s.loss_decay, seed=seed
+        )
+        collect = LaaConfig(s.low_widths, s.low_steps, s.low_reduce, s.low_flush)
+        return OtaroConfig(steps, search_config, collect)
+    if method in ("uniform", "round_robin"):
+        return OtaroConfig(steps, BpsConfig(schedule=getattr(bps, method), seed=seed), plain)
+    if method == "joint":
+        return OtaroConfig(steps, laa=plain, objective="joint")
+    if method == "ptq":
+        return OtaroConfig(steps, BpsConfig(widths=(8,)), plain, rules=())
+    fixed = re.fullmatch(r"fixed:([3-8])", method)
+    if fixed is None:
+        raise ValueError(
+            f"method must be one of {', '.join(METHODS)} with W from 3 to 8; got {method!r}."
+        )
+    return OtaroConfig(steps, BpsConfig(widths=(int(fixed[1]),)), plain)
+
+
+def check(train_config: TrainConfig) -> None:
+    """Raises ValueError for options of training that tuning doesn't have."""
+    c = train_config
+    if not c.trains_model or c.index_weight == 0:
+        raise ValueError(
+            f"tuning trains all weights; got stage={c.stage}, index_weight={c.index_weight}. Choose another stage, and a positive weight."
+        )
+    if c.accumulate != 1:
+        raise ValueError(f"tuning reads a batch in one pass; got accumulate={c.accumulate}. Use 1.")
+
+
+@functools.lru_cache(maxsize=4)
+def _parts(config: ModelConfig, c: TrainConfig) -> dict[str, Callable[..., Any]]:
+    """What ``otaro_tune`` needs of the model; the same objects for the same options, so that methods share programs."""
+
+    def loss(params: Any, batch: Batch) -> tuple[jax.Array, dict]:
+        return model_loss(params_lib.cast(params, config, c.compute_dtype), config, c, batch)
+
+    def adjust(params: Any, aux: dict) -> Any:
+        return update_biases(params, aux["load"], c.bias_update_speed)
+
+    def whole(count: jax.Array) -> jax.Array:
+        return jnp.ones((), jnp.float32)
+
+    # The rate falls with steps, of which accumulation makes fewer updates: so it is a factor outside of the optimiser.
+    return {
+        "loss": loss,
+        "adjust": adjust,
+        "optimizer": make_optimizer(config, c, whole),
+        "schedule": learning_rate(c),
+    }
+
+
+class _Files:
+    """Owns a run's checkpoints and metrics."""
+
+    def __init__(self, directory: pathlib.Path, config: ModelConfig, c: TrainConfig, identity: Any):
+        self.directory, self.config, self.train_config = directory, config, c
+        self.checkpoints = directory / CHECKPOINTS
+        directory.mkdir(parents=True, exist_ok=True)
+        self._claim(json.loads(json.dumps(identity)))  # as JSON gives it back
+
+    def _claim(self, identity: dict[str, Any]) -> None:
+        """Writes down whose directory this is.
+
+        Raises:
+          ValueError: if it is another run's.
+        """
+        path = self.directory / IDENTITY
+        if not path.exists():
+            path.write_text(json.dumps(identity, indent=2) + "\n")
+        found = json.loads(path.read_text())
+        changed = [k for k, v in identity.items() if found.get(k) != v]
+        if changed:
+            raise ValueError(
+                f"{self.directory} holds a run with another {changed[0]}; choose another directory, or use the same."
+            )
+
+    def start(self, fresh: Callable[[], TuneState]) -> TuneState:
+        """The last checkpoint's state, or a fresh one."""
+        if checkpoint.latest_step(self.checkpoints) is None:
+            return fresh()
+        target = jax.eval_shape(fresh)
+        rest = (target.opt_state, target.bps, target.laa)
+        restored = checkpoint.restore(self.checkpoints, train_state=rest)
+        step = jnp.asarray(restored.step, jnp.int32)
+        return TuneState(step, restored.params, *restored.train_state)
+
+    def save(self, state: TuneState) -> None:
+        """Saves what ``start`` needs."""
+        checkpoint.save(
+            self.checkpoints,
+            state.params,
+            self.config,
+            int(state.step),
+            train_state=(state.opt_state, state.bps, state.laa),
+            keep=self.train_config.keep,
+            overwrite=True,
+        )
+
+
+def tune(
+    source: str | os.PathLike[str],
+    method: str,
+    config: ModelConfig,
+    train_config: TrainConfig,
+    corpus: Corpus,
+    directory: str | os.PathLike[str],
+    *,
+    search: SearchOptions = SearchOptions(),
+    on_step: Callable[[dict[str, Any]], None] | None = None,
+) -> Widths:
+    """Tunes a trained model by one method and scores it at every width; goes on where a run in ``directory`` stopped.
+
+    Args:
+      source: run or checkpoint with the parameters to start from.
+      method: see ``otaro_config``.
+      config: the model.
+      train_config: steps, batches, learning rate, stage.
+      corpus: what to train on, and what is held out.
+      directory: gets ``checkpoints/`` (unquantised weights, ready for ``quant.quantize_params``) and ``metrics.jsonl``.
+      search: of method otaro.
+      on_step: called with every line of the metrics.
+
+    Raises:
+      ValueError: for options that don't fit each other, or a directory with another run.
+      LossNotFinite: after ten steps in a row without a finite loss.
+    """
+    c = train_config
+    check(c)
+    c.check(config)
+    corpus.check(config.vocab_size, source)
+    run, parts = otaro_config(method, c.steps, search, c.seed), _parts(config, c)
+    directory = pathlib.Path(directory)
+    identity = {
+        "method": method,
+        "search": dataclasses.asdict(search) if method == "otaro" else {},
+        "training options": c.trajectory(),
+        "corpus": corpus.fingerprint,
+        "model config": config.to_dict(),
+        "initial parameters": origin_of(source),
+    }
+    files = _Files(directory, config, c, identity)
+    initial = initial_params(config, c.seed, source)
+    state = files.start(lambda: otaro.init_state(initial, run, parts["optimizer"]))
+    corpus.put_tokenizer(directory)
+    note_origin(directory, source)
+    loader, began = Loader(corpus, c.seed, c.batch_size, c.seq_len), time.perf_counter()
+    with Metrics(directory, int(state.step)) as metrics:
+        keep = _Recorder(files, metrics, on_step)
+        tuned = quant.otaro_tune(
+            (),
+            run,
+            lambda step: Batch(*map(jnp.asarray, loader(step))),
+            state=state,
+            on_step=keep,
+            **parts,
+        )
+    seconds = time.perf_counter() - began
+    visits = {int(w): n for w, n in _visits(directory).items()}
+    rounding = "nearest" if method == "ptq" else "truncate"
+    scored = score(tuned.params, config, c, corpus, rounding)
+    return Widths(method, *scored, visits, seconds, directory)
+
+
+class _Recorder:
+    """What happens after each step."""
+
+    def __init__(self, files: _Files, metrics: Metrics, on_step: Callable[[dict], None] | None):
+        self.files, self.metrics, self.on_step = files, metrics, on_step
+        self.skipped, self.began = 0, time.perf_counter()
+
+    def __call__(self, state: TuneState, record: dict[str, Any]) -> None:
+        c, now = self.files.train_config, time.perf_counter()
+        seconds, self.began = now - self.began, now
+        # JSON has no NaN.
+        figures = {
+            k: None if isinstance(v, float) and not math.isfinite(v) else v
+            for k, v in record.items()
+        }
+        figures |= {
+            "seconds": round(seconds, 4),
+            "tokens_per_s": round(c.batch_size * c.seq_len / seconds, 1),
+        }
+        self.metrics.write(figures)
+        if record["step"] == c.steps or record["step"] % c.save_every == 0:
+            self.files.save(state)
+        if self.on_step is not None:
+            self.on_step(figures)
+        self.skipped = self.skipped + 1 if record["skipped"] else 0
+        if self.skipped == MAX_SKIPPED:
+            raise LossNotFinite(
+                f"{MAX_SKIPPED} steps up to {record['step']} had no finite loss or gradient; lower learning_rate (now {c.peak_learning_rate})."
+            )
+
+
+def _visits(directory: pathlib.Path) -> dict[int, int]:
+    counts: dict[int, int] = {}
+    for line in (directory / "metrics.jsonl").read_text().splitlines():
+        width = json.loads(line)["width"]
+        counts[width] = counts.get(width, 0) + 1
+    return dict(sorted(counts.items(), reverse=True))
+
+
+_at_width = jax.jit(quant.fake_quantize, static_argnames=("rules", "rounding"))
+
+
+def score(
+    params: params_lib.Params,
+    config: ModelConfig,
+    train_config: TrainConfig,
+    corpus: Corpus,
+    rounding: str = "truncate",
+) -> tuple[dict[int, float], dict[int, float], float, dict[int, int]]:
+    """Held-out nats per token and bits per byte at each width, nats of the weights as they are, and bytes at each width.
+
+    The weights at a width are those that ``quant.quantize_params`` stores (with rounding to nearest, stored for that width alone).
+    """
+    c = train_config
+    of = functools.partial(
+        evaluate,
+        config=config,
+        corpus=corpus,
+        max_bytes=c.eval_bytes,
+        seq_len=c.seq_len,
+        batch_size=c.batch_size,
+    )
+    found = {
+        width: of(_at_width(params, jnp.asarray(width, jnp.int32), rounding=rounding))
+        for width in bps.WIDTHS
+    }
+    losses = {width: one["held_out_loss"] for width, one in found.items()}
+    bits = {width: one["bits_per_byte"] for width, one in found.items()}
+    stored = jax.eval_shape(quant.quantize_params, params)
+    sizes = {width: quant.nbytes(stored, width) for width in bps.WIDTHS}
+    return losses, bits, of(params)["held_out_loss"], sizes
+
+
+def score_source(
+    source: str | os.PathLike[str], config: ModelConfig, train_config: TrainConfig, corpus: Corpus
+) -> Widths:
+    """The model as it was before tuning, truncated."""
+    scored = score(initial_params(config, train_config.seed, source), config, train_config, corpus)
+    return Widths("untuned", *scored, {}, 0.0, None)
+
+
+def plot_widths(results: list[Widths], target: pathlib.Path) -> pathlib.Path:
+    """Draws held-out loss over width and over bytes, a curve per method."""
+    import matplotlib
+
+    matplotlib.use("Agg", force=False)
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
+    for result in results:
+        widths = list(result.losses)
+        values = [result.losses[w] for w in widths]
+        axes[0].plot(widths, values, "o-", markersize=3, label=result.method)
+        axes[1].plot([result.bytes[w] / 1e6 for w in widths], values, "o-", markersize=3)
+    axes[0].set(xlabel="mantissa bits", ylabel="held-out nats per token", title="loss per width")
+    axes[1].set(xlabel="MB of parameters read", title="loss over bytes")
+    axes[0].legend(fontsize="small")
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(target, dpi=110)
+    plt.close(figure)
+    return target

@@ -1,0 +1,42 @@
+"""One model for every precision: parameters in SEFP, and tuning that makes each width good (OTARo, arXiv 2511.13147)."""
+
+from quant.bps import BpsConfig, BpsState
+from quant.fake_quant import fake_quantize, fake_quantize_array
+from quant.laa import LaaConfig, LaaState
+from quant.otaro import OtaroConfig, Tuned, TuneState, otaro_tune
+from quant.params import (
+    at_width,
+    bits_per_weight,
+    decode_params,
+    nbytes,
+    quantize_params,
+    tensors,
+)
+from quant.planes import load_planes, save_planes
+from quant.rules import DEFAULT_RULES, Rule
+from quant.tensor import Layout, SefpTensor
+
+__all__ = [
+    "DEFAULT_RULES",
+    "BpsConfig",
+    "BpsState",
+    "LaaConfig",
+    "LaaState",
+    "Layout",
+    "OtaroConfig",
+    "Rule",
+    "SefpTensor",
+    "TuneState",
+    "Tuned",
+    "at_width",
+    "bits_per_weight",
+    "decode_params",
+    "fake_quantize",
+    "fake_quantize_array",
+    "load_planes",
+    "nbytes",
+    "otaro_tune",
+    "quantize_params",
+    "save_planes",
+    "tensors",
+]

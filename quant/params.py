@@ -1,0 +1,97 @@
+"""A model's parameters in SEFP, and what they weigh at each width."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from pallas_kernels import sefp
+from quant.rules import DEFAULT_RULES, Rule, map_ruled
+from quant.tensor import SefpTensor, check_group, is_sefp
+
+
+def quantize_params(
+    params: Any,
+    width: int = sefp.MASTER_WIDTH,
+    rules: Sequence[Rule] = DEFAULT_RULES,
+    *,
+    group: int = sefp.GROUP,
+    rounding: str = "truncate",
+) -> Any:
+    """``params`` with the parameters that ``rules`` name as ``SefpTensor``; pure, may be jitted, mapped and run on a mesh.
+
+    Args:
+      params: a tree of arrays.
+      width: that is stored, 3 to 8; every lower one is inside.
+      rules: the first that matches a parameter's path decides. Put your own before: ``(Rule("lm_head"), *DEFAULT_RULES)`` leaves
+        the head as it is.
+      group: 64.
+      rounding: "truncate", or "nearest": closer at ``width`` itself, but not at those below it.
+
+    Returns:
+      A tree that ``jaxmoe.forward`` and ``jaxmoe.generate`` take.
+
+    Raises:
+      ValueError, TypeError: for options that there aren't, or a parameter that its rule doesn't fit, NaN or infinity among them.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> q = quantize_params({"proj": {"weight": jnp.ones((128, 4))}, "norm": {"weight": jnp.ones(4)}})
+      >>> q["proj"]["weight"], nbytes(q, 3)
+      (SefpTensor(E5M8, shape=(128, 4), 584 bytes), 280)
+    """
+    check_group(group)
+
+    def encode(rule: Rule, w: Any) -> SefpTensor:
+        return SefpTensor.encode(
+            w,
+            group,
+            width if rule.width is None else rule.width,
+            layout=rule.layout,
+            rounding=rounding,
+            pinned=rule.width is not None,
+        )
+
+    return map_ruled(encode, params, rules)
+
+
+def tensors(params: Any) -> list[SefpTensor]:
+    """Those of the parameters that are stored in SEFP."""
+    return [x for x in jax.tree.leaves(params, is_leaf=is_sefp) if is_sefp(x)]
+
+
+def at_width(params: Any, width: int) -> Any:
+    """The same parameters, read at ``width``: nothing is copied or decoded. Pinned ones keep theirs.
+
+    Raises:
+      ValueError: if none is in SEFP, or ``width`` isn't stored.
+    """
+    if not tensors(params):
+        raise ValueError(
+            f"width={width} needs SEFP weights, and these parameters have none; make them with quant.quantize_params(params)."
+        )
+    return jax.tree.map(
+        lambda x: x.truncate(width) if is_sefp(x) and not x.pinned else x, params, is_leaf=is_sefp
+    )
+
+
+def decode_params(params: Any) -> Any:
+    """``params`` with arrays in place of SEFP, in the dtypes that were encoded."""
+    return jax.tree.map(lambda x: x.decode() if is_sefp(x) else x, params, is_leaf=is_sefp)
+
+
+def nbytes(params: Any, width: int | None = None) -> int:
+    """Bytes that all parameters (or their shapes) have, those in SEFP at ``width``; default: as stored."""
+
+    def size(x: Any) -> int:
+        if not is_sefp(x):
+            return x.size * np.dtype(x.dtype).itemsize
+        return x.nbytes(None if x.pinned else width)
+
+    return sum(map(size, jax.tree.leaves(params, is_leaf=is_sefp)))
+
+
+def bits_per_weight(params: Any, width: int | None = None) -> float:
+    """All bytes over all weights: padding, shared exponents and what isn't in SEFP count."""
+    return 8 * nbytes(params, width) / sum(x.size for x in jax.tree.leaves(params, is_leaf=is_sefp))
