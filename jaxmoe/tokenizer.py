@@ -210,9 +210,15 @@ def _byte_ends(text: str, offsets: Sequence[tuple[int, int]]) -> np.ndarray:
 def load_tokenizer(
     directory: str | os.PathLike[str] | None = None,
 ) -> ByteTokenizer | FileTokenizer:
-    """The tokenizer that lies in a checkpoint directory; bytes if there is none."""
-    if directory is not None:
-        path = pathlib.Path(directory) / "tokenizer.json"
-        if path.is_file():
-            return FileTokenizer(path)
+    """The tokenizer that lies in a checkpoint directory, or in the run that it belongs to; bytes if there is none."""
+    if directory is None:
+        return ByteTokenizer()
+    place = pathlib.Path(directory).absolute()
+    places = [place]
+    while place.name.isdecimal() or place.name == "checkpoints":  # RUN/checkpoints/STEP
+        place = place.parent
+        places.append(place)
+    for found in (p / "tokenizer.json" for p in places):
+        if found.is_file():
+            return FileTokenizer(found)
     return ByteTokenizer()

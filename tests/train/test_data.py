@@ -221,6 +221,23 @@ def test_a_vocabulary_that_is_too_large_names_both_numbers(tmp_path, merges):
     corpus.check(264)
 
 
+@pytest.mark.parametrize("inside", ["", "checkpoints", "checkpoints/40"])
+def test_a_run_goes_on_with_its_own_tokens_only(tmp_path, merges, inside):
+    text = tmp_path / "a.txt"
+    text.write_text("ab" * 200)
+    run = tmp_path / "run"
+    (run / inside).mkdir(parents=True)
+    ours = load_corpus(DataOptions(text, merges))
+    ours.put_tokenizer(run)
+    ours.check(512, run / inside)
+    with pytest.raises(ValueError, match="not on bytes; pass --tokenizer"):
+        load_corpus(text).check(512, run / inside)
+    other = tmp_path / "other.json"
+    other.write_text(merges.read_text() + " ")
+    with pytest.raises(ValueError, match="not on those of .*other.json"):
+        load_corpus(DataOptions(text, other)).check(512, run / inside)
+
+
 def test_text_that_is_not_utf8_is_named_with_a_tokenizer_file(tmp_path, merges):
     (tmp_path / "a.txt").write_bytes(b"abc\xff" * 20)
     with pytest.raises(ValueError, match="a.txt is not UTF-8 .byte 3 is 0xff.*--tokenizer"):

@@ -89,14 +89,19 @@ class Corpus:
         return self.train.said is not None
 
     def check(self, vocab_size: int, origin: str | os.PathLike[str] | None = None) -> None:
-        """Raises ValueError if a model's vocabulary is too small, or the run it starts from had a tokenizer file and this has none."""
+        """Raises ValueError if a model's vocabulary is too small, or the run it starts from had another tokenizer file."""
         check_vocabulary(self.tokenizer, vocab_size)
-        if origin is None or isinstance(self.tokenizer, FileTokenizer):
-            return
         theirs = load_tokenizer(origin)
-        if isinstance(theirs, FileTokenizer):
+        if not isinstance(theirs, FileTokenizer):
+            return
+        ours = self.tokenizer
+        if not isinstance(ours, FileTokenizer):
             raise ValueError(
                 f"{origin} was trained on the tokens of {theirs.path}, not on bytes; pass --tokenizer {theirs.path}."
+            )
+        if ours.path.read_bytes() != theirs.path.read_bytes():
+            raise ValueError(
+                f"{origin} was trained on the tokens of {theirs.path}, not on those of {ours.path}; pass --tokenizer {theirs.path}."
             )
 
     def put_tokenizer(self, directory: str | os.PathLike[str]) -> None:
