@@ -28,6 +28,7 @@ import pytest  # noqa: E402
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+COMPILE_FAST = ("elastic", "quant", "train")  # directories of tests
 _compiler_now = {"less": False}
 
 jaxtyping.install_import_hook(["jaxmoe", "pallas_kernels", "quant"], "typechecking.check")
@@ -70,8 +71,8 @@ def _type_checks(request):
 
 @pytest.fixture(autouse=True, scope="module")
 def _compiler(request):
-    """XLA optimises less, which halves the suite's time, most of it compilation; fully for modules marked "optimised"."""
-    less = request.node.get_closest_marker("optimised") is None
+    """XLA optimises less where tests compile large programs and run them a few times: half the time."""
+    less = request.node.path.parent.name in COMPILE_FAST
     if _compiler_now["less"] != less:
         jax.config.update("jax_disable_most_optimizations", less)
         jax.clear_caches()

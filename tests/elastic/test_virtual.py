@@ -158,6 +158,7 @@ def test_a_step_that_takes_too_long_costs_the_rank_that_does_not_come_out_of_it(
     assert [e.ranks for e in cluster.events[before:] if e.type == "lost"] == [(slow,)]
 
 
+@pytest.mark.slow
 def test_a_rank_that_falls_silent_while_nothing_is_asked_is_noticed_before_the_next_request(make):
     engine, cluster = make(silence_s=1.0, respawn_delay_s=1.0)
     silent = cluster.active[0]
@@ -274,6 +275,7 @@ def test_ranks_that_cannot_hold_all_experts_refuse_and_serve_again_when_others_r
     _under_load(engine)
 
 
+@pytest.mark.slow
 def test_a_damaged_copy_in_host_memory_is_recognised_and_another_source_taken(make):
     engine, cluster = make(ranks=2, redundant_experts=0, host_backup=True)
     for index in range(2 * EXPERTS):
@@ -286,6 +288,7 @@ def test_a_damaged_copy_in_host_memory_is_recognised_and_another_source_taken(ma
     _whole(cluster)
 
 
+@pytest.mark.slow
 def test_experts_are_spread_by_their_load_in_the_background(make):
     engine, cluster = make(redundant_experts=EXPERTS, chunk_moves=2)
     _under_load(engine)

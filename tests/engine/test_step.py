@@ -17,8 +17,6 @@ from jaxmoe.cache import init_cache
 from jaxmoe.engine.step import Batch, StepResult, make_program, pack, tiles_of
 from pallas_kernels import native, paged
 
-pytestmark = pytest.mark.optimised
-
 TOLERANCE = 1e-5  # as in test_decode.py
 # Root mean square of what rounding makes of logits of deviation 0.7, where every choice of a key or an expert may tip.
 ROUNDING = {"rows in bfloat16": 0.15, "rows in fp8": 0.3}

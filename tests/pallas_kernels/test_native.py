@@ -16,7 +16,6 @@ from pallas_kernels import (
     sparse_mla_step,
 )
 
-pytestmark = pytest.mark.optimised
 needs_compiler = pytest.mark.skipif(not native.available(), reason="no C++ compiler")
 
 

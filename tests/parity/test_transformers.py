@@ -80,7 +80,7 @@ def test_logits_and_greedy_tokens_are_those_of_transformers(case, tmp_path):
 @pytest.mark.parametrize(
     "case",
     [
-        pytest.param(random_case(s), id=f"{s}", marks=[pytest.mark.slow] if s >= 6 else [])
+        pytest.param(random_case(s), id=f"{s}", marks=[pytest.mark.slow] if s >= 3 else [])
         for s in range(20)
     ],
 )

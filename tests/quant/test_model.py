@@ -58,6 +58,7 @@ def test_logits_and_tokens_are_those_of_the_rounded_weights(config, width):
     )
 
 
+@pytest.mark.slow
 def test_latent_attention_and_experts_in_sefp_give_what_the_rounded_weights_give():
     config = MODEL.replace(num_hidden_layers=1, first_k_dense_replace=0, num_nextn_predict_layers=0)
     params, stored = params_of(config)

@@ -72,6 +72,7 @@ def test_a_run_that_goes_on_equals_one_that_was_never_interrupted():
     jax.tree.map(np.testing.assert_array_equal, rest.state, whole.state)
 
 
+@pytest.mark.slow
 def test_tuning_at_every_width_beats_tuning_at_the_highest_where_bits_are_few():
     batches = [data(0), data(31)]
     score = lambda tuned: otaro.losses_by_width(tuned.params, batches, loss=loss)  # noqa: E731

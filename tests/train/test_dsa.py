@@ -63,6 +63,7 @@ def test_in_the_sparse_stage_the_indexers_loss_reaches_nothing_else():
         assert g.any() == ("/indexer/" in name), name
 
 
+@pytest.mark.slow
 def test_in_the_sparse_stage_the_two_gradients_add_up_unmixed():
     both = gradients("dsa_sparse", 1, 1)
     model, index = gradients("dsa_sparse", 1, 0), gradients("dsa_sparse", 0, 1)
