@@ -21,39 +21,28 @@ from jaxmoe.train.data import Batch
 from jaxmoe.train.flops import peak_flops, step_flops
 
 # V3.2's proportions at sizes whose float32 weights and moments, and bfloat16 activations, fill one H200 (141 GB).
-_SHAPE = {"index_n_heads": 16, "index_head_dim": 128, "index_topk": 1024}
+_LARGE = presets["deepseek_v32"].replace(
+    vocab_size=32768,
+    hidden_size=2048,
+    intermediate_size=8192,
+    moe_intermediate_size=1024,
+    num_hidden_layers=10,
+    first_k_dense_replace=1,
+    num_attention_heads=16,
+    num_key_value_heads=16,
+    q_lora_rank=1024,
+    n_routed_experts=32,
+    n_group=1,
+    topk_group=1,
+    num_experts_per_tok=4,
+    index_n_heads=16,
+    index_head_dim=128,
+    index_topk=1024,
+)
 MODELS: dict[str, ModelConfig] = {
-    "1b": presets["deepseek_v32"].replace(
-        vocab_size=32768,
-        hidden_size=1536,
-        intermediate_size=6144,
-        moe_intermediate_size=768,
-        num_hidden_layers=10,
-        first_k_dense_replace=1,
-        num_attention_heads=16,
-        num_key_value_heads=16,
-        q_lora_rank=768,
-        n_routed_experts=32,
-        n_group=1,
-        topk_group=1,
-        num_experts_per_tok=4,
-        **_SHAPE,
-    ),
-    "2b": presets["deepseek_v32"].replace(
-        vocab_size=32768,
-        hidden_size=2048,
-        intermediate_size=8192,
-        moe_intermediate_size=1024,
-        num_hidden_layers=10,
-        first_k_dense_replace=1,
-        num_attention_heads=16,
-        num_key_value_heads=16,
-        q_lora_rank=1024,
-        n_routed_experts=32,
-        n_group=1,
-        topk_group=1,
-        num_experts_per_tok=4,
-        **_SHAPE,
+    "2b": _LARGE,
+    "1b": _LARGE.replace(
+        hidden_size=1536, intermediate_size=6144, moe_intermediate_size=768, q_lora_rank=768
     ),
 }
 

@@ -28,7 +28,7 @@ import pytest  # noqa: E402
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-COMPILE_FAST = ("elastic", "quant", "train")  # directories of tests
+COMPILE_FAST = ("elastic", "quant", "train", "test_decode.py")  # directories and files of tests
 _compiler_now = {"less": False}
 
 jaxtyping.install_import_hook(["jaxmoe", "pallas_kernels", "quant"], "typechecking.check")
@@ -72,7 +72,8 @@ def _type_checks(request):
 @pytest.fixture(autouse=True, scope="module")
 def _compiler(request):
     """XLA optimises less where tests compile large programs and run them a few times: half the time."""
-    less = request.node.path.parent.name in COMPILE_FAST
+    path = request.node.path
+    less = path.name in COMPILE_FAST or path.parent.name in COMPILE_FAST
     if _compiler_now["less"] != less:
         jax.config.update("jax_disable_most_optimizations", less)
         jax.clear_caches()

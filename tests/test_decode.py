@@ -94,14 +94,6 @@ def backend(request):
         jax.clear_caches()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compiled_quickly():
-    """Without LLVM's optimisations: what is tested is which rows are read and written, not how fast."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @functools.cache
 def _model(name: str):
     """(params, config, tokens [B, T], logits of the whole sequences)."""

@@ -63,6 +63,11 @@ class MoeOptions:
             raise ValueError(f"token_axes must include {self.axis!r}; got {self.token_axes}.")
 
 
+def options_on(mesh: Mesh | None, *, fp8: bool = False) -> MoeOptions:
+    """How whole sequences pass the experts on a mesh, or on one device (None)."""
+    return MoeOptions("local" if mesh is None else "all_to_all", mesh, fp8=fp8)
+
+
 def _dense(
     x: jax.Array, slots: jax.Array, weights: jax.Array, experts: Experts, act: str
 ) -> jax.Array:

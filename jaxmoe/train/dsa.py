@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxmoe import checkpoint
 from jaxmoe.config import ModelConfig
 from jaxmoe.model import PassOptions, run
-from jaxmoe.moe import MoeOptions
+from jaxmoe.moe import options_on
 from jaxmoe.params import Params, abstract_params, init_params, path_name
 from jaxmoe.train.config import TrainConfig
 from jaxmoe.train.data import Batch
@@ -141,14 +141,13 @@ def _recall_sums(
     params: Params, batch: Batch, config: ModelConfig, mesh: Mesh | None
 ) -> list[jax.Array]:
     """Per segment float32 [layers, 2]: attention inside the selection, and queries, summed over rows of width T + 1."""
-    moe = MoeOptions() if mesh is None else MoeOptions("all_to_all", mesh)
     output = run(
         params,
         config,
         batch.tokens[:, :-1],
         starts=batch.starts[:, :-1],
         valid=jnp.broadcast_to((batch.weights > 0).any(1)[:, None], batch.starts[:, :-1].shape),
-        options=PassOptions("dense", moe=moe, index_recall=True),
+        options=PassOptions("dense", moe=options_on(mesh), index_recall=True),
     )
     # A segment's members take turns.
     parts = [[s.index_recall for s in segment] for segment in output.stats]

@@ -21,7 +21,7 @@ from jaxmoe import checkpoint
 from jaxmoe.config import ModelConfig
 from jaxmoe.errors import JaxMoeError
 from jaxmoe.model import PassOptions, run, unembed
-from jaxmoe.moe import MoeOptions
+from jaxmoe.moe import options_on
 from jaxmoe.params import Params
 from jaxmoe.train.config import TrainConfig
 from jaxmoe.train.data import Batch, Corpus, DataOptions, Loader, evaluation_rows, load_corpus
@@ -83,9 +83,10 @@ def scored_nats(
     params: Params, batch: Batch, config: ModelConfig, mesh: Mesh | None, attention: str = "sparse"
 ) -> jax.Array:
     """Sum of the nats of the targets that count, each by its weight: rows of width T + 1."""
-    moe = MoeOptions() if mesh is None else MoeOptions("all_to_all", mesh)
     tokens, starts = batch.tokens[:, :-1], batch.starts[:, :-1]
-    output = run(params, config, tokens, starts=starts, options=PassOptions(attention, moe=moe))
+    output = run(
+        params, config, tokens, starts=starts, options=PassOptions(attention, moe=options_on(mesh))
+    )
     nats = cross_entropy(unembed(params, output.hidden), batch.tokens[:, 1:])
     weights = batch.weights[:, 1:]
     return jnp.where(weights > 0, nats * weights, 0.0).sum()
@@ -175,13 +176,12 @@ class Run:
         c = train_config
         self.loader = Loader(corpus, c.seed, c.batch_size, c.seq_len)
         self.checkpoints = directory / CHECKPOINTS
-        self.topology: dict[str, Any] | None = None  # of what is copied to host memory to be saved
-        self.skipped: frozenset[int] = frozenset()
+        self.skipped = SkippedSteps()
         self.flops = step_flops(config, train_config)
         # A run that goes on doesn't need what it began with.
         begun = checkpoint.latest_step(self.checkpoints) is not None
-        saved = checkpoint.restore_extra(self.checkpoints) if begun else {}
-        saved = saved.get("initial parameters")
+        self.saved = checkpoint.restore_extra(self.checkpoints) if begun else None
+        origin = (self.saved or {}).get("initial parameters")
         # As JSON gives them back.
         self.identity = json.loads(
             json.dumps(
@@ -189,7 +189,7 @@ class Run:
                     "training options": train_config.trajectory(),
                     "corpus": corpus.fingerprint,
                     "model config": config.to_dict(),
-                    "initial parameters": {} if init_from is None else origin_of(init_from, saved),
+                    "initial parameters": {} if init_from is None else origin_of(init_from, origin),
                 }
             )
         )
@@ -203,9 +203,9 @@ class Run:
 
     def start(self) -> TrainState:
         """The last checkpoint's state, or a fresh one."""
-        if checkpoint.latest_step(self.checkpoints) is None:
+        if self.saved is None:
             return init_state(self.config, self.train_config, self.mesh, init_from=self.init_from)
-        _same_run(checkpoint.restore_extra(self.checkpoints), self.identity, self.directory)
+        _same_run(self.saved, self.identity, self.directory)
         target = abstract_state(self.config, self.train_config).opt_state
         restored = checkpoint.restore(self.checkpoints, self.mesh, train_state=target)
         step = jnp.asarray(restored.step, jnp.int32)
@@ -214,8 +214,8 @@ class Run:
             return state
         return jax.device_put(state, state_shardings(self.config, self.train_config, self.mesh))
 
-    def save(self, state: TrainState) -> None:
-        """Saves what ``start`` needs."""
+    def save(self, state: TrainState, topology: dict[str, Any] | None = None) -> None:
+        """Saves what ``start`` needs; ``topology`` as of ``checkpoint.save``."""
         checkpoint.save(
             self.checkpoints,
             state.params,
@@ -223,7 +223,7 @@ class Run:
             int(state.step),
             train_state=state.opt_state,
             extra=self.identity,
-            topology=self.topology,
+            topology=topology,
             keep=self.train_config.keep,
             overwrite=True,
         )
@@ -270,24 +270,30 @@ class Run:
         record["mfu"] = round(self.flops / seconds / self.peak_flops(), 4)
         return state, record
 
-    def check_finite(self, record: dict[str, Any]) -> None:
-        """Counts steps skipped in a row, and raises LossNotFinite if they are too many."""
+
+class SkippedSteps:
+    """Counts steps skipped in a row."""
+
+    def __init__(self):
+        self._steps: frozenset[int] = frozenset()
+
+    def check(self, record: dict[str, Any], train_config: TrainConfig) -> None:
+        """Takes a step's record; raises LossNotFinite if too many were skipped."""
         # By number: after a rank is lost steps are done again.
-        self.skipped = self.skipped | {record["step"]} if record["skipped"] else frozenset()
-        if len(self.skipped) < MAX_SKIPPED:
+        self._steps = self._steps | {record["step"]} if record["skipped"] else frozenset()
+        if len(self._steps) < MAX_SKIPPED:
             return
-        c = self.train_config
+        c = train_config
         raise LossNotFinite(
-            f"steps {record['step'] - MAX_SKIPPED + 1} to {record['step']} were skipped because loss, gradient or update were not finite; lower "
-            f"learning_rate (now {c.peak_learning_rate}) or clip_norm ({c.clip_norm}). What is saved in {self.checkpoints} is finite."
+            f"steps {min(self._steps)} to {record['step']} were skipped because loss, gradient or update were not finite; lower "
+            f"learning_rate (now {c.peak_learning_rate}) or clip_norm ({c.clip_norm}). What is saved of the run is finite."
         )
 
 
 def progress_of(record: dict[str, Any], steps: int) -> Progress:
-    """What a progress display gets of a line of ``metrics.jsonl``; a loss that is no number is NaN."""
-    loss = math.nan if record["loss"] is None else record["loss"]
+    """What a progress display gets of a step's record."""
     skipped, bits = bool(record["skipped"]), record.get("bits_per_byte")
-    return Progress(record["step"], steps, loss, record["tokens_per_s"], bits, skipped)
+    return Progress(record["step"], steps, record["loss"], record["tokens_per_s"], bits, skipped)
 
 
 def metrics_of(directory: pathlib.Path, step: int) -> contextlib.AbstractContextManager[Any]:
@@ -298,9 +304,7 @@ def metrics_of(directory: pathlib.Path, step: int) -> contextlib.AbstractContext
 def record_of(step: int, metrics: dict[str, Any], seconds: float, tokens: int) -> dict[str, Any]:
     """A line of ``metrics.jsonl``."""
     record: dict[str, Any] = {"step": step}
-    figures = {name: float(value) for name, value in metrics.items() if name != "load"}
-    # JSON has no NaN.
-    record |= {name: value if math.isfinite(value) else None for name, value in figures.items()}
+    record |= {name: float(value) for name, value in metrics.items() if name != "load"}
     if "load" in metrics:
         load = np.asarray(metrics["load"], np.float64)
         record["load_max_over_mean"] = [round(float(x), 4) for x in load.max(1) / load.mean(1)]
@@ -353,7 +357,6 @@ def train(
         )
     this.peak_flops()  # measured while memory is free
     state = this.start()
-    this.topology = checkpoint.topology_of(state.params)
     if jax.process_index() == 0:
         directory.mkdir(parents=True, exist_ok=True)
         corpus.put_tokenizer(directory)
@@ -390,7 +393,7 @@ def _steps(
                 saver.save(state)
             if on_progress is not None:
                 on_progress(progress_of(record, c.steps))
-            this.check_finite(record)
+            this.skipped.check(record, c)
             if stop and not last:
                 break
     if stop and not received:  # another process's, and this one ends with it

@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxmoe.config import ModelConfig
 from jaxmoe.model import LayerStats, PassOptions, mtp_hidden, run, unembed
-from jaxmoe.moe import MoeOptions
+from jaxmoe.moe import options_on
 from jaxmoe.params import Params
 from jaxmoe.train.config import TrainConfig
 from jaxmoe.train.data import Batch
@@ -81,8 +81,7 @@ def pass_options(
     config: ModelConfig, train_config: TrainConfig, mesh: Mesh | None = None
 ) -> PassOptions:
     """How the training pass is computed; on a mesh, experts exchange tokens over its "expert" axis."""
-    path = "local" if mesh is None else "all_to_all"
-    moe = MoeOptions(path, mesh, fp8=train_config.fp8)
+    moe = options_on(mesh, fp8=train_config.fp8)
     index_loss = config.index_topk is not None and train_config.index_weight > 0
     return PassOptions(train_config.attention, index_loss, moe, train_config.remat)
 

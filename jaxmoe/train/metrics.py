@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import pathlib
 import time
 from collections.abc import Iterator
@@ -62,7 +63,11 @@ class Metrics:
             self._events.close()
 
     def write(self, record: dict[str, Any]) -> None:
-        """Adds a step's record."""
+        """Adds a step's record; a number that is not finite becomes null, since JSON has no NaN."""
+        record = {
+            name: None if isinstance(x, float) and not math.isfinite(x) else x
+            for name, x in record.items()
+        }
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
         if self._events is not None:

@@ -2,10 +2,12 @@
 
 import concurrent.futures
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
 
+from jaxmoe import checkpoint
 from jaxmoe.train.step import TrainState
 
 
@@ -23,14 +25,14 @@ def _copy(x: jax.Array) -> jax.Array:
 
 
 class Saver:
-    """Calls ``write(state)`` in a thread of its own, on a copy of the state; one call at a time.
+    """Calls ``write(state, topology)`` in a thread of its own, on a copy of the state; one call at a time.
 
     A step is saved once ``wait`` has returned, or the next ``save``; until then the checkpoint before it is the last one. What
     ``write`` raises, they raise. With several processes, whose writing needs all of them in the same order as their steps, ``save``
     waits itself.
     """
 
-    def __init__(self, write: Callable[[TrainState], None]):
+    def __init__(self, write: Callable[[TrainState, dict[str, Any]], None]):
         self._write = write
         self._threads = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._running: concurrent.futures.Future | None = None
@@ -47,10 +49,11 @@ class Saver:
     def save(self, state: TrainState) -> None:
         """Begins to write ``state`` once what is being written is done."""
         self.wait()
+        topology = checkpoint.topology_of(state.params)  # a copy does not tell it any more
         if jax.process_count() > 1:
-            self._write(state)
+            self._write(state, topology)
             return
-        self._running = self._threads.submit(self._write, jax.tree.map(_copy, state))
+        self._running = self._threads.submit(self._write, jax.tree.map(_copy, state), topology)
 
     def wait(self) -> None:
         """Returns when everything is written."""

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import json
-import math
 import os
 import pathlib
 import re
@@ -21,7 +20,7 @@ from jaxmoe.config import ModelConfig
 from jaxmoe.train.config import TrainConfig
 from jaxmoe.train.data import Batch, Corpus, Loader
 from jaxmoe.train.dsa import initial_params, note_origin, origin_of
-from jaxmoe.train.loop import CHECKPOINTS, MAX_SKIPPED, LossNotFinite, evaluate
+from jaxmoe.train.loop import CHECKPOINTS, SkippedSteps, evaluate
 from jaxmoe.train.loss import loss as model_loss
 from jaxmoe.train.metrics import Metrics
 from jaxmoe.train.step import learning_rate, make_optimizer, update_biases
@@ -172,11 +171,11 @@ class _Files:
                 f"{self.directory} holds a run with another {changed[0]}; choose another directory, or use the same."
             )
 
-    def start(self, fresh: Callable[[], TuneState]) -> TuneState:
-        """The last checkpoint's state, or a fresh one."""
+    def start(self, initial: Callable[[], Any], state_of: Callable[[Any], TuneState]) -> TuneState:
+        """The last checkpoint's state, or one of the ``initial`` parameters, which are not read otherwise."""
         if checkpoint.latest_step(self.checkpoints) is None:
-            return fresh()
-        target = jax.eval_shape(fresh)
+            return state_of(initial())
+        target = jax.eval_shape(state_of, params_lib.abstract_params(self.config))
         rest = (target.opt_state, target.bps, target.laa)
         restored = checkpoint.restore(self.checkpoints, train_state=rest)
         step = jnp.asarray(restored.step, jnp.int32)
@@ -237,8 +236,10 @@ def tune(
         "initial parameters": origin_of(source),
     }
     files = _Files(directory, config, c, identity)
-    initial = initial_params(config, c.seed, source)
-    state = files.start(lambda: otaro.init_state(initial, run, parts["optimizer"]))
+    state = files.start(
+        lambda: initial_params(config, c.seed, source),
+        lambda params: otaro.init_state(params, run, parts["optimizer"]),
+    )
     corpus.put_tokenizer(directory)
     note_origin(directory, source)
     loader, began = Loader(corpus, c.seed, c.batch_size, c.seq_len), time.perf_counter()
@@ -264,17 +265,12 @@ class _Recorder:
 
     def __init__(self, files: _Files, metrics: Metrics, on_step: Callable[[dict], None] | None):
         self.files, self.metrics, self.on_step = files, metrics, on_step
-        self.skipped, self.began = 0, time.perf_counter()
+        self.skipped, self.began = SkippedSteps(), time.perf_counter()
 
     def __call__(self, state: TuneState, record: dict[str, Any]) -> None:
         c, now = self.files.train_config, time.perf_counter()
         seconds, self.began = now - self.began, now
-        # JSON has no NaN.
-        figures = {
-            k: None if isinstance(v, float) and not math.isfinite(v) else v
-            for k, v in record.items()
-        }
-        figures |= {
+        figures = record | {
             "seconds": round(seconds, 4),
             "tokens_per_s": round(c.batch_size * c.seq_len / seconds, 1),
         }
@@ -283,11 +279,7 @@ class _Recorder:
             self.files.save(state)
         if self.on_step is not None:
             self.on_step(figures)
-        self.skipped = self.skipped + 1 if record["skipped"] else 0
-        if self.skipped == MAX_SKIPPED:
-            raise LossNotFinite(
-                f"{MAX_SKIPPED} steps up to {record['step']} had no finite loss or gradient; lower learning_rate (now {c.peak_learning_rate})."
-            )
+        self.skipped.check(record, c)
 
 
 def _visits(directory: pathlib.Path) -> dict[int, int]:

@@ -407,7 +407,7 @@ class ElasticRun:
                 continue
             self._tries = 0
             self._metrics.write(record)
-            self._run.check_finite(record)
+            self._run.skipped.check(record, c)
             if on_progress is not None:
                 on_progress(progress_of(record, c.steps))
 
