@@ -1,12 +1,13 @@
 """From dense to sparse attention in two stages (spec 4.1): does the sparse model lose anything, and do the indexers find what matters?
 
     python -m bench.dsa_stages --task recall --output runs/dsa_recall --json bench/results/dsa_stages_recall.json
-    python -m bench.dsa_stages --task stdlib --context 4096 --output runs/dsa_stdlib --json bench/results/dsa_stages_stdlib.json
+    python -m bench.dsa_stages --task stdlib --output runs/dsa_stdlib --json bench/results/dsa_stages_stdlib.json
 
-A dense model is pre-trained; then it goes on dense, and from the same parameters through the warm-up of its indexers into sparse
-training with topk an eighth of the context, with the same steps, rates and data as the dense one (the warm-up moves no parameter of the
-model). Held-out nats per token of both, and the indexers' recall. Tasks: "recall", pairs of key and value of which each document has its
-own, asked for again anywhere later; "stdlib", the sources of Python's standard library. A run that is there already is gone on with.
+A dense model is pre-trained on short rows, then on rows of the whole context. From there it goes on dense, and from the same parameters
+through the warm-up of its indexers into sparse training with topk an eighth of the context, with the same steps, rates and data as the
+dense one (the warm-up moves no parameter of the model). Held-out nats per token of both, and the indexers' recall. Tasks: "recall", pairs
+of key and value of which each document has its own, asked for again a few times far later; "stdlib", the sources of Python's standard
+library. A run that is there already is gone on with.
 """
 
 import json
@@ -23,16 +24,23 @@ from jaxmoe.train.plot import plot_run, read_metrics
 
 KEYS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 VALUES = "0123456789+-*/=<>()"
+ASKED = 6  # times that a key comes back, if a document is long: some 600 bytes after its last time in 4096
+NAMES = ("short", "pretrain", "dense", "warmup", "sparse")
 
 
 def recall_document(generator: np.random.Generator, length: int) -> str:
-    """Pairs like "Q7": first every key with a value drawn for this document, then keys again with that value, or a dot and a space."""
-    value = dict(zip(KEYS, generator.choice(list(VALUES), len(KEYS)), strict=True))
-    table = [key + value[key] for key in generator.permutation(list(KEYS))]
-    asked = generator.choice(list(KEYS), length // 2)
-    filler = generator.random(length // 2) < 0.5
+    """Pairs like "Q7": first some keys with values drawn for this document, then keys again with their value, or a dot and a space.
+
+    A short document has a few keys, often asked for, from which recall is learned soon; one of 4096 bytes has all.
+    """
+    number = min(len(KEYS), max(6, length // 32))
+    keys = generator.permutation(list(KEYS))[:number]
+    value = dict(zip(keys, generator.choice(list(VALUES), number), strict=True))
+    asked = generator.choice(keys, length // 2)
+    share = min(0.9, ASKED * number / (length // 2))
+    filler = generator.random(length // 2) > share
     rest = [". " if empty else key + value[key] for key, empty in zip(asked, filler, strict=True)]
-    return "".join([*table, *rest])[:length]
+    return "".join([*(key + value[key] for key in keys), *rest])[:length]
 
 
 def write_recall(path: pathlib.Path, documents: int, length: int, seed: int) -> pathlib.Path:
@@ -53,6 +61,7 @@ def small_model(context: int, topk: int) -> ModelConfig:
         num_attention_heads=2,
         hidden_size=96,
         intermediate_size=192,
+        index_n_heads=8,
         index_topk=topk,
         max_position_embeddings=max(context, 4096),
         initializer_range=0.08,
@@ -78,63 +87,81 @@ def rows_of(name: str, record: dict[str, Any], **shape: Any) -> list[dict[str, A
     return rows
 
 
+def _corpus(args: Any, context: int, rows: int) -> pathlib.Path | None:
+    """Where the task's documents for rows of ``context`` are; each fills one, with its end-of-document token."""
+    if args.task != "recall":
+        return None
+    target = args.output / f"corpus_{context}.jsonl"
+    held_out = args.eval_bytes // context * 20  # a twentieth is held out
+    return write_recall(target, rows + held_out, context - 1, args.seed)
+
+
+def _runs(args: Any) -> dict[str, pathlib.Path]:
+    """Runs all stages: their directories by name."""
+    home: dict[str, pathlib.Path] = {}
+    config = small_model(args.context, args.context // 8)
+    data = _corpus(args, args.context, args.batch * max(args.steps[1:]))
+    brief = _corpus(args, args.short_context, args.short_batch * args.steps[0] // 4)
+
+    def run(name: str, stage: str, before: str | None, index_weight: float) -> None:
+        steps, short = args.steps[NAMES.index(name)], name == "short"
+        c = TrainConfig(
+            stage=stage,
+            steps=steps,
+            batch_size=args.short_batch if short else args.batch,
+            seq_len=args.short_context if short else args.context,
+            learning_rate=args.rates[NAMES.index(name)],
+            warmup_steps=20,
+            index_weight=index_weight,
+            eval_every=max(1, steps // 6),
+            eval_bytes=args.eval_bytes,
+            probe_bytes=args.eval_bytes // 4,
+            save_every=max(1, steps // 2),
+            seed=args.seed,
+        )
+        home[name] = args.output / name
+        start = None if before is None else home[before]
+        train(config, c, home[name], data=brief if short else data, init_from=start)
+        record = last(home[name])
+        found = f"{record['held_out_loss']:.4f} nats, recall {record.get('index_recall')}"
+        print(f"{name}: {found}", flush=True)
+
+    run("short", "pretrain", None, 0.0)
+    run("pretrain", "pretrain", "short", 0.0)
+    run("dense", "pretrain", "pretrain", 0.0)
+    run("warmup", "dsa_warmup", "pretrain", 1.0)
+    run("sparse", "dsa_sparse", "warmup", 1.0)
+    return home
+
+
 def main() -> None:
     """Runs the experiment."""
     options = _harness.parser(__doc__.splitlines()[0])
     options.add_argument("--task", choices=["recall", "stdlib"], default="recall")
-    options.add_argument("--context", type=int, default=1024)
-    options.add_argument("--batch", type=int, default=4)
-    options.add_argument("--steps", type=int, nargs=3, default=[300, 60, 60], metavar="N")
-    options.add_argument("--rates", type=float, nargs=3, default=[4e-3, 1e-2, 1e-3], metavar="RATE")
+    options.add_argument("--context", type=int, default=4096)
+    options.add_argument("--batch", type=int, default=2)
+    options.add_argument("--short-context", type=int, default=256)
+    options.add_argument("--short-batch", type=int, default=32)
+    stages = {"nargs": 5, "metavar": tuple(name.upper() for name in NAMES)}
+    # The dense and the sparse run have the same number of steps and the same rate.
+    options.add_argument("--steps", type=int, default=[1500, 40, 60, 60, 60], **stages)
+    options.add_argument("--rates", type=float, default=[4e-3, 2e-3, 5e-4, 1e-2, 5e-4], **stages)
     options.add_argument("--eval-bytes", type=int, default=65536)
     options.add_argument("--output", type=pathlib.Path, default=pathlib.Path("runs/dsa_stages"))
     options.add_argument(
         "--plot", type=pathlib.Path, help="also write the picture of the stages here"
     )
     args = options.parse_args()
-    topk = args.context // 8
-    config, data = small_model(args.context, topk), None
-    if args.task == "recall":
-        # Each is a row: its bytes and the end-of-document token.
-        documents = args.batch * max(args.steps) + args.eval_bytes // args.context * 20
-        target = args.output / "corpus.jsonl"
-        data = write_recall(target, documents, args.context - 1, args.seed)
-
-    def run(name: str, stage: str, i: int, before: pathlib.Path | None, index_weight: float):
-        every = max(1, args.steps[i] // 6)
-        c = TrainConfig(
-            stage=stage,
-            steps=args.steps[i],
-            batch_size=args.batch,
-            seq_len=args.context,
-            learning_rate=args.rates[i],
-            warmup_steps=20,
-            index_weight=index_weight,
-            eval_every=every,
-            eval_bytes=args.eval_bytes,
-            probe_bytes=args.eval_bytes // 4,
-            save_every=10**6,
-            seed=args.seed,
-        )
-        directory = args.output / name
-        train(config, c, directory, data=data, init_from=before)
-        print(
-            f"{name}: {last(directory)['held_out_loss']:.4f} nats, recall {last(directory).get('index_recall')}",
-            flush=True,
-        )
-        return directory
-
-    dense = run("pretrain", "pretrain", 0, None, 0.0)
-    longer = run("dense", "pretrain", 2, dense, 0.0)
-    warm = run("warmup", "dsa_warmup", 1, dense, 1.0)
-    sparse = run("sparse", "dsa_sparse", 2, warm, 1.0)
-    shape = {"task": args.task, "context": args.context, "topk": topk}
+    if args.steps[2] != args.steps[4] or args.rates[2] != args.rates[4]:
+        raise SystemExit("--steps and --rates must be the same for DENSE and SPARSE.")
+    home = _runs(args)
+    shape = {"task": args.task, "context": args.context, "topk": args.context // 8}
     rows: list[dict[str, Any]] = []
-    for name, directory in (("dense", longer), ("after warm-up", warm), ("sparse", sparse)):
-        rows += rows_of(name, last(directory), **shape)
-    difference = last(sparse)["held_out_loss"] - last(longer)["held_out_loss"]
+    for name in NAMES[2:]:
+        rows += rows_of(name, last(home[name]), **shape)
+    difference = last(home["sparse"])["held_out_loss"] - last(home["dense"])["held_out_loss"]
     rows.append({"name": "sparse minus dense", "value": difference, "unit": "nats", **shape})
-    plot_run(sparse, args.plot)
+    plot_run(home["sparse"], args.plot)
     _harness.finish("dsa_stages", rows, {}, args.json)
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from bench import _harness
 from jaxmoe import presets
 from jaxmoe.config import ModelConfig
+from jaxmoe.model import REMAT
 from jaxmoe.params import active_param_count, param_count
 from jaxmoe.report import median_row
 from jaxmoe.train import TrainConfig, init_state, train_step
@@ -57,7 +58,8 @@ def main() -> None:
     options.add_argument("--dtype", choices=COMPUTE_DTYPES, default="float32")
     options.add_argument("--stage", choices=STAGES, default="pretrain")
     options.add_argument("--fp8", action="store_true", help="experts' products of 8 bits")
-    options.add_argument("--no-remat", action="store_true")
+    options.add_argument("--remat", choices=REMAT, default="core")
+    options.add_argument("--remat-moe", choices=REMAT)
     args = options.parse_args()
     config = MODELS.get(args.model) or presets[args.model]
     run = TrainConfig(
@@ -67,7 +69,8 @@ def main() -> None:
         accumulate=args.accumulate,
         compute_dtype=args.dtype,
         fp8=args.fp8,
-        remat=not args.no_remat,
+        remat=args.remat,
+        remat_moe=args.remat_moe,
     )
     run.check(config)
     state = init_state(config, run)

@@ -26,6 +26,7 @@ from quant.tensor import SefpTensor
 
 ATTENTION_MODES = ("sparse", "dense")
 CORES = (None, "masked", "gathered")
+REMAT = ("none", "full", "core", "dots")
 
 
 class LayerStats(NamedTuple):
@@ -67,7 +68,10 @@ class PassOptions(NamedTuple):
       attention: "sparse" (the indexer selects topk keys) or "dense" (all visible keys; how the indexer is first trained).
       index_loss: compute the indexer's KL loss.
       moe: how experts are computed.
-      remat: recompute each layer in the backward pass instead of keeping its activations.
+      remat: what each layer recomputes in the backward pass instead of keeping it, one of ``REMAT``: none; full, all but the
+        layer's input; core, all but core attention's result, which is small and dear; dots, all but that and the products with
+        weights.
+      remat_moe: the same for layers with experts, whose activations are the most; None: as the others.
       core: how sparse attention is computed: "gathered" reads the selected rows only, "masked" multiplies all pairs and masks;
         None for what is faster at this length (``sparse_attention.gathers``). Equal up to rounding.
       index_recall: with "dense", measure how much of the attention the indexer's selection would have kept.
@@ -76,15 +80,20 @@ class PassOptions(NamedTuple):
     attention: str = "sparse"
     index_loss: bool = False
     moe: MoeOptions = MoeOptions()
-    remat: bool = False
+    remat: str = "none"
     core: str | None = None
     index_recall: bool = False
+    remat_moe: str | None = None
 
     def gathers(self, config: ModelConfig, length: int) -> bool:
         """Whether sequences of ``length`` are attended to by row."""
         if self.attention != "sparse" or not config.is_mla:
             return False
         return sparse_attention.gathers(length, config.index_topk, self.core)
+
+    def remat_of(self, p: dict) -> str:
+        """``remat`` of the layer with these parameters."""
+        return self.remat if self.remat_moe is None or "moe" not in p else self.remat_moe
 
 
 # -- one layer -------------------------------------------------------------------------------------
@@ -204,10 +213,17 @@ def concatenate(parts: list[Entries]) -> Entries:
     }
 
 
-def _remat(layer: Callable[..., Any]) -> Callable[..., Any]:
-    """The layer recomputed in the backward pass, but for what is small and dear: core attention's result."""
-    names = {*core_attention.SAVED, *sparse_attention.SAVED}
-    keep = jax.checkpoint_policies.save_only_these_names(*names)
+def _remat(layer: Callable[..., Any], remat: str) -> Callable[..., Any]:
+    """The layer with what ``PassOptions.remat`` says recomputed in the backward pass."""
+    if remat == "none":
+        return layer
+    policies = jax.checkpoint_policies
+    core = policies.save_only_these_names(*core_attention.SAVED, *sparse_attention.SAVED)
+    keep = {
+        "full": policies.nothing_saveable,
+        "core": core,
+        "dots": policies.save_from_both_policies(core, policies.dots_with_no_batch_dims_saveable),
+    }[remat]
     return jax.checkpoint(layer, static_argnums=(1, 4), policy=keep)
 
 
@@ -266,8 +282,7 @@ def run(
             entries, stats = [], []
             for kind, p in zip(kinds, members, strict=True):
                 layer = functools.partial(sequence_layer, kind=kind, keep_selection=keep)
-                if options.remat:
-                    layer = _remat(layer)
+                layer = _remat(layer, options.remat_of(p))
                 x, e, s, chosen = layer(p, config, x, r, options, tables, selection, starts, valid)
                 selection = chosen if keep else None
                 entries.append(e)
@@ -329,8 +344,7 @@ def mtp_hidden(
     # Embedding first: the checkpoint's order, not the report's equation 21.
     x = linear(jnp.concatenate([embedded, previous], axis=-1), p["proj"])
     layer = functools.partial(sequence_layer, kind=config.mtp_kind)
-    if options.remat:
-        layer = _remat(layer)
+    layer = _remat(layer, options.remat_of(p["layer"]))
     r = rotation(config, _positions(next_tokens, starts))
     x, _, stats, _ = layer(p["layer"], config, x, r, options, tables, None, starts, valid)
     return rms_norm(x, p["norm"], config.rms_norm_eps), stats

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmoe.config import LayerKind, ModelConfig
+from quant.tensor import is_sefp
 
 Params = dict[str, Any]
 
@@ -192,8 +193,9 @@ def path_name(path: tuple[Any, ...]) -> str:
 
 
 def flatten(tree: Any) -> dict[str, Any]:
-    """``{path name: leaf}`` in tree order."""
-    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    """``{path name: leaf}`` in tree order; a parameter in SEFP is one leaf."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_sefp)
+    return {path_name(path): leaf for path, leaf in leaves}
 
 
 def abstract_params(config: ModelConfig, dtype: Any = jnp.float32, shardings: Any = None) -> Params:

@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxmoe import params as params_lib
 from jaxmoe.config import ModelConfig
+from quant.tensor import SefpTensor
 
 MESH_AXES = ("data", "expert", "tensor")
 
@@ -91,7 +92,59 @@ def shardings(config: ModelConfig, mesh: Mesh, rules: Rules | None = None) -> An
     )
 
 
-def specs(config: ModelConfig) -> Any:
-    """Tree of ``PartitionSpec`` with the structure of the parameters, whatever the sizes: slots may outnumber experts."""
+def _sefp_spec(
+    spec: params_lib.Spec, tensor: SefpTensor, mesh: Mesh, rules: Rules, name: str
+) -> PartitionSpec:
+    """Of all arrays of a parameter in SEFP, [*batch, groups, outputs, ...]: whole groups, in runs of one length.
+
+    Raises:
+      ValueError: as ``partition_spec``; or if the groups, or all outputs together, are not divisible.
+    """
+    axes = [*partition_spec(spec, mesh, rules, name)]
+    axes += [None] * (len(spec.shape) - len(axes))
+    layout, (*_, groups, columns) = tensor.layout, tensor.stored.exponent.shape
+    ends = len(axes) - layout.inputs - layout.outputs
+    first = layout.outputs if layout.outputs_first else layout.inputs
+    sides = [axes[ends : ends + first], axes[ends + first :]]
+    inputs, outputs = reversed(sides) if layout.outputs_first else sides
+    merged = []
+    for what, size, side in (("groups of 64", groups, inputs), ("outputs", columns, outputs)):
+        split = [axis for axis in side if axis is not None]
+        for axis in split:
+            if size % mesh.shape[axis]:
+                raise ValueError(
+                    f"{name}: its {size} {what} in SEFP are not divisible by mesh axis {axis!r} of size {mesh.shape[axis]}; use a "
+                    "divisor, or replicate it by Rules."
+                )
+        merged.append(split[0] if split else None)
+    return PartitionSpec(*axes[:ends], *merged)
+
+
+def shardings_of(params: Any, config: ModelConfig, mesh: Mesh, rules: Rules | None = None) -> Any:
+    """``shardings`` with the structure of ``params`` (arrays or their shapes), of which some may be in SEFP.
+
+    A parameter in SEFP is split along groups and outputs, never within a group. If one of several merged axes was to be split, the
+    merged one is: its runs then hold other weights than those of the array would, which matters to none but ``shard_map``.
+    """
+    rules = rules or Rules()
+
+    def one(path: Any, spec: params_lib.Spec, leaf: Any) -> Any:
+        name = params_lib.path_name(path)
+        if not isinstance(leaf, SefpTensor):
+            return NamedSharding(mesh, partition_spec(spec, mesh, rules, name))
+        sharding = NamedSharding(mesh, _sefp_spec(spec, leaf, mesh, rules, name))
+        return jax.tree.map(lambda _: sharding, leaf)
+
+    return jax.tree_util.tree_map_with_path(one, params_lib.spec(config), params)
+
+
+def specs(config: ModelConfig, params: Any = None) -> Any:
+    """Tree of ``PartitionSpec`` with the structure of the parameters, whatever the sizes: slots may outnumber experts.
+
+    Args:
+      config: the model.
+      params: parameters, if some are in SEFP.
+    """
     mesh = make_mesh(devices=jax.devices()[:1])
-    return jax.tree.map(lambda sharding: sharding.spec, shardings(config, mesh))
+    found = shardings(config, mesh) if params is None else shardings_of(params, config, mesh)
+    return jax.tree.map(lambda sharding: sharding.spec, found)

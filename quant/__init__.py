@@ -9,10 +9,12 @@ from quant.params import (
     bits_per_weight,
     decode_params,
     nbytes,
+    pin_widths,
     quantize_params,
     tensors,
+    width_for_bytes,
 )
-from quant.planes import load_planes, save_planes
+from quant.planes import load_planes, planes_metadata, save_planes
 from quant.rules import DEFAULT_RULES, Rule
 from quant.tensor import Layout, SefpTensor
 
@@ -36,7 +38,10 @@ __all__ = [
     "load_planes",
     "nbytes",
     "otaro_tune",
+    "pin_widths",
+    "planes_metadata",
     "quantize_params",
     "save_planes",
     "tensors",
+    "width_for_bytes",
 ]

@@ -1,13 +1,16 @@
 """A model's parameters in SEFP, and what they weigh at each width."""
 
-from collections.abc import Sequence
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from pallas_kernels import sefp
-from quant.rules import DEFAULT_RULES, Rule, map_ruled
+from pallas_kernels.sefp.format import BASE_WIDTH
+from quant.rules import DEFAULT_RULES, Rule, map_ruled, name_of
 from quant.tensor import SefpTensor, check_group, is_sefp
 
 
@@ -73,6 +76,71 @@ def at_width(params: Any, width: int) -> Any:
         )
     return jax.tree.map(
         lambda x: x.truncate(width) if is_sefp(x) and not x.pinned else x, params, is_leaf=is_sefp
+    )
+
+
+def pin_widths(params: Any, widths: Mapping[str, int]) -> Any:
+    """``params`` with modules of their own widths, whatever the others' is: nothing is copied or decoded.
+
+    Args:
+      params: parameters in SEFP.
+      widths: for the parameters whose path contains a match of a regular expression; the first that matches counts. Their planes
+        beyond it are left out.
+
+    Raises:
+      ValueError: if an expression matches nothing in SEFP, or a width isn't stored; both are named.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> q = quantize_params({name: {"weight": jnp.ones((64, 2))} for name in ("proj", "lm_head")})
+      >>> at_width(pin_widths(q, {"lm_head": 6}), 3)
+      {'lm_head': {'weight': SefpTensor(E5M6, shape=(64, 2), 114 bytes)}, 'proj': {'weight': SefpTensor(E5M3, shape=(64, 2), 66 bytes)}}
+    """
+    unused = set(widths)
+
+    def one(path: tuple[Any, ...], leaf: Any) -> Any:
+        name = name_of(path)
+        pattern = next((p for p in widths if is_sefp(leaf) and re.search(p, name)), None)
+        if pattern is None:
+            return leaf
+        unused.discard(pattern)
+        try:
+            return dataclasses.replace(leaf.truncate(widths[pattern]), pinned=True)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+
+    pinned = jax.tree_util.tree_map_with_path(one, params, is_leaf=is_sefp)
+    if unused:
+        raise ValueError(
+            f"widths: {sorted(unused)[0]!r} matches no parameter in SEFP; use a part of a path such as attention/o/weight."
+        )
+    return pinned
+
+
+def width_for_bytes(params: Any, size_bytes: int) -> int:
+    """The widest width at which all parameters (or their shapes) have at most ``size_bytes``.
+
+    Raises:
+      ValueError: if none is in SEFP, or the narrowest width has more.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> q = quantize_params({"proj": {"weight": jnp.ones((128, 4))}})
+      >>> [width_for_bytes(q, size) for size in (10_000, 583, 264)]
+      [8, 7, 3]
+    """
+    stored = [t.width for t in tensors(params) if not t.pinned]
+    if not stored:
+        raise ValueError(
+            f"size_bytes={size_bytes} needs SEFP weights, and these parameters have none; make them with "
+            "quant.quantize_params(params)."
+        )
+    for width in range(min(stored), BASE_WIDTH - 1, -1):
+        if nbytes(params, width) <= size_bytes:
+            return width
+    least = nbytes(params, BASE_WIDTH)
+    raise ValueError(
+        f"size_bytes must be at least {least}, what E5M{BASE_WIDTH} has; got {size_bytes}. Use a smaller model."
     )
 
 

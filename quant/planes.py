@@ -3,13 +3,15 @@
 A safetensors file. A parameter in SEFP is its arrays, named ``PATH@exponent``, ``PATH@base`` and ``PATH@plane3`` to ``PATH@plane7``
 (the plane that width 4 adds is plane3); others are stored under their path. The file begins with what every width reads: first the
 other parameters, then the nibbles, then the planes, plane by plane. So a width's bytes are one run from the file's start (but for planes of
-pinned parameters); the rest isn't even mapped. Metadata: ``{"format": "jaxmoe-sefp-1", "sefp": JSON of {PATH: inputs, outputs, layout, inner, dtype, pinned}}``.
+pinned parameters); the rest isn't even mapped. Metadata: ``{"format": "jaxmoe-sefp-1", "sefp": JSON of {PATH: inputs, outputs, layout, inner, dtype, pinned}}``,
+and whatever texts the caller adds.
 """
 
 import dataclasses
 import json
 import os
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -34,18 +36,45 @@ def _arrays(name: str, t: SefpTensor) -> dict[str, Any]:
     return stored | {f"{name}@plane{i}": plane for i, plane in planes}
 
 
+def describe(t: SefpTensor) -> dict[str, Any]:
+    """What is not in a tensor's arrays, for JSON; ``described`` takes it."""
+    return {
+        "inputs": t.inputs,
+        "outputs": t.outputs,
+        "layout": dataclasses.asdict(t.layout),
+        "inner": t.stored.inner,
+        "dtype": t.dtype.name,
+        "pinned": t.pinned,
+    }
+
+
+def described(about: Mapping[str, Any], exponent: Any, base: Any, planes: Any) -> SefpTensor:
+    """A tensor from its arrays, or what stands for them, and what ``describe`` gave."""
+    return SefpTensor(
+        Sefp(exponent, base, tuple(planes), about["inner"]),
+        tuple(about["inputs"]),
+        tuple(about["outputs"]),
+        Layout(**about["layout"]),
+        np.dtype(jnp.dtype(about["dtype"])),
+        about["pinned"],
+    )
+
+
 def _order(name: str) -> tuple[int, str]:
     """Place of an array in the file: what more widths read comes first. Pinned parameters' planes are read at every width."""
     _, mark, part = name.rpartition("@")
     return (int(part[5:]) if mark and part.startswith("plane") else int(bool(mark)), name)
 
 
-def save_planes(path: str | os.PathLike[str], params: Any) -> int:
+def save_planes(
+    path: str | os.PathLike[str], params: Any, metadata: Mapping[str, str] | None = None
+) -> int:
     """Writes parameters, in SEFP or not, to one file.
 
     Args:
       path: of the file; one that exists is replaced at once.
       params: nested dicts and lists of arrays and ``SefpTensor``.
+      metadata: texts to store along (``planes_metadata``).
 
     Returns:
       The file's size in bytes.
@@ -54,7 +83,7 @@ def save_planes(path: str | os.PathLike[str], params: Any) -> int:
       TypeError, ValueError: for a dtype or a name that the format doesn't have.
     """
     arrays: dict[str, Any] = {}
-    described: dict[str, Any] = {}
+    about: dict[str, Any] = {}
     for keys, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_sefp):
         name = name_of(keys)
         if "@" in name or len(name.split("/")) != len(keys):
@@ -63,15 +92,9 @@ def save_planes(path: str | os.PathLike[str], params: Any) -> int:
             arrays[name] = leaf
             continue
         arrays |= _arrays(name, leaf)
-        described[name] = {
-            "inputs": leaf.inputs,
-            "outputs": leaf.outputs,
-            "layout": dataclasses.asdict(leaf.layout),
-            "inner": leaf.stored.inner,
-            "dtype": leaf.dtype.name,
-            "pinned": leaf.pinned,
-        }
-    header: dict[str, Any] = {"__metadata__": {"format": FORMAT, "sefp": json.dumps(described)}}
+        about[name] = describe(leaf)
+    texts = dict(metadata or {}) | {"format": FORMAT, "sefp": json.dumps(about)}
+    header: dict[str, Any] = {"__metadata__": texts}
     end, names = 0, sorted(arrays, key=_order)
     for name in names:
         dtype = np.dtype(arrays[name].dtype)
@@ -120,12 +143,17 @@ def _header(path: pathlib.Path) -> tuple[dict[str, Any], int]:
     return header, 8 + size
 
 
-def load_planes(path: str | os.PathLike[str], width: int = MASTER_WIDTH) -> Any:
+def planes_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+    """The texts of a file of ``save_planes``; reads no arrays. Errors as of ``load_planes``."""
+    return _header(pathlib.Path(path))[0]["__metadata__"]
+
+
+def load_planes(path: str | os.PathLike[str], width: int | None = None) -> Any:
     """Parameters at ``width``, from a file of ``save_planes``; planes beyond it are not even mapped.
 
     Args:
       path: of the file.
-      width: 3 to 8. Pinned parameters have their own.
+      width: 3 to what is stored; None for that. Pinned parameters have their own.
 
     Returns:
       The tree that was saved (lists where keys are 0, 1, ...), its parameters in SEFP at ``width``.
@@ -135,7 +163,7 @@ def load_planes(path: str | os.PathLike[str], width: int = MASTER_WIDTH) -> Any:
     """
     path = pathlib.Path(path)
     header, start = _header(path)
-    described = json.loads(header.pop("__metadata__")["sefp"])
+    about = json.loads(header.pop("__metadata__")["sefp"])
 
     def read(name: str) -> jax.Array:
         entry = header[name]
@@ -146,10 +174,8 @@ def load_planes(path: str | os.PathLike[str], width: int = MASTER_WIDTH) -> Any:
         return jnp.asarray(np.memmap(path, dtype, "r", offset, shape))
 
     tree: dict[str, Any] = {}
-    for name in [*described, *(n for n in header if "@" not in n)]:
-        leaf = (
-            _tensor(name, described[name], header, width, read) if name in described else read(name)
-        )
+    for name in [*about, *(n for n in header if "@" not in n)]:
+        leaf = _tensor(name, about[name], header, width, read) if name in about else read(name)
         *parents, last = name.split("/")
         node = tree
         for parent in parents:
@@ -158,26 +184,18 @@ def load_planes(path: str | os.PathLike[str], width: int = MASTER_WIDTH) -> Any:
     return _with_lists(tree)
 
 
-def _tensor(name: str, about: dict[str, Any], header: dict, width: int, read: Any) -> SefpTensor:
+def _tensor(
+    name: str, about: dict[str, Any], header: dict, width: int | None, read: Any
+) -> SefpTensor:
     planes = [f"{name}@plane{i}" for i in range(BASE_WIDTH, MASTER_WIDTH)]
     planes = [p for p in planes if p in header]
-    if not about["pinned"]:
+    if not about["pinned"] and width is not None:
         if not BASE_WIDTH <= width <= BASE_WIDTH + len(planes):
             raise ValueError(
                 f"width must be from {BASE_WIDTH} to the stored {BASE_WIDTH + len(planes)}; got {width}."
             )
         planes = planes[: width - BASE_WIDTH]
-    stored = Sefp(
-        read(f"{name}@exponent"), read(f"{name}@base"), tuple(map(read, planes)), about["inner"]
-    )
-    return SefpTensor(
-        stored,
-        tuple(about["inputs"]),
-        tuple(about["outputs"]),
-        Layout(**about["layout"]),
-        np.dtype(jnp.dtype(about["dtype"])),
-        about["pinned"],
-    )
+    return described(about, read(f"{name}@exponent"), read(f"{name}@base"), map(read, planes))
 
 
 def _with_lists(tree: Any) -> Any:

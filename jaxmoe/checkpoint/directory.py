@@ -1,11 +1,14 @@
 """A model's directory of whatever kind: Hugging Face's, a native checkpoint's, or a training run's."""
 
+import functools
 import os
 import pathlib
 from typing import Any
 
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
+from jaxmoe import sharding
 from jaxmoe.checkpoint import hf, native
 from jaxmoe.config import ModelConfig
 from jaxmoe.params import Params
@@ -51,7 +54,11 @@ def load_config(directory: str | os.PathLike[str]) -> ModelConfig:
 
 
 def load(
-    directory: str | os.PathLike[str], dtype: Any = jnp.float32, *, mtp: bool = True
+    directory: str | os.PathLike[str],
+    dtype: Any = jnp.float32,
+    *,
+    mtp: bool = True,
+    mesh: Mesh | None = None,
 ) -> tuple[Params, ModelConfig]:
     """Parameters and config of a checkpoint.
 
@@ -59,14 +66,16 @@ def load(
       directory: as for ``locate``.
       dtype: of the parameters.
       mtp: whether to keep multi-token-prediction layers, if there are any.
+      mesh: over which the parameters are split as they are read; default: on one device. All its processes must call.
 
     Raises:
       ValueError: no checkpoint; otherwise as ``load_hf`` and ``restore``.
     """
     path = locate(directory)
     if is_hf(path):
-        return hf.load_hf(path, dtype, mtp=None if mtp else False)
-    params, config, *_ = native.restore(path.parent, dtype=dtype, step=int(path.name))
+        where = None if mesh is None else functools.partial(sharding.shardings, mesh=mesh)
+        return hf.load_hf(path, dtype, mtp=None if mtp else False, shardings=where)
+    params, config, *_ = native.restore(path.parent, mesh, dtype=dtype, step=int(path.name))
     if mtp:
         return params, config
     kept = {name: value for name, value in params.items() if name != "mtp"}

@@ -4,7 +4,7 @@ Layout of ``directory/<step>/``::
 
   state/          written by Orbax: zarr, uncompressed, because float weights hardly compress and
                   because files can then be read in parts. One expert of one layer is one file, so
-                  that recovery reads what it lost.
+                  that recovery reads what it lost. A parameter in SEFP is several arrays (``_sefp_leaves``).
   metadata.json   format version, config, topology, versions, the leaves, the user's extras
   MANIFEST        size and CRC-32 of every other file; written last
 
@@ -24,12 +24,19 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from jaxmoe import params as params_lib
 from jaxmoe import sharding as sharding_lib
-from jaxmoe.checkpoint import _experts, _manifest, _steps, _train_state
-from jaxmoe.checkpoint._layout import check_dtype, flat_params, summarise, unflatten
+from jaxmoe.checkpoint import (
+    _experts,
+    _manifest,
+    _sefp_leaves,
+    _steps,
+    _targets,
+    _train_state,
+)
+from jaxmoe.checkpoint._layout import check_dtype, flat_params, unflatten
 from jaxmoe.config import ModelConfig
 from jaxmoe.errors import CheckpointMismatch
 
@@ -94,7 +101,7 @@ def save(
 
     Args:
       directory: holds one subdirectory per step; created if needed.
-      params: parameters of ``config``, sharded or not.
+      params: parameters of ``config``, sharded or not, in SEFP or not.
       config: their architecture; saved along.
       step: non-negative step number.
       train_state: optional pytree of arrays, PRNG keys (typed or raw) and Python scalars, e.g. an
@@ -135,13 +142,11 @@ def save(
             f"step {step} already exists in {root}; pass overwrite=True, or another step."
         )
     # numpy leaves go through device_put (no copy on CPU): Orbax chunks only jax arrays.
-    flat = {
-        name: x if isinstance(x, jax.Array) else jax.device_put(x)
-        for name, x in flat_params(params, config).items()
-    }
+    flat, sefp = _sefp_leaves.apart(flat_params(params, config))
+    flat = {name: x if isinstance(x, jax.Array) else jax.device_put(x) for name, x in flat.items()}
     packed = _train_state.pack(train_state)
     topology = topology or topology_of(flat)
-    metadata = _metadata_json(flat, config, step, packed, extra, topology)
+    metadata = _metadata_json(flat, sefp, config, step, packed, extra, topology)
 
     arrays = {_orbax_name(name): leaf for name, leaf in flat.items()} | packed.arrays
     temporary = _steps.temporary(root, step)
@@ -193,6 +198,7 @@ def topology_of(params: params_lib.Params) -> dict[str, Any]:
 
 def _metadata_json(
     flat: dict[str, jax.Array],
+    sefp: dict[str, Any],
     config: ModelConfig,
     step: int,
     packed: _train_state.Packed,
@@ -210,6 +216,7 @@ def _metadata_json(
         "params": {
             name: {"shape": list(x.shape), "dtype": x.dtype.name} for name, x in flat.items()
         },
+        "sefp": sefp,
         "train_state": packed.entries,
         "extra": extra or {},
     }
@@ -327,23 +334,23 @@ def restore(
     metadata = read_metadata(path, manifest)
     config = ModelConfig.from_dict(metadata["config"])
     specs = params_lib.flatten(params_lib.spec(config))
-    _check_params(path, specs, metadata["params"])
-    wanted = {}
-    shardings = None if mesh is None else sharding_lib.shardings(config, mesh, rules)
-    abstract = params_lib.abstract_params(config, np.float32 if dtype is None else dtype, shardings)
-    targets = params_lib.flatten(abstract)
-    for name, target in targets.items():
-        if dtype is None:
-            target = target.update(dtype=metadata["params"][name]["dtype"])
-        wanted[_orbax_name(name)] = target
+    about = metadata.get("sefp", {})
+    saved = _sefp_leaves.together(_targets.structs(metadata["params"]), about)
+    _targets.check_params(path, specs, saved)
+    targets = _targets.targets(config, saved, mesh, rules, dtype)
+    parts = [_sefp_leaves.parts_of(name, target) for name, target in targets.items()]
+    wanted = {_orbax_name(name): x for own in parts for name, x in own.items()}
     state = None
     if train_state is not None:
         state = _train_state.Targets(path, metadata["train_state"], train_state)
-        wanted |= _placed(state, targets, mesh)
+        wanted |= _targets.placed(state, targets, mesh)
     arrays = _orbax_restore(path / _STATE, wanted)
-    flat = {name: arrays.pop(_orbax_name(name)) for name in specs}
+    flat = {name: arrays.pop(_orbax_name(name)) for own in parts for name in own}
     if mesh is None:  # one leaf at a time: on CPU an unaligned one is copied
-        flat = {name: jax.device_put(flat.pop(name)) for name in specs}
+        flat = {name: jax.device_put(flat.pop(name)) for name in list(flat)}
+    flat = _sefp_leaves.together(flat, about)
+    if dtype is not None:
+        flat = {n: x.astype(dtype) if n in about else x for n, x in flat.items()}
     tree = None if state is None else state.build(arrays)
     return Restored(unflatten(flat, config), config, step, metadata["extra"], tree)
 
@@ -380,46 +387,6 @@ def read_metadata(path: pathlib.Path, manifest: _manifest.Manifest) -> dict[str,
             "Use the jaxmoe that wrote it."
         )
     return metadata
-
-
-def _check_params(
-    path: pathlib.Path, specs: dict[str, params_lib.Spec], saved: dict[str, Any]
-) -> None:
-    problems = [
-        f"missing {name}: expected shape {s.shape}"
-        for name, s in specs.items()
-        if name not in saved
-    ]
-    for name, entry in saved.items():
-        shape = tuple(entry["shape"])
-        if name not in specs:
-            problems.append(f"unexpected {name}: found shape {shape}")
-        elif shape != specs[name].shape:
-            problems.append(f"wrong shape {name}: expected {specs[name].shape}, found {shape}")
-    if problems:
-        raise CheckpointMismatch(
-            summarise(f"{path} was written with another parameter layout", problems)
-        )
-
-
-def _placed(
-    state: _train_state.Targets, params: dict[str, jax.ShapeDtypeStruct], mesh: Mesh | None
-) -> dict[str, jax.ShapeDtypeStruct]:
-    """train_state targets, those without a sharding placed like the parameter they mirror."""
-
-    def follow(path: str, shape: tuple[int, ...]) -> Any:
-        parts = path.split("/")
-        for i in range(len(parts)):
-            param = params.get("/".join(parts[i:]))
-            if param is not None and param.shape == shape:
-                return param.sharding
-        return NamedSharding(mesh, PartitionSpec())
-
-    placed = state.arrays()
-    for name, target in placed.items():
-        if mesh is not None and target.sharding is None and name not in state.on_host:
-            placed[name] = target.update(sharding=follow(state.paths[name], target.shape))
-    return placed
 
 
 def _orbax_restore(path: pathlib.Path, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
@@ -475,7 +442,12 @@ def restore_experts(
     """
     _, path = _steps.find(pathlib.Path(directory).absolute(), step)
     manifest = _manifest.read(path)
-    config = ModelConfig.from_dict(read_metadata(path, manifest)["config"])
+    metadata = read_metadata(path, manifest)
+    config = ModelConfig.from_dict(metadata["config"])
+    if metadata.get("sefp"):
+        raise CheckpointMismatch(
+            f"{path} holds parameters in SEFP, of which single experts cannot be read; restore it, or save unquantised weights."
+        )
     store = _experts.Store(
         path, manifest, lambda leaf: f"{_STATE}/{_orbax_name(leaf)}", verify=verify
     )

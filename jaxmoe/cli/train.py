@@ -24,6 +24,7 @@ from jaxmoe.train.data import DataOptions, gzip_bits_per_byte, make_tokenizer
 from jaxmoe.train.devices import DeviceOptions
 from jaxmoe.train.elastic import ElasticOptions, train_elastic
 from jaxmoe.train.plot import plot_run
+from jaxmoe.train.step import abstract_state
 
 
 @contextlib.contextmanager
@@ -90,16 +91,16 @@ def fit_vocabulary(
     return config
 
 
-def check_memory(config: ModelConfig) -> None:
+def check_memory(config: ModelConfig, train_config: TrainConfig) -> None:
     """Raises ValueError if not even the state of training fits into this machine, before the system kills the process."""
     if jax.default_backend() != "cpu" or not hasattr(os, "sysconf"):
         return
-    # Parameters and two moments, in float32.
-    needed = 3 * 4 * param_count(config, include_mtp=True)
+    state = jax.tree.leaves(abstract_state(config, train_config))
+    needed = sum(x.size * x.dtype.itemsize for x in state)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > memory:
         raise ValueError(
-            f"training {param_count(config, include_mtp=True):,} parameters needs at least {needed / 2**30:.0f} GiB; this "
+            f"stage {train_config.stage} of {param_count(config, include_mtp=True):,} parameters needs at least {needed / 2**30:.0f} GiB; this "
             f"machine has {memory / 2**30:.0f}. Choose a smaller --model, such as tiny or small."
         )
 
@@ -115,7 +116,7 @@ def run_and_report(
     mesh: Mesh | None = None,
 ) -> tuple[Summary, list[dict], dict[str, float]]:
     """Trains with a progress bar, prints the outcome, draws the plot; with ``elastic`` on ranks that may die."""
-    check_memory(config)
+    check_memory(config, train_config)
     console.print(
         f"{param_count(config, include_mtp=True):,} parameters, {active_param_count(config):,} active per token; "
         f"{train_config.steps} steps of {train_config.batch_size} x {train_config.seq_len} {'bytes' if data.tokenizer is None else 'tokens'}"

@@ -119,7 +119,7 @@ def tune(
         otaro_config(name, options.steps, search)
     check(options)
     config = find_config(str(locate(source)))
-    check_memory(config)
+    check_memory(config, options)
     corpus = load_corpus(data)
     results = [score_source(source, config, options, corpus)]
     for name in method:

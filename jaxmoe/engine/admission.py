@@ -13,6 +13,7 @@ from jaxmoe.engine import grammar
 from jaxmoe.engine.requests import Chunk, Request, SamplingParams
 from jaxmoe.engine.stream import Progress, Stream, key_data
 from jaxmoe.engine.text import StoppableText
+from jaxmoe.engine.widths import Widths
 from jaxmoe.tokenizer import ByteTokenizer, FileTokenizer
 
 
@@ -24,6 +25,7 @@ class Admission:
       tokenizer: for text prompts, stop texts and results.
       max_length: tokens that a request may have.
       cancel: ends a request by its name.
+      widths: which there are, and which one a request gets.
     """
 
     def __init__(
@@ -32,9 +34,10 @@ class Admission:
         tokenizer: ByteTokenizer | FileTokenizer,
         max_length: int,
         cancel: Callable[[str], bool],
+        widths: Widths,
     ):
         self._config, self._tokenizer, self._max_length = config, tokenizer, max_length
-        self._cancel = cancel
+        self._cancel, self._widths = cancel, widths
         eos = config.eos_token_id
         self._eos = frozenset(() if eos is None else np.atleast_1d(np.asarray(eos)).tolist())
 
@@ -62,6 +65,9 @@ class Admission:
                 raise ValueError(
                     f"logit_bias names token {token}; ids must be below vocab_size ({self._config.vocab_size})."
                 )
+        width = self._widths.choose(ids, sampling)
+        if width != sampling.width:
+            sampling = dataclasses.replace(sampling, width=width)
         if not isinstance(priority, int):
             raise TypeError(f"priority must be an integer; got {priority!r}.")
         request = Request(ids, sampling, priority, _deadline(timeout_s), request_id or "")

@@ -22,6 +22,7 @@ from jaxmoe.engine.runner import Change, ElasticRunner, Outcome, Runner
 from jaxmoe.engine.scheduler import Limits, Scheduler
 from jaxmoe.engine.stats import EngineStats, Events, Smoothed
 from jaxmoe.engine.stream import Stream
+from jaxmoe.engine.widths import WidthPolicy, Widths
 from jaxmoe.errors import JaxMoeError
 from jaxmoe.params import Params
 from jaxmoe.tokenizer import ByteTokenizer, FileTokenizer
@@ -59,6 +60,7 @@ class Engine:
       options: sizes and limits.
       mesh: ranks along its axis "expert": each owns its requests' cache pages and its share of the experts.
       cluster: ranks that may fail and return (``elastic.Cluster``), which hold the parameters; ``params`` is None then.
+      width_policy: (prompt, sampling) to the SEFP width of a request that names none; may return None (``engine.widths``).
 
     Example:
       >>> import jax, jaxmoe
@@ -78,6 +80,7 @@ class Engine:
         *,
         mesh: Mesh | None = None,
         cluster: ElasticRunner | None = None,
+        width_policy: WidthPolicy | None = None,
     ):
         self.config, self.options, self.cluster = config, options, cluster
         self.tokenizer = tokenizer if tokenizer is not None else ByteTokenizer()
@@ -88,8 +91,10 @@ class Engine:
                 f"({config.max_position_embeddings}); shorten it."
             )
         sizes = options.sizes(self.max_length)
+        widths = Widths(params, options.widths, options.width, options.draft_width, width_policy)
+        self.widths = widths.served
         if cluster is None:
-            self._runner = Runner(params, config, sizes, mesh)
+            self._runner = Runner(widths.params, config, sizes, mesh)
         else:
             self._runner = cluster
             cluster.start(sizes)
@@ -101,10 +106,10 @@ class Engine:
             options.max_running,
             options.max_step_tokens,
             options.max_waiting,
-            options.speculative_tokens,
+            options.draft_rows,
         )
         self._scheduler = Scheduler(pools, limits)
-        self._admission = Admission(config, self.tokenizer, self.max_length, self.cancel)
+        self._admission = Admission(config, self.tokenizer, self.max_length, self.cancel, widths)
         self._requests: dict[str, Request] = {}
         self._lock = threading.RLock()
         self._wake = threading.Condition(self._lock)
@@ -277,6 +282,7 @@ class Engine:
                 waiting=self._scheduler.waiting_count,
                 running=self._scheduler.running_count,
                 preemptions=self._scheduler.preemptions,
+                width_steps=dict(self._scheduler.width_steps),
                 steps=self._steps,
                 prompt_tokens=self._prompt_tokens,
                 cached_tokens=self._cached_tokens,

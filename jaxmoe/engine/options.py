@@ -28,10 +28,16 @@ class EngineOptions:
     prefix_reuse: bool = True
     """Whether prompts that begin like earlier ones reuse their cache rows."""
     speculative_tokens: int = 0
-    """Tokens that the model's multi-token-prediction module guesses ahead; they change the speed and, where a token's
-    arithmetic does not depend on who shares its step (``Engine``), no token."""
+    """Tokens that are guessed ahead, by the model's multi-token-prediction module or at ``draft_width``; they change the speed
+    and, where a token's arithmetic does not depend on who shares its step (``Engine``), no token."""
     cache_dtype: Literal["float32", "bfloat16", "fp8"] | None = None
     """How the cache stores its rows; default: as the parameters. fp8: latent attention in 8 bits with scales."""
+    widths: tuple[int, ...] | None = None
+    """SEFP widths that requests may ask for; each compiles its own steps. Default: all that are stored."""
+    width: int | None = None
+    """SEFP width of requests that ask for none; default: the widest."""
+    draft_width: int | None = None
+    """SEFP width at which the model itself guesses ahead for requests at higher ones; default: its MTP module does."""
 
     def __post_init__(self):
         for name in (
@@ -49,11 +55,21 @@ class EngineOptions:
             raise ValueError(
                 f"speculative_tokens must be >= 0; got {self.speculative_tokens}. Use 0 for none."
             )
+        if (self.draft_width is not None) and not self.speculative_tokens:
+            raise ValueError(
+                f"draft_width={self.draft_width} needs speculative_tokens >= 1, the tokens to guess; got 0."
+            )
         if self.cache_dtype not in (None, *cache_rows.FORMATS):
             raise ValueError(
                 f"cache_dtype must be one of {', '.join(cache_rows.FORMATS)}, or None for the parameters' own; "
                 f"got {self.cache_dtype!r}."
             )
+
+    @property
+    def draft_rows(self) -> int:
+        """Rows that making drafts writes behind a step's: the MTP module's first guess needs none of its own."""
+        module = self.draft_width is None
+        return max(self.speculative_tokens - 1, 0) if module else self.speculative_tokens
 
     def sizes(self, max_length: int) -> Sizes:
         """The shapes of a runner whose requests may have ``max_length`` tokens."""
@@ -67,4 +83,5 @@ class EngineOptions:
             table,
             self.speculative_tokens,
             self.cache_dtype,
+            self.draft_width,
         )

@@ -1,12 +1,12 @@
 """Pages of the cache: who holds which, and which already hold the beginning of a new prompt.
 
 Full pages of computed tokens are nodes of a radix tree: a node's path spells the tokens before it, so two requests
-whose prompts begin alike share pages. A page is *held* while a request counts on it, *idle* while only the tree
+whose prompts begin alike share pages. Rows of different kinds (weights read at another width) have trees of their own. A page is *held* while a request counts on it, *idle* while only the tree
 remembers it (the oldest idle pages are reused first), and *free* otherwise.
 """
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 
 from jaxmoe.errors import JaxMoeError
 
@@ -40,7 +40,7 @@ class PagePool:
         self.pages, self.page_size, self.reuse = pages, page_size, reuse
         self._free = list(range(pages - 1, -1, -1))
         self._holders = [0] * pages
-        self._root = _Node(None, (), -1)
+        self._roots: dict[Hashable, _Node] = {}
         self._node_of: dict[int, _Node] = {}
         # Oldest first. A page's descendants are released before it, so the oldest idle page is always a leaf.
         self._idle: OrderedDict[int, _Node] = OrderedDict()
@@ -60,25 +60,28 @@ class PagePool:
         """Pages kept only because a later prompt may begin with what they hold."""
         return len(self._idle)
 
-    def _path(self, tokens: Sequence[int]) -> Iterator[int]:
+    def _root(self, kind: Hashable) -> _Node:
+        return self._roots.setdefault(kind, _Node(None, (), -1))
+
+    def _path(self, tokens: Sequence[int], kind: Hashable) -> Iterator[int]:
         """Pages that contain the longest beginning of ``tokens``, but never all of them."""
-        node, size = self._root, self.page_size
+        node, size = self._root(kind), self.page_size
         for start in range(0, len(tokens) - size, size):
             node = node.children.get(tuple(tokens[start : start + size]))
             if node is None:
                 return
             yield node.page
 
-    def known(self, tokens: Sequence[int]) -> int:
+    def known(self, tokens: Sequence[int], kind: Hashable = None) -> int:
         """How many of ``tokens`` ``match`` would find."""
-        return sum(self.page_size for _ in self._path(tokens))
+        return sum(self.page_size for _ in self._path(tokens, kind))
 
-    def match(self, tokens: Sequence[int]) -> list[int]:
-        """Holds and returns the pages that already contain the longest beginning of ``tokens``.
+    def match(self, tokens: Sequence[int], kind: Hashable = None) -> list[int]:
+        """Holds and returns the pages that already contain the longest beginning of ``tokens``, in rows of this kind.
 
         Whole pages only, and never all of ``tokens``: the last token must still be computed, for its logits.
         """
-        pages = list(self._path(tokens))
+        pages = list(self._path(tokens, kind))
         for page in pages:
             self._hold(page)
         return pages
@@ -94,14 +97,14 @@ class PagePool:
             self._holders[page] = 1
         return pages
 
-    def publish(self, tokens: Sequence[int], pages: Sequence[int]) -> None:
+    def publish(self, tokens: Sequence[int], pages: Sequence[int], kind: Hashable = None) -> None:
         """Lets later prompts find ``pages``, which hold the rows of ``tokens``; a last, partly filled page is passed over.
 
         Where the same tokens are already known under another page, that one stays.
         """
         if not self.reuse:
             return
-        node, size = self._root, self.page_size
+        node, size = self._root(kind), self.page_size
         for i in range(len(tokens) // size):
             key = tuple(tokens[i * size : (i + 1) * size])
             child = node.children.get(key)

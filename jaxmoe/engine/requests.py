@@ -77,7 +77,7 @@ class SamplingParams:
     form: Form | None = None
     """What else than JSON the output must look like: see ``jaxmoe.engine.grammar``."""
     width: int | None = None
-    """SEFP mantissa bits to read the weights at; reserved, must be None."""
+    """SEFP mantissa bits, 3 to 8, at which the weights are read; None for the engine's policy or default."""
 
     def __post_init__(self):
         if not isinstance(self.max_new_tokens, int) or self.max_new_tokens < 1:
@@ -108,10 +108,8 @@ class SamplingParams:
             raise ValueError("stop must not contain an empty text; leave it out.")
         if self.form is not None and self.json_schema is not None:
             raise ValueError("form and json_schema must not both be given; leave one out.")
-        if self.width is not None:
-            raise ValueError(
-                f"width={self.width} needs SEFP weights, which this version cannot serve; leave width out."
-            )
+        if self.width is not None and not 3 <= self.width <= 8:
+            raise ValueError(f"width must be in 3..8 or None; got {self.width}.")
 
     def _check_kinds(self) -> None:
         """What would only fail on the engine's thread, and there end everyone's requests."""
@@ -121,6 +119,7 @@ class SamplingParams:
             "logit_bias": (_pairs, "a tuple of (token id, number) pairs, e.g. ((65, -5.0),)"),
             "logprobs": (_maybe(int), "an integer in 0..20 or None"),
             "seed": (_maybe(int), "an integer or None"),
+            "width": (_maybe(int), "an integer in 3..8 or None"),
             "json_schema": (_maybe(str), "JSON text or None; use json.dumps"),
             "form": (_is_form, "a form of jaxmoe.engine.grammar or None"),
         }
@@ -196,6 +195,7 @@ class Result:
       finish_reason: as in ``Chunk``.
       time_to_first_token_s: from submission.
       total_s: from submission to the end.
+      width: SEFP bits at which the weights were read; None if they aren't in SEFP.
     """
 
     request_id: str
@@ -207,6 +207,7 @@ class Result:
     finish_reason: str
     time_to_first_token_s: float
     total_s: float
+    width: int | None = None
 
 
 @dataclasses.dataclass(eq=False)
@@ -252,6 +253,11 @@ class Request:
     def __post_init__(self):
         if not self.request_id:
             self.request_id = f"req-{secrets.token_hex(8)}"
+
+    @property
+    def width(self) -> int | None:
+        """SEFP bits at which the weights are read for it; only requests of one width share a step, or pages."""
+        return self.sampling.width
 
     @property
     def length(self) -> int:

@@ -3,7 +3,7 @@
 import contextlib
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -13,34 +13,15 @@ from jax.sharding import Mesh
 from jaxmoe.cache import init_cache
 from jaxmoe.config import ModelConfig
 from jaxmoe.engine import sampling
+from jaxmoe.engine.drafts import Drafter, Outcome, after, further, sampling_ones
 from jaxmoe.engine.requests import TokenLogprobs
 from jaxmoe.engine.sampling import Ask, Sampled
 from jaxmoe.engine.scheduler import Work
-from jaxmoe.engine.step import Batch, make_program, pack, tiles_of
+from jaxmoe.engine.step import Batch, StepResult, make_program, pack
 from jaxmoe.layers.attention import Entries
 from jaxmoe.params import Params
-from jaxmoe.sharding import shardings
-
-
-class Outcome(NamedTuple):
-    """What a step has given a request.
-
-    Attributes:
-      work: what was computed.
-      tokens: the next token, after it one for every draft that was right; empty if the work does not sample.
-      logprobs: one for each token, if the request asks for them.
-      drafts: likely tokens after these.
-    """
-
-    work: Work
-    tokens: tuple[int, ...] = ()
-    logprobs: tuple[TokenLogprobs, ...] = ()
-    drafts: tuple[int, ...] = ()
-
-    @property
-    def accepted(self) -> tuple[int, ...]:
-        """Drafts that were right."""
-        return self.tokens[:-1]
+from jaxmoe.sharding import shardings_of
+from quant import at_width
 
 
 class Sizes(NamedTuple):
@@ -54,6 +35,7 @@ class Sizes(NamedTuple):
       table: pages that a request may have.
       drafts: tokens to guess after each sampled one; 0 for no speculation.
       cache_dtype: as in ``init_cache``; None for the parameters'.
+      draft_width: at which the model itself makes the drafts; None if its MTP module does.
     """
 
     running: int
@@ -63,6 +45,7 @@ class Sizes(NamedTuple):
     table: int
     drafts: int
     cache_dtype: str | None = None
+    draft_width: int | None = None
 
     def rows(self, size: int) -> int:
         """Rows of logits of a step of ``size`` tokens."""
@@ -204,8 +187,12 @@ class Runner:
     the tokens after the sampled one; the next step computes them too, and those that equal what is then
     sampled are kept. What is sampled does not depend on the guesses.
 
+    With a draft width the model itself guesses, its weights read at that width. It has no cache of its own: it attends to the rows
+    that verified tokens have, at the request's width, and puts those of its guesses behind them in the same pages, where the next
+    step, which reads none of them, writes its own.
+
     Args:
-      params: parameters.
+      params: parameters by the width of the requests that they are for.
       config: the model.
       sizes: shapes.
       mesh: ranks along its axis "expert", or None for one device.
@@ -213,11 +200,19 @@ class Runner:
 
     epoch = 0  # ranks of a mesh neither come nor go
 
-    def __init__(self, params: Params, config: ModelConfig, sizes: Sizes, mesh: Mesh | None):
-        if sizes.drafts and "mtp" not in params:
+    def __init__(
+        self,
+        params: Mapping[int | None, Params],
+        config: ModelConfig,
+        sizes: Sizes,
+        mesh: Mesh | None,
+    ):
+        some = next(iter(params.values()))
+        self._own_drafts = sizes.drafts > 0 and sizes.draft_width is None
+        if self._own_drafts and "mtp" not in some:
             raise ValueError(
                 f"speculative_tokens={sizes.drafts} needs a multi-token-prediction module, which these parameters don't "
-                "have; use 0."
+                "have; use 0, or a draft_width."
             )
         if mesh is not None and "expert" not in mesh.shape:
             raise ValueError(
@@ -228,8 +223,13 @@ class Runner:
         self.program = make_program(config, mesh)
         self._packing = Packing(sizes, self.ranks)
         self.buckets = self._packing.buckets
-        self._params = params if mesh is None else jax.device_put(params, shardings(config, mesh))
-        self._dtype = sizes.cache_dtype or params["embed"]["weight"].dtype
+        if mesh is not None:
+            widest = list(params.values())[-1]
+            widest = jax.device_put(widest, shardings_of(widest, config, mesh))
+            # Others are parts of the widest: nothing is moved twice.
+            params = {w: widest if w is None else at_width(widest, w) for w in params}
+        self._params = dict(params)
+        self._dtype = sizes.cache_dtype or some["embed"]["weight"].dtype
         self._entries, self._draft_entries = self._empty()
         self.load = np.zeros(
             (0, 0), np.int64
@@ -246,7 +246,7 @@ class Runner:
             cache = init_cache(self.config, *pages, self._dtype, **kind)
             return self.program.place_cache(cache.entries)
 
-        return place(), place(mtp=True) if self.sizes.drafts else None
+        return place(), place(mtp=True) if self._own_drafts else None
 
     def restore(self) -> bool:
         """Makes the cache anew, empty, if a commit that failed has taken it along; whether it had."""
@@ -276,15 +276,16 @@ class Runner:
         """Computes and commits a step.
 
         Args:
-          works: by rank.
+          works: by rank, all of one width.
           batches: their arrays, from ``pack``.
 
         Returns:
           What became of every work, in the same order.
         """
         batch, rows, self.computing_s = _concatenate(batches), len(batches[0].rows), 0.0
+        width = next(work.request.width for work in itertools.chain(*works))
         with self._computing():
-            result = self.program.compute(self._params, self._entries, batch, None)
+            result = self.program.compute(self._params[width], self._entries, batch, None)
         inputs = sampling.prepare([asks_of(rank) for rank in works], rows, self.config.vocab_size)
         with self._computing():
             sampled = sampling.finish(result.logits, result.best, inputs)
@@ -297,8 +298,10 @@ class Runner:
         self.load = load + (self.load if self.load.size else 0)
         with self._computing():
             self._entries = self.program.commit(self._entries, result.entries, batch)
-        if self.sizes.drafts:
-            outcomes = self._draft(outcomes, batches, result.hidden)
+        if self._own_drafts:
+            return self._draft(outcomes, batches, self._module(width, result.hidden))
+        if self.sizes.drafts and width is not None and width > self.sizes.draft_width:
+            return self._draft(outcomes, batches, self._narrower())
         return outcomes
 
     @contextlib.contextmanager
@@ -310,35 +313,64 @@ class Runner:
 
     # -- drafts ------------------------------------------------------------------------------------
 
+    def _module(self, width: int | None, hidden: jax.Array) -> Drafter:
+        """The MTP module after a step of this width, whose tokens it sees first; ``hidden`` are theirs."""
+
+        def guess(batch: Batch) -> StepResult:
+            nonlocal hidden
+            params = self._params[width]
+            result = self.program.draft(params, self._draft_entries, hidden, batch, None)
+            hidden = result.hidden
+            return result
+
+        def commit(result: StepResult, batch: Batch) -> None:
+            self._draft_entries = self.program.commit(self._draft_entries, result.entries, batch)
+
+        return Drafter(guess, commit, sees_step=True)
+
+    def _narrower(self) -> Drafter:
+        """The model at the draft width, over the cache as the step has left it."""
+        params = self._params[self.sizes.draft_width]
+
+        def guess(batch: Batch) -> StepResult:
+            return self.program.compute(params, self._entries, batch, None)
+
+        def commit(result: StepResult, batch: Batch) -> None:
+            self._entries = self.program.commit(self._entries, result.entries, batch)
+
+        return Drafter(guess, commit, sees_step=False)
+
     def _draft(
-        self, outcomes: list[list[Outcome]], batches: list[Batch], hidden: jax.Array
+        self, outcomes: list[list[Outcome]], batches: list[Batch], drafter: Drafter
     ) -> list[list[Outcome]]:
-        """Outcomes with drafts; the module's rows are committed, first those of the step's tokens, then of its own drafts."""
+        """Outcomes with drafts; the drafter's rows are committed, first those of the step's tokens, then of its own drafts."""
+        if not drafter.sees_step and not any(sampling_ones(mine) for mine in outcomes):
+            return outcomes
         rows = min(len(batches[0].tokens), self.sizes.running)
-        batches = [_after(mine, b, rows) for mine, b in zip(outcomes, batches, strict=True)]
-        drafts: list[list[tuple[int, ...]]] = [[()] * len(_sampling(mine)) for mine in outcomes]
+        batches = [after(mine, b, rows) for mine, b in zip(outcomes, batches, strict=True)]
+        drafts: list[list[tuple[int, ...]]] = [[()] * len(sampling_ones(mine)) for mine in outcomes]
         for ahead in range(self.sizes.drafts):
             if ahead:
                 batches = self._further(batches, drafts)
+            elif not drafter.sees_step:
+                last = [[o.tokens[-1:] for o in sampling_ones(mine)] for mine in outcomes]
+                batches = self._further(batches, last)
             batch = _concatenate(batches)
             with self._computing():
-                result = self.program.draft(self._params, self._draft_entries, hidden, batch, None)
+                result = drafter.guess(batch)
             asking = [
                 [
                     Ask(o.work.request, (*o.tokens, *d))
-                    for o, d in zip(_sampling(mine), own, strict=True)
+                    for o, d in zip(sampling_ones(mine), own, strict=True)
                 ]
                 for mine, own in zip(outcomes, drafts, strict=True)
             ]
             inputs = sampling.prepare(asking, rows, self.config.vocab_size)
             with self._computing():
                 sampled = sampling.finish(result.logits, result.best, inputs)
-                self._draft_entries = self.program.commit(
-                    self._draft_entries, result.entries, batch
-                )
+                drafter.commit(result, batch)
             if sampled is None:
                 return outcomes
-            hidden = result.hidden
             drafts = [
                 [(*d, int(sampled.token[rank * rows + i])) for i, d in enumerate(own)]
                 for rank, own in enumerate(drafts)
@@ -351,30 +383,44 @@ class Runner:
 
     def _further(self, batches: list[Batch], drafts: list[list[tuple[int, ...]]]) -> list[Batch]:
         page_size = self.sizes.page_size
-        return [_further(b, own, page_size) for b, own in zip(batches, drafts, strict=True)]
+        return [further(b, own, page_size) for b, own in zip(batches, drafts, strict=True)]
 
     # -- compilation -------------------------------------------------------------------------------
 
     def warm_up(self, size: int) -> set[tuple]:
         """Compiles everything that a step of ``size`` tokens may run; returns what that is, each executable once."""
-        batches = self._packing.idle(size)
-        batch = _concatenate(batches)
-        result = self.program.compute(self._params, self._entries, batch, None)
-        self._entries = self.program.commit(self._entries, result.entries, batch)
-        done = {("compute", size), ("commit", size), *_warm_up_sampling(result.logits)}
-        hidden, nobody = result.hidden, [[] for _ in range(self.ranks)]
-        for ahead in range(min(self.sizes.drafts, 2)):  # later ones are like the second
-            if ahead:
-                batches = self._further(batches, nobody)
-            else:
-                batches = [_after([], b, min(size, self.sizes.running)) for b in batches]
-            batch, tokens = _concatenate(batches), len(batches[0].tokens)
-            result = self.program.draft(self._params, self._draft_entries, hidden, batch, None)
-            self._draft_entries = self.program.commit(self._draft_entries, result.entries, batch)
-            hidden = result.hidden
-            done |= {("draft", tokens, len(batch.rows)), ("commit drafts", tokens)}
+        done: set[tuple] = set()
+        for width in self._params:
+            batches = self._packing.idle(size)
+            batch = _concatenate(batches)
+            result = self.program.compute(self._params[width], self._entries, batch, None)
+            self._entries = self.program.commit(self._entries, result.entries, batch)
+            done |= {("compute", width, size, len(batch.rows)), ("commit", size)}
             done |= _warm_up_sampling(result.logits)
+            if self._own_drafts:
+                done |= self._warm_up_drafts(self._module(width, result.hidden), batches, width)
+        if self.sizes.draft_width is not None:
+            batches = self._packing.idle(size)
+            done |= self._warm_up_drafts(self._narrower(), batches, self.sizes.draft_width)
         jax.block_until_ready((self._entries, self._draft_entries))
+        return done
+
+    def _warm_up_drafts(
+        self, drafter: Drafter, batches: list[Batch], width: int | None
+    ) -> set[tuple]:
+        size, nobody = len(batches[0].tokens), [[] for _ in range(self.ranks)]
+        batches = [after([], b, min(size, self.sizes.running)) for b in batches]
+        done: set[tuple] = set()
+        for ahead in range(min(self.sizes.drafts, 2)):  # later ones are like the second
+            if ahead or not drafter.sees_step:
+                batches = self._further(batches, nobody)
+            batch, tokens = _concatenate(batches), len(batches[0].tokens)
+            result = drafter.guess(batch)
+            drafter.commit(result, batch)
+            name = "draft" if drafter.sees_step else "compute"
+            done |= {(name, width, tokens, len(batch.rows))}
+            done |= {("commit drafts" if drafter.sees_step else "commit", tokens)}
+            done |= _warm_up_sampling(result.logits)
         return done
 
 
@@ -386,47 +432,3 @@ def _logprobs(work: Work, sampled: Sampled, row: int) -> TokenLogprobs:
     best = range(work.request.sampling.logprobs)
     top = ((int(sampled.top_tokens[row, i]), float(sampled.top_logprobs[row, i])) for i in best)
     return TokenLogprobs(int(sampled.token[row]), float(sampled.logprob[row]), tuple(top))
-
-
-def _sampling(outcomes: list[Outcome]) -> list[Outcome]:
-    return [outcome for outcome in outcomes if outcome.tokens]
-
-
-def _after(outcomes: list[Outcome], batch: Batch, rows: int) -> Batch:
-    """A rank's step as the MTP module sees it: the token after each position, wrong drafts left out.
-
-    Args:
-      outcomes: of the step.
-      batch: of the step.
-      rows: how many of the tokens may be drafted from: the last right one of every request that has sampled.
-    """
-    tokens, positions = np.zeros_like(batch.tokens), np.full_like(batch.positions, -1)
-    wanted = np.zeros(rows, np.int32)
-    first = number = 0
-    for outcome in outcomes:
-        work = outcome.work
-        following = [*work.request.tokens(work.start + 1, work.stop + 1), *outcome.tokens]
-        kept = slice(first, first + len(following))
-        tokens[kept], positions[kept] = following, work.start + np.arange(len(following))
-        if outcome.tokens:
-            wanted[number] = kept.stop - 1
-            number += 1
-        first += work.size
-    return batch._replace(tokens=tokens, positions=positions, rows=wanted)
-
-
-def _further(batch: Batch, drafts: list[tuple[int, ...]], page_size: int) -> Batch:
-    """A rank's batch of the drafts' own positions: each one behind the row of ``batch`` that it was made from."""
-    number, columns = len(batch.rows), batch.tables.shape[1]
-    tokens, lengths = np.zeros(number, np.int32), np.zeros(number, np.int32)
-    positions = np.full(number, -1, np.int32)
-    slots, last = batch.slots[batch.rows], batch.positions[batch.rows]
-    for i, own in enumerate(drafts):
-        column = (last[i] + 1) // page_size
-        # Without a page for its row a draft is left out; what is guessed from nothing will be refused.
-        if last[i] >= 0 and column < columns and batch.tables[slots[i], column] >= 0:
-            tokens[i], positions[i], lengths[i] = own[-1], last[i] + 1, last[i] + 1
-    spans = np.stack([np.arange(number), np.arange(1, number + 1)], -1).astype(np.int32)
-    tiles = tiles_of([1] * number, number, len(batch.tables))
-    rows = np.arange(number, dtype=np.int32)
-    return Batch(tokens, slots, lengths, spans, positions, batch.tables, rows, tiles)

@@ -3,10 +3,14 @@
 Pure bookkeeping, no arrays. A step carries a flat list of tokens per rank: one per decoding request first, and its
 drafts to verify, then chunks of prompts as far as the budget goes. When pages run out, the request of lowest priority that came last
 gives its pages back and waits again; its tokens, those already produced included, are recomputed later.
+
+Only requests of one width share a step. Widths take turns, step by step, whatever the priorities: all who decode get a token in each
+round. Requests are admitted in one order for all widths.
 """
 
 import dataclasses
 import heapq
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from jaxmoe.engine.pages import PagePool
@@ -46,13 +50,13 @@ class Limits:
       max_running: requests with pages, per rank.
       max_step_tokens: tokens of one step, per rank.
       max_waiting: requests that may wait in all.
-      speculative_tokens: drafts that a step makes for each of its requests.
+      draft_rows: rows that making drafts writes behind those of a request's step.
     """
 
     max_running: int = 32
     max_step_tokens: int = 256
     max_waiting: int = 1024
-    speculative_tokens: int = 0
+    draft_rows: int = 0
 
 
 def _urgency(request: Request) -> tuple[int, int]:
@@ -75,6 +79,8 @@ class Scheduler:
         self._slots = [list(range(limits.max_running - 1, -1, -1)) for _ in pools]
         self.active = frozenset(range(len(pools)))
         self.preemptions = 0
+        self.width_steps: Counter[int | None] = Counter()  # planned so far
+        self._last_turn: dict[int | None, int] = {}
 
     @property
     def waiting(self) -> list[Request]:
@@ -115,10 +121,29 @@ class Scheduler:
         heapq.heappush(self._waiting, (_urgency(request), request))
 
     def plan(self) -> list[list[Work]]:
-        """The next step's work by rank. Assigns pages; admits and preempts as needed."""
+        """The next step's work by rank, all of one width. Assigns pages; admits and preempts as needed."""
+        works: list[list[Work]] = [[] for _ in self.pools]
+        for width in self._turns():
+            works = self._plan_at(width)
+            if any(works):
+                self._last_turn[width] = self.width_steps.total()
+                self.width_steps[width] += 1
+                break
+        return works
+
+    def _turns(self) -> list[int | None]:
+        """Widths that somebody has work for, the one whose last turn is longest ago first."""
+        widths = {request.width for running in self.running for request in running}
+        if self._waiting:
+            widths.add(self._waiting[0][1].width)
+        # Widths in turn for the first time: the widest first, as for a lone request.
+        return sorted(widths, key=lambda w: (self._last_turn.get(w, -1), -(w or 0)))
+
+    def _plan_at(self, width: int | None) -> list[list[Work]]:
         works: list[list[Work]] = [[] for _ in self.pools]
         budgets = [self.limits.max_step_tokens] * len(self.pools)
-        for rank, running in enumerate(self.running):
+        for rank, everyone in enumerate(self.running):
+            running = [request for request in everyone if request.width == width]
             # Decoding requests first: a token each for those who wait for one, whatever prompts arrive.
             decoding = sorted((r for r in running if r.length - r.computed == 1), key=_urgency)
             for request in decoding:
@@ -126,7 +151,7 @@ class Scheduler:
             filling = sorted((r for r in running if r.length - r.computed > 1), key=_urgency)
             for request in filling:
                 self._add(works[rank], request, request.length - request.computed, budgets, rank)
-        self._admit(works, budgets)
+        self._admit(works, budgets, width)
         for rank, mine in enumerate(works):
             works[rank] = self._with_drafts(mine, budgets[rank])
         return works
@@ -140,9 +165,9 @@ class Scheduler:
                 drafts = drafts[:-1]
             budget -= len(drafts)
             extended.append(dataclasses.replace(work, drafts=drafts) if drafts else work)
-            if work.samples and self.limits.speculative_tokens > 1:
+            if work.samples and self.limits.draft_rows:
                 # A draft is made from the row of the one before; without a page for that it is only a poor one.
-                ahead = work.stop + len(drafts) + self.limits.speculative_tokens - 1
+                ahead = work.stop + len(drafts) + self.limits.draft_rows
                 self._grow(request, min(ahead, request.most_tokens))
         return extended
 
@@ -165,34 +190,38 @@ class Scheduler:
         works.append(Work(request, request.computed, stop))
         budgets[rank] -= works[-1].size
 
-    def _admit(self, works: list[list[Work]], budgets: list[int]) -> None:
-        """Starts waiting requests in order of urgency while there is room."""
+    def _admit(self, works: list[list[Work]], budgets: list[int], width: int | None) -> None:
+        """Starts waiting requests in order of urgency while there is room; those of another width compute at its turn."""
         while self._waiting:
             request = self._waiting[0][1]
-            ranks = self._ranks_for(request, budgets)
+            now = request.width == width
+            ranks = self._ranks_for(request, budgets if now else None)
             rank = next((rank for rank in ranks if self._start(request, rank)), None)
             if rank is None:
                 return  # in order: nobody overtakes a request that waits for pages
             heapq.heappop(self._waiting)
-            count = request.length - request.computed
-            self._add(works[rank], request, count, budgets, rank)
+            if now:
+                count = request.length - request.computed
+                self._add(works[rank], request, count, budgets, rank)
 
-    def _ranks_for(self, request: Request, budgets: list[int]) -> list[int]:
+    def _ranks_for(self, request: Request, budgets: list[int] | None) -> list[int]:
         """Ranks that could start the request now, best first: where most is cached already and least is left to compute."""
         tokens = request.tokens(0, request.length)
 
         def left(rank: int) -> int:
             running = sum(other.most_tokens - other.computed for other in self.running[rank])
-            return running - self.pools[rank].known(tokens)
+            return running - self.pools[rank].known(tokens, request.width)
 
-        ranks = [rank for rank in self.active if budgets[rank] and self._slots[rank]]
+        ranks = [
+            rank for rank in self.active if self._slots[rank] and (budgets is None or budgets[rank])
+        ]
         return sorted(ranks, key=lambda rank: (left(rank), -self.pools[rank].available))
 
     def _start(self, request: Request, rank: int) -> bool:
         """Gives a waiting request the pages it shares and those for its tokens; False (and nothing) if it can't have them."""
         pool = self.pools[rank]
         tokens = request.tokens(0, request.length)
-        shared = pool.match(tokens)
+        shared = pool.match(tokens, request.width)
         # The whole of what it has so far, so that it does not start only to be preempted by its own growth.
         missing = self._pages_for(request.length, pool) - len(shared)
         own = pool.allocate(missing)
@@ -235,7 +264,8 @@ class Scheduler:
         request.drafts = ()
         pool = self.pools[request.rank]
         if before // pool.page_size < request.computed // pool.page_size:
-            pool.publish([*request.tokens(0, work.stop), *accepted], request.pages)
+            known = [*request.tokens(0, work.stop), *accepted]
+            pool.publish(known, request.pages, request.width)
 
     def preempt(self, request: Request) -> None:
         """Takes a running request's pages away; it waits again, with its tokens."""

@@ -30,6 +30,7 @@ class EngineStats:
       epoch: of the membership.
       rank_experts: the experts in each rank's slots.
       draining: whether new requests are refused.
+      width_steps: planned steps by the SEFP width of their requests; None where weights have none.
     """
 
     waiting: int
@@ -52,6 +53,7 @@ class EngineStats:
     epoch: int
     rank_experts: list[list[int]]
     draining: bool
+    width_steps: dict[int | None, int] = dataclasses.field(default_factory=dict)
 
 
 class Smoothed:

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -200,22 +200,25 @@ def make_program(config: ModelConfig, mesh: Mesh | None, axis: str = "expert") -
         static = {"config": config, "moe": MoeOptions("local")}
         compute, draft = (jax.jit(functools.partial(f, **static)) for f in (_compute, _draft))
         return Program(compute, draft, jax.jit(_commit, donate_argnums=0), lambda x: x)
-    weights = specs(config)
     by_rank, by_page = PartitionSpec(axis), PartitionSpec(None, axis)
 
     def ranked(
         step: Callable[..., StepResult], *operands: PartitionSpec
     ) -> Callable[..., StepResult]:
         exchange = functools.partial(step, config=config, moe=MoeOptions("exchange", axis=axis))
-        return jax.jit(
-            jax.shard_map(
+
+        @jax.jit
+        def run(params: Params, *others: Any) -> StepResult:
+            weights = specs(config, params)  # of each width's own tree
+            return jax.shard_map(
                 exchange,
                 mesh=mesh,
                 in_specs=(weights, by_page, *operands, by_rank, PartitionSpec()),
                 out_specs=StepResult(by_rank, by_rank, by_rank, by_page, by_rank),
                 check_vma=False,  # custom derivatives hide varying axes
-            )
-        )
+            )(params, *others)
+
+        return run
 
     commit = jax.shard_map(
         _commit, mesh=mesh, in_specs=(by_page, by_page, by_rank), out_specs=by_page, check_vma=False

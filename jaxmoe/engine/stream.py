@@ -120,6 +120,7 @@ class Progress:
             reason,
             first - self.submitted,
             now - self.submitted,
+            request.width,
         )
         self.stream._result = result
         self.stream._finished.set()

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
-from pallas_kernels import grouped_matmul, native, sefp_matmul
+from pallas_kernels import Sefp, grouped_matmul, native, sefp_matmul
 from pallas_kernels.numerics import dot, precision_of
 from quant.tensor import Layout, SefpTensor
 
@@ -59,13 +59,15 @@ def dense(w: Weight) -> jax.Array:
     return w.decode() if isinstance(w, SefpTensor) else w
 
 
-@jax.custom_vjp
-def _matmul_2d(x: jax.Array, w: jax.Array) -> jax.Array:
+def _product(x: jax.Array, w: jax.Array) -> jax.Array:
     return dot(x, w, (1, 0)).astype(x.dtype)
 
 
+_matmul_2d = jax.custom_vjp(_product)
+
+
 def _matmul_2d_forward(x, w):
-    return _matmul_2d(x, w), (x, w)
+    return _product(x, w), (x, w)  # in the open, for policies that keep products
 
 
 def _matmul_2d_backward(residuals, dy):
@@ -85,19 +87,27 @@ def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
 
 def in_place(x: jax.Array, w: Weight) -> bool:
     """Whether a C++ kernel can use w where it lies in its stack, without a copy of the layer."""
-    if not isinstance(w, Stacked) or isinstance(w.stack, SefpTensor):
+    if not isinstance(w, Stacked) or x.dtype != jnp.float32:
         return False
-    if not x.dtype == w.stack.dtype == jnp.float32:
+    if not isinstance(w.stack, SefpTensor) and w.stack.dtype != jnp.float32:
         return False
     return native.available()
+
+
+def _matrices(w: Stacked, inputs: int) -> jax.Array | Sefp:
+    """All layers as [L, K, N]; no copy."""
+    if isinstance(w.stack, SefpTensor):
+        return w.stack.stored
+    return w.stack.reshape(w.stack.shape[0], inputs, -1)
 
 
 def _matmul_stacked(x: jax.Array, w: Stacked, inputs: int) -> jax.Array:
     """x [..., K] times a layer of w as [K, N]."""
     rows = math.prod(x.shape[:-1])
-    stack = w.stack.reshape(w.stack.shape[0], inputs, -1)
+    stack = _matrices(w, inputs)
     if not in_place(x, w):
-        return matmul(x, dense(Stacked(stack, w.layer)))
+        one = own(Stacked(stack, w.layer))
+        return sefp_matmul(x, one) if isinstance(one, Sefp) else matmul(x, one)
     every_row = jnp.full(1, rows, jnp.int32)
     y = grouped_matmul(x.reshape(rows, inputs), stack, every_row, group_offset=w.layer)
     return y.reshape(*x.shape[:-1], stack.shape[2])
@@ -119,10 +129,10 @@ def linear(x: jax.Array, p: dict[str, Any], *, contract: int = 1) -> jax.Array:
     lead = x.shape[: x.ndim - contract]
     size = math.prod(inputs)
     x = x.reshape(*lead, size)
-    if isinstance(getattr(w, "stack", w), SefpTensor):
-        y = sefp_matmul(x, own(w).stored)
-    elif isinstance(w, Stacked):
+    if isinstance(w, Stacked):
         y = _matmul_stacked(x, w, size)
+    elif isinstance(w, SefpTensor):
+        y = sefp_matmul(x, w.stored)
     else:
         y = matmul(x, w.reshape(size, math.prod(outputs)))
     y = y.reshape(*lead, *outputs)
@@ -159,7 +169,8 @@ def per_head(x: jax.Array, w: Weight) -> jax.Array:
         return jnp.einsum("bthn,hnc->bthc", x, w, precision=precision_of(x.dtype))
     batch, tokens, heads, size = x.shape
     rows = x.transpose(2, 0, 1, 3).reshape(-1, size)
-    stack = w.stack.reshape(-1, *w.shape[1:])
+    stack = merged_stack(w.stack)
+    stack = stack.stored if isinstance(stack, SefpTensor) else stack
     sizes = jnp.full(heads, batch * tokens, jnp.int32)
     y = grouped_matmul(rows, stack, sizes, group_offset=w.layer * heads)
     return y.reshape(heads, batch, tokens, -1).transpose(1, 2, 0, 3)

@@ -209,6 +209,7 @@ def _model(service: Service) -> dict[str, Any]:
         "created": service.created,
         "owned_by": "jaxmoe",
         "max_model_len": service.info.max_length,
+        "widths": list(service.info.widths),
     }
 
 
@@ -342,6 +343,7 @@ def build_app(
         engine.tokenizer,
         engine.config.vocab_size,
         min(engine.max_length, capacity),
+        engine.widths,
     )
     metrics = Metrics(engine)
     service = Service(

@@ -36,12 +36,14 @@ class ModelInfo:
       tokenizer: of the engine.
       vocab_size: token ids lie below it.
       max_length: tokens that a request may have, prompt included.
+      widths: SEFP widths that requests may ask for, narrowest first; none if the weights aren't in SEFP.
     """
 
     name: str
     tokenizer: ByteTokenizer | FileTokenizer
     vocab_size: int
     max_length: int
+    widths: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +94,6 @@ class Job:
 
 # Field -> (values that change nothing, what to do instead).
 _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "width": ((), "Leave it out until this version can serve SEFP weights"),
     "functions": (([],), "Use tools"),
     "function_call": (("none", "auto"), "Use tool_choice"),
     "audio": ((), "Only text is served"),
@@ -179,6 +180,19 @@ def _logit_bias(body: Mapping[str, Any], info: ModelInfo) -> tuple[tuple[int, fl
     return tuple(pairs)
 
 
+def _width(body: Mapping[str, Any], info: ModelInfo) -> int | None:
+    """SEFP bits at which the weights are read."""
+    value = body.get("width")
+    if value is None:
+        return None
+    if not info.widths:
+        raise unsupported("width", value, "Its weights are not in SEFP: leave it out")
+    if type(value) is not int or value not in info.widths:
+        rule = f"must be one of {', '.join(map(str, info.widths))}"
+        raise bad("width", rule, value, "Leave it out for the default")
+    return value
+
+
 def _sampling(body: Mapping[str, Any], info: ModelInfo, logprobs: int | None) -> SamplingParams:
     """All but the number of tokens, which depends on the prompt, and the form."""
     stop_ids = items(body, "stop_token_ids", 64)
@@ -197,6 +211,7 @@ def _sampling(body: Mapping[str, Any], info: ModelInfo, logprobs: int | None) ->
         "stop_token_ids": tuple(_token_ids("stop_token_ids", stop_ids, info)),
         "ignore_eos": boolean(body, "ignore_eos", False),
         "seed": integer(body, "seed", -(2**63), 2**63 - 1, None),
+        "width": _width(body, info),
     }
     if values["top_p"] == 0:
         raise bad("top_p", "must be above 0", 0, "Use temperature 0 for greedy")

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from jaxmoe.config import ModelConfig
+from jaxmoe.model import REMAT
 from jaxmoe.presets import presets
 
 STAGES = ("pretrain", "dsa_warmup", "dsa_sparse", "sft")
@@ -76,8 +77,11 @@ class TrainConfig:
     """Checkpoints to keep."""
     seed: int = 0
     """Seed of parameters and data order."""
-    remat: bool = True
-    """Recompute activations in the backward pass: less memory, and on CPU less time too."""
+    remat: str = "core"
+    """What each layer recomputes in the backward pass: none; full, everything; core, all but attention's result; dots, all but that and
+    the products with weights. Less memory, and on CPU less time too."""
+    remat_moe: str | None = None
+    """The same for layers with experts; default as the others."""
 
     def __post_init__(self):
         if self.stage not in STAGES:
@@ -117,6 +121,10 @@ class TrainConfig:
             raise ValueError(
                 f"batch_size ({self.batch_size}) must be a multiple of accumulate ({self.accumulate}); change one of them."
             )
+        for name in ("remat", "remat_moe"):
+            given = getattr(self, name)
+            if given not in REMAT and not (name == "remat_moe" and given is None):
+                raise ValueError(f"{name} must be one of {', '.join(REMAT)}; got {given!r}.")
         if self.compute_dtype not in COMPUTE_DTYPES:
             raise ValueError(
                 f"compute_dtype must be one of {', '.join(COMPUTE_DTYPES)}; got {self.compute_dtype!r}."
@@ -183,6 +191,6 @@ def demo_config() -> tuple[ModelConfig, TrainConfig]:
         eval_every=200,
         eval_bytes=131072,
         save_every=200,
-        remat=False,
+        remat="none",
     )
     return presets["tiny"].replace(initializer_range=0.06), run

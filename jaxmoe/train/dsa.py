@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxmoe import checkpoint
+from jaxmoe import checkpoint, sharding
 from jaxmoe.config import ModelConfig
 from jaxmoe.model import PassOptions, run
 from jaxmoe.moe import options_on
@@ -64,7 +64,7 @@ def initial_params(
     config: ModelConfig,
     seed: int,
     source: str | os.PathLike[str],
-    shardings: Params | None = None,
+    mesh: Mesh | None = None,
 ) -> Params:
     """Parameters of a checkpoint or run; indexers that it lacks are drawn from ``seed``.
 
@@ -72,12 +72,12 @@ def initial_params(
       config: the model to be trained. It may add indexers to the checkpoint's, or choose other keys with them (``index_topk``).
       seed: as of a fresh run.
       source: what ``checkpoint.load`` takes.
-      shardings: where the parameters lie; default one device.
+      mesh: over which the parameters are split, as they are read; default one device.
 
     Raises:
       ValueError: for parameters that the checkpoint lacks, has besides, or has in another shape.
     """
-    given, _ = checkpoint.load(source, mtp=config.num_nextn_predict_layers > 0)
+    given, _ = checkpoint.load(source, mtp=config.num_nextn_predict_layers > 0, mesh=mesh)
     given = {path_name(p): x for p, x in jax.tree_util.tree_leaves_with_path(given)}
     abstract = jax.tree_util.tree_leaves_with_path(abstract_params(config))
     expected = {path_name(p): x for p, x in abstract}
@@ -91,6 +91,7 @@ def initial_params(
         raise ValueError(
             f"{os.fspath(source)} does not fit the model: {wrong[0]} ({len(wrong)} such); train the architecture of that checkpoint."
         )
+    shardings = None if mesh is None else sharding.shardings(config, mesh)
     fresh = init_params(config, jax.random.key(seed), shardings=shardings)
 
     def take(path, leaf):

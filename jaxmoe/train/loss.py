@@ -83,7 +83,8 @@ def pass_options(
     """How the training pass is computed; on a mesh, experts exchange tokens over its "expert" axis."""
     moe = options_on(mesh, fp8=train_config.fp8)
     index_loss = config.index_topk is not None and train_config.index_weight > 0
-    return PassOptions(train_config.attention, index_loss, moe, train_config.remat)
+    c = train_config
+    return PassOptions(c.attention, index_loss, moe, c.remat, remat_moe=c.remat_moe)
 
 
 def loss(

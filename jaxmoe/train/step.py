@@ -192,7 +192,7 @@ def init_state(
     if init_from is None:
         params = params_lib.init_params(config, jax.random.key(seed), shardings=where)
     else:
-        params = initial_params(config, seed, init_from, shardings=where)
+        params = initial_params(config, seed, init_from, mesh)
     init = jax.jit(
         make_optimizer(config, train_config).init, out_shardings=shardings and shardings.opt_state
     )

@@ -1,12 +1,18 @@
-"""C++ backend for CPU: few rows per group read each matrix once, in place; many are multiplied in register tiles."""
+"""C++ backend for CPU: few rows per group read each matrix once, in place; many are multiplied in register tiles.
+
+Matrices in SEFP are multiplied from their stored bits.
+"""
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import native
-from pallas_kernels.grouped_matmul import weights
+from pallas_kernels.fp8 import Fp8Block
+from pallas_kernels.grouped_matmul import xla
 from pallas_kernels.grouped_matmul.weights import Weights
+from pallas_kernels.sefp import native as sefp
+from pallas_kernels.sefp.format import Sefp
 
 
 def _rows_times_groups(x, w, group_sizes, group_offset, *, transpose: bool) -> jax.Array:
@@ -39,10 +45,34 @@ def _backward(residuals, dy):
 _grouped_matmul.defvjp(_forward, _backward)
 
 
+@jax.custom_vjp
+def _grouped_sefp(
+    x: jax.Array, w: Sefp, group_sizes: jax.Array, group_offset: jax.Array
+) -> jax.Array:
+    return sefp.rows_times_groups(x, w, group_sizes, group_offset)
+
+
+def _sefp_backward(residuals, dy):
+    w, group_sizes, group_offset = residuals
+    dx = xla.rows_times_groups(dy, w, group_sizes, group_offset, transpose=True)
+    return dx, None, None, None
+
+
+_grouped_sefp.defvjp(
+    lambda x, w, sizes, offset: (_grouped_sefp(x, w, sizes, offset), (w, sizes, offset)),
+    _sefp_backward,
+)
+
+
 def grouped_matmul(
     x: jax.Array, w: Weights, group_sizes: jax.Array, group_offset: jax.Array | int
 ) -> jax.Array:
     """See ``api.grouped_matmul``."""
-    weights.require_array(w)
+    group_offset = jnp.asarray(group_offset, jnp.int32)
+    if isinstance(w, Fp8Block):
+        raise NotImplementedError("w must be an array or in SEFP; it is stored as Fp8Block")
+    if isinstance(w, Sefp):
+        native.require(x)
+        return _grouped_sefp(x, w, group_sizes, group_offset)
     native.require(x, w)
-    return _grouped_matmul(x, w, group_sizes, jnp.asarray(group_offset, jnp.int32))
+    return _grouped_matmul(x, w, group_sizes, group_offset)

@@ -58,7 +58,7 @@ def _blocks(group_sizes: jax.Array, rows: int) -> _Blocks:
     )
 
 
-def _rows_times_groups(
+def rows_times_groups(
     x: jax.Array,
     w: Weights,
     group_sizes: jax.Array,
@@ -118,7 +118,7 @@ def grouped_matmul(
     x: jax.Array, w: Weights, group_sizes: jax.Array, group_offset: jax.Array | int
 ) -> jax.Array:
     """See ``api.grouped_matmul``."""
-    return _rows_times_groups(x, w, group_sizes, group_offset, transpose=False)
+    return rows_times_groups(x, w, group_sizes, group_offset, transpose=False)
 
 
 def _forward(x, w, group_sizes, group_offset):
@@ -127,7 +127,7 @@ def _forward(x, w, group_sizes, group_offset):
 
 def _backward(residuals, dy):
     x, w, group_sizes, group_offset = residuals
-    dx = _rows_times_groups(dy, w, group_sizes, group_offset, transpose=True)
+    dx = rows_times_groups(dy, w, group_sizes, group_offset, transpose=True)
     if isinstance(w, Quantised):
         return dx, None, None, None
     return dx, groups_outer(x, dy, group_sizes, group_offset, w), None, None

@@ -1,5 +1,6 @@
 // y = x * w from the stored bits of w (pallas_kernels/sefp/format.py): a group of 64 weights becomes bytes, then floats,
-// then one sum per row of x, which the group's power of two scales.
+// then one sum per row of x, which the group's power of two scales. Of many matrices each row has its own, where it lies.
+// A row's sums are added in one order whatever rows share the call: its result is the same, bit for bit.
 #include <utility>
 #include <vector>
 
@@ -9,8 +10,9 @@ namespace jaxmoe::sefp {
 namespace {
 
 constexpr int64_t kGroup = 64;
-constexpr int64_t kItemColumns = 256;  // of a work item: 8 KB of nibbles side by side in each group
-constexpr int64_t kLanes = 8;          // a group's words
+constexpr int64_t kLanes = 8;      // a group's words, and columns at a time
+constexpr int64_t kFewRows = 4;    // each of which multiplies a weight while it is in a register
+constexpr int64_t kRowBlock = 48;  // of more, whose share of a group stays in the L1 cache
 
 using Quads = uint64_t __attribute__((vector_size(32)));
 using Words = uint32_t __attribute__((vector_size(32)));
@@ -19,11 +21,20 @@ using Bytes = uint8_t __attribute__((vector_size(32)));
 using SignedBytes = int8_t __attribute__((vector_size(32)));
 using Floats = float __attribute__((vector_size(32)));
 
+// One matrix.
 struct Weights {
-  const int8_t* exponent;              // [groups, columns]
-  const uint8_t* base;                 // [groups, columns, 32]
-  std::vector<const uint8_t*> planes;  // [groups, columns, 8 bytes] each
+  const int8_t* exponent;    // [groups, columns]
+  const uint8_t* base;       // [groups, columns, 32]
+  const uint8_t* planes[5];  // [groups, columns, 8 bytes] each
   int64_t groups, columns;
+
+  // The index-th of many.
+  Weights At(int64_t index) const {
+    const int64_t before = index * groups * columns;
+    Weights w{exponent + before, base + before * 32, {}, groups, columns};
+    for (int p = 0; p < 5; ++p) w.planes[p] = planes[p] == nullptr ? nullptr : planes[p] + before * 8;
+    return w;
+  }
 };
 
 template <typename T>
@@ -58,9 +69,9 @@ inline __attribute__((always_inline)) void Decode(const Weights& w, int64_t at, 
   ((*magnitude = *magnitude + *magnitude - BitsOf<kOdd>(w.planes[P] + at * 8)), ...);
 }
 
-// sum[r] += x[r, 32] * half of a group's weights, times 2^kShift. Lane l of vector k has element 8 l + 2 k (+ 1).
-template <int R, int kPlanes, bool kOdd>
-void HalfGroup(const float* x, int64_t x_stride, const Weights& w, int64_t at, Floats* sum) {
+// Half of a group's weights times 2^kShift. Lane l of vector k has element 8 l + 2 k (+ 1).
+template <int kPlanes, bool kOdd>
+inline __attribute__((always_inline)) void HalfGroup(const Weights& w, int64_t at, Floats* weights) {
   Bytes magnitude, minus;
   Decode<kOdd>(w, at, &magnitude, &minus, std::make_index_sequence<kPlanes>());
   // A byte is moved to the top of its 32 bits, where its sign is that of the whole: the cheapest way to an integer.
@@ -69,95 +80,172 @@ void HalfGroup(const float* x, int64_t x_stride, const Weights& w, int64_t at, F
 #pragma GCC unroll 4
   for (int k = 0; k < 4; ++k) {
     const Words top = codes << (24 - 8 * k) & 0xff000000u;
-    Floats weights;
     if constexpr (kPlanes < 5) {
-      weights = __builtin_convertvector(reinterpret_cast<Integers>(top), Floats);
+      weights[k] = __builtin_convertvector(reinterpret_cast<Integers>(top), Floats);
     } else {  // eight bits leave none for the sign
       const Words sign = signs << (24 - 8 * k) & 0x80000000u;
       const Floats positive = __builtin_convertvector(reinterpret_cast<Integers>(top >> 1), Floats);
-      weights = reinterpret_cast<Floats>(reinterpret_cast<Words>(positive) ^ sign);
+      weights[k] = reinterpret_cast<Floats>(reinterpret_cast<Words>(positive) ^ sign);
     }
-    for (int r = 0; r < R; ++r) sum[r] += weights * At<Floats>(x + r * x_stride + ((kOdd ? 4 : 0) + k) * kLanes);
   }
 }
 
 template <int kPlanes>
 constexpr int kShift = kPlanes < 5 ? 24 : 23;
 
-// Sums of neighbours, those of a before those of b.
+// Sums of neighbours within 128 bits, where it is cheap: {a0 + a1, a2 + a3, b0 + b1, b2 + b3, a4 + a5, ...}.
 inline Floats Pairs(Floats a, Floats b) {
-  return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14) +
-         __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15);
+  return __builtin_shufflevector(a, b, 0, 2, 8, 10, 4, 6, 12, 14) +
+         __builtin_shufflevector(a, b, 1, 3, 9, 11, 5, 7, 13, 15);
 }
 
-// 2^exponent; the exponents of weights, widths and shifts are within +-60.
-inline float PowerOfTwo(int32_t exponent) {
-  const int32_t bits = (exponent + 127) << 23;
-  return At<float>(&bits);
+// The sum of each of eight vectors.
+inline Floats Totals(const Floats* s) {
+  const Floats low = Pairs(Pairs(s[0], s[1]), Pairs(s[2], s[3])), high = Pairs(Pairs(s[4], s[5]), Pairs(s[6], s[7]));
+  return __builtin_shufflevector(low, high, 0, 1, 2, 3, 8, 9, 10, 11) +
+         __builtin_shufflevector(low, high, 4, 5, 6, 7, 12, 13, 14, 15);
 }
 
-// y[R, columns] += x[R, a group] * a group's columns, up to kLanes of them.
+// What the sums of a group's columns count for, zero beyond `columns`; exponents, widths and shifts are within +-60.
+template <int kPlanes>
+inline Floats Scales(const Weights& w, int64_t at, int64_t columns) {
+  Integers exponents = {};
+  for (int64_t n = 0; n < columns; ++n) exponents[n] = w.exponent[at + n];
+  return reinterpret_cast<Floats>((exponents + (127 - 3 - kPlanes - kShift<kPlanes>)) << 23);
+}
+
+inline void Add(Floats values, int64_t columns, float* y) {
+  if (columns == kLanes) {
+    values += At<Floats>(y);
+    std::memcpy(y, &values, sizeof values);
+  } else {
+    for (int64_t n = 0; n < columns; ++n) y[n] += values[n];
+  }
+}
+
+// y[R, columns] += x[R, a group] * a group's columns, up to kLanes of them; rows of x are `stride` apart.
 template <int R, int kPlanes>
-void GroupTimesColumns(const float* x, int64_t x_stride, const Weights& w, int64_t at, int64_t columns, float* y,
-                       int64_t stride) {
+void FewRows(const float* x, int64_t stride, const Weights& w, int64_t at, int64_t columns, float* y) {
   Floats sums[R][kLanes] = {};
   for (int64_t n = 0; n < columns; ++n) {
     __builtin_prefetch(w.base + (at + n + w.columns) * 32, 0, 2);  // the next group, harmlessly past the end
-    Floats sum[R] = {};
-    HalfGroup<R, kPlanes, false>(x, x_stride, w, at + n, sum);
-    HalfGroup<R, kPlanes, true>(x, x_stride, w, at + n, sum);
+    Floats weights[8], sum[R] = {};
+    HalfGroup<kPlanes, false>(w, at + n, weights);
+    HalfGroup<kPlanes, true>(w, at + n, weights + 4);
+#pragma GCC unroll 8
+    for (int k = 0; k < 8; ++k)
+      for (int r = 0; r < R; ++r) sum[r] += weights[k] * At<Floats>(x + r * stride + k * kLanes);
     for (int r = 0; r < R; ++r) sums[r][n] = sum[r];
   }
-  for (int r = 0; r < R; ++r) {
-    const Floats* s = sums[r];
-    const Floats total = Pairs(Pairs(Pairs(s[0], s[1]), Pairs(s[2], s[3])), Pairs(Pairs(s[4], s[5]), Pairs(s[6], s[7])));
-    for (int64_t n = 0; n < columns; ++n)
-      y[r * stride + n] += total[n] * PowerOfTwo(w.exponent[at + n] - 3 - kPlanes - kShift<kPlanes>);
+  const Floats scales = Scales<kPlanes>(w, at, columns);
+  for (int r = 0; r < R; ++r) Add(Totals(sums[r]) * scales, columns, y + r * w.columns);
+}
+
+// The same of any number of rows: the weights are decoded once.
+template <int kPlanes>
+void ManyRows(const float* x, int64_t stride, int64_t rows, const Weights& w, int64_t at, int64_t columns, float* y) {
+  Floats weights[kLanes][8] = {};
+  const Floats scales = Scales<kPlanes>(w, at, columns);
+  for (int64_t n = 0; n < columns; ++n) {
+    HalfGroup<kPlanes, false>(w, at + n, weights[n]);
+    HalfGroup<kPlanes, true>(w, at + n, weights[n] + 4);
+  }
+  for (int64_t r = 0; r < rows; ++r, x += stride, y += w.columns) {
+    Floats sums[kLanes] = {};
+#pragma GCC unroll 8
+    for (int k = 0; k < 8; ++k) {
+      const Floats own = At<Floats>(x + k * kLanes);
+#pragma GCC unroll 8
+      for (int n = 0; n < kLanes; ++n) sums[n] += weights[n][k] * own;
+    }
+    Add(Totals(sums) * scales, columns, y);
   }
 }
 
 template <int R, int kPlanes>
-void RowsTimesColumns(const float* x, const Weights& w, int64_t first, int64_t end, float* y) {
-  for (int r = 0; r < R; ++r) std::memset(y + r * w.columns + first, 0, (end - first) * sizeof(float));
-  for (int64_t g = 0; g < w.groups; ++g)
-    for (int64_t n = first; n < end; n += kLanes)
-      GroupTimesColumns<R, kPlanes>(x + g * kGroup, w.groups * kGroup, w, g * w.columns + n, std::min(kLanes, end - n),
-                                    y + n, w.columns);
+void Rows(const float* x, int64_t rows, const Weights& w, int64_t g, int64_t n, int64_t columns, float* y) {
+  const int64_t stride = w.groups * kGroup, at = g * w.columns + n;
+  if constexpr (R > kFewRows) {
+    ManyRows<kPlanes>(x + g * kGroup, stride, rows, w, at, columns, y + n);
+  } else if (rows == R) {
+    FewRows<R, kPlanes>(x + g * kGroup, stride, w, at, columns, y + n);
+  } else {
+    Rows<R + 1, kPlanes>(x, rows, w, g, n, columns, y);
+  }
 }
 
-// y[rows, first to end]
+// y[rows, first to end] = x[rows, groups of 64] * w
 template <int kPlanes>
 void Multiply(const float* x, int64_t rows, const Weights& w, int64_t first, int64_t end, float* y) {
-  const int64_t inner = w.groups * kGroup;
-  int64_t r = 0;
-  for (; r + 4 <= rows; r += 4) RowsTimesColumns<4, kPlanes>(x + r * inner, w, first, end, y + r * w.columns);
-  for (; r < rows; ++r) RowsTimesColumns<1, kPlanes>(x + r * inner, w, first, end, y + r * w.columns);
+  for (int64_t r = 0; r < rows; ++r) std::memset(y + r * w.columns + first, 0, (end - first) * sizeof(float));
+  for (int64_t g = 0; g < w.groups; ++g)
+    for (int64_t n = first; n < end; n += kLanes)
+      Rows<1, kPlanes>(x, rows, w, g, n, std::min(kLanes, end - n), y);
 }
 
+// Rows [first, first + rows) have the index-th matrix.
+struct Block {
+  int64_t index, first, rows;
+};
+
+// The groups' rows in blocks of at most kRowBlock, and how many rows they are; sizes beyond `total` rows are cut.
+std::vector<Block> BlocksOf(S32 sizes, int64_t total, int64_t* covered) {
+  std::vector<Block> blocks;
+  int64_t row = 0;
+  for (int64_t g = 0; g < static_cast<int64_t>(sizes.element_count()); ++g) {
+    const int64_t end = row + std::clamp<int64_t>(sizes.typed_data()[g], 0, total - row);
+    for (; row < end; row = std::min(row + kRowBlock, end)) blocks.push_back({g, row, std::min(kRowBlock, end - row)});
+  }
+  *covered = row;
+  return blocks;
+}
+
+// x [rows, inner] in groups, each as HalfGroup meets its elements, zeros after the last.
+std::vector<float> Ordered(const float* x, int64_t rows, int64_t inner, int64_t groups) {
+  std::vector<float> ordered(rows * groups * kGroup);
+  for (int64_t r = 0; r < rows; ++r) {
+    float* to = ordered.data() + r * groups * kGroup;
+    for (int64_t i = 0; i < inner; ++i)
+      to[i / kGroup * kGroup + (i % 2 * 4 + i / 2 % 4) * kLanes + i % kGroup / 8] = x[r * inner + i];
+  }
+  return ordered;
+}
+
+// y[r] = x[r] * w[offset + group of r]; zeros after the last group.
 ffi::Error SefpMatmulImpl(ffi::ThreadPool pool, F32 x, ffi::Buffer<ffi::S8> exponent, ffi::Buffer<ffi::U32> base,
-                          ffi::RemainingArgs planes, ffi::ResultBuffer<ffi::F32> y) {
-  const int64_t rows = x.dimensions()[0], groups = exponent.dimensions()[0], columns = exponent.dimensions()[1];
+                          S32 sizes, S32 offset, ffi::RemainingArgs planes, ffi::ResultBuffer<ffi::F32> y) {
+  const int64_t total = x.dimensions()[0], inner = x.dimensions()[1];
+  const int64_t matrices = exponent.dimensions()[0], groups = exponent.dimensions()[1], columns = exponent.dimensions()[2];
+  if (planes.size() > 5) return ffi::Error::InvalidArgument("sefp_matmul: at most five planes");
   Weights w{exponent.typed_data(), reinterpret_cast<const uint8_t*>(base.typed_data()), {}, groups, columns};
   for (size_t p = 0; p < planes.size(); ++p) {
     auto plane = planes.get<ffi::Buffer<ffi::U16>>(p);
     if (!plane) return plane.error();
-    w.planes.push_back(reinterpret_cast<const uint8_t*>(plane->typed_data()));
+    w.planes[p] = reinterpret_cast<const uint8_t*>(plane->typed_data());
   }
+  const int64_t start = offset.typed_data()[0];
+  if (start < 0 || start + static_cast<int64_t>(sizes.element_count()) > matrices)
+    return ffi::Error::InvalidArgument("sefp_matmul: group_offset + E must lie within w's matrices");
   constexpr decltype(&Multiply<0>) kMultiply[] = {Multiply<0>, Multiply<1>, Multiply<2>,
                                                   Multiply<3>, Multiply<4>, Multiply<5>};
-  if (planes.size() > 5) return ffi::Error::InvalidArgument("sefp_matmul: at most five planes");
   const auto multiply = kMultiply[planes.size()];
+  int64_t covered = 0;
+  const std::vector<Block> blocks = BlocksOf(sizes, total, &covered);
+  const std::vector<float> ordered = Ordered(x.typed_data(), covered, inner, groups);
+  float* out = y->typed_data();
+  std::memset(out + covered * columns, 0, (total - covered) * columns * sizeof(float));
 
-  std::vector<float> ordered(rows * groups * kGroup);  // as HalfGroup meets them
-  for (int64_t from = 0; from < static_cast<int64_t>(ordered.size()); from += kGroup)
-    for (int64_t i = 0; i < kGroup; ++i)
-      ordered[from + (i % 2 * 4 + i / 2 % 4) * kLanes + i / 8] = x.typed_data()[from + i];
-
-  const int64_t items = (columns + kItemColumns - 1) / kItemColumns;
-  const double work_ns = groups * kGroup * columns * (rows + 3) / 32.0;
-  ParallelFor(pool, items, work_ns, [&](int64_t item) {
-    const int64_t first = item * kItemColumns;
-    multiply(ordered.data(), rows, w, first, std::min(first + kItemColumns, columns), y->typed_data());
+  // About kItems strips at least, of whole cache lines of results; at most 8 KB of nibbles side by side in each group.
+  constexpr int64_t kItems = 8, kWidest = 256, kLine = 32;
+  const int64_t wanted = (kItems + blocks.size() - 1) / std::max<int64_t>(blocks.size(), 1);
+  const int64_t width = std::clamp<int64_t>((columns / wanted + kLine - 1) / kLine * kLine, kLine, kWidest);
+  const int64_t strips = (columns + width - 1) / width;
+  const double work_ns = groups * kGroup * columns * (covered + 3.0 * blocks.size()) / 32.0;
+  ParallelFor(pool, blocks.size() * strips, work_ns, [&](int64_t item) {
+    const Block block = blocks[item / strips];
+    const int64_t first = item % strips * width;
+    multiply(ordered.data() + block.first * groups * kGroup, block.rows, w.At(start + block.index), first,
+             std::min(first + width, columns), out + block.first * columns);
   });
   return ffi::Error::Success();
 }
@@ -168,8 +256,10 @@ ffi::Error SefpMatmulImpl(ffi::ThreadPool pool, F32 x, ffi::Buffer<ffi::S8> expo
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxmoe_sefp_matmul, jaxmoe::sefp::SefpMatmulImpl,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::ThreadPool>()
-                                  .Arg<jaxmoe::F32>()                               // x [B, G, 64]
-                                  .Arg<xla::ffi::Buffer<xla::ffi::S8>>()            // exponent [G, N]
-                                  .Arg<xla::ffi::Buffer<xla::ffi::U32>>()           // base [G, N, 8]
-                                  .RemainingArgs()                                  // planes, uint16 [G, N, 4] each
-                                  .Ret<jaxmoe::F32>());                             // y [B, N]
+                                  .Arg<jaxmoe::F32>()                               // x [R, K]
+                                  .Arg<xla::ffi::Buffer<xla::ffi::S8>>()            // exponent [M, G, N]
+                                  .Arg<xla::ffi::Buffer<xla::ffi::U32>>()           // base [M, G, N, 8]
+                                  .Arg<jaxmoe::S32>()                               // group sizes [E]
+                                  .Arg<jaxmoe::S32>()                               // group offset []
+                                  .RemainingArgs()                                  // planes, uint16 [M, G, N, 4] each
+                                  .Ret<jaxmoe::F32>());                             // y [R, N]

@@ -135,7 +135,7 @@ def sefp_matmul(
       x: float32 or bfloat16 [..., K]; leading axes are rows of one product.
       s: weights [K, N].
       width: 3 to the stored width; None for that one.
-      implementation: None, "xla", "native" (C++, float32 on CPU, up to 16 rows), "mosaic_gpu" (Hopper, bfloat16, up to 64 rows),
+      implementation: None, "xla", "native" (C++, float32 on CPU), "mosaic_gpu" (Hopper, bfloat16, up to 64 rows),
         "mosaic_tpu", "reference", or a sequence of these.
 
     Returns:

@@ -1,22 +1,27 @@
-"""C++ backend for CPU: a few rows of x against the stored bits, in place."""
+"""C++ backend for CPU: rows of x against the stored bits of one matrix or of many, in place."""
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import native
 from pallas_kernels.sefp.format import Sefp
-from pallas_kernels.sefp.xla import groups_of_rows
-
-_ROWS = 16  # beyond, decoding once and a dense product take less
 
 
 def sefp_matmul(x: jax.Array, s: Sefp) -> jax.Array:
     """See ``api.sefp_matmul``."""
+    every_row = jnp.full(1, x.shape[0], jnp.int32)
+    return rows_times_groups(x, jax.tree.map(lambda a: a[None], s), every_row, jnp.int32(0))
+
+
+def rows_times_groups(
+    x: jax.Array, s: Sefp, group_sizes: jax.Array, group_offset: jax.Array
+) -> jax.Array:
+    """y[r] = x[r] @ s[group_offset + group of r] for s [M, K, N]; a row's bits don't depend on the other rows.
+
+    Raises:
+      NotImplementedError: if the C++ kernels can't run here, with the reason.
+    """
     native.require(x)
-    rows, columns = x.shape[0], s.shape[1]
-    if rows > _ROWS:
-        raise NotImplementedError(f"the C++ kernel is for up to {_ROWS} rows of x; got {rows}")
-    result = jax.ShapeDtypeStruct((rows, columns), jnp.float32)
-    return native.call(
-        "jaxmoe_sefp_matmul", result, groups_of_rows(x, s), s.exponent, s.base, *s.planes
-    )
+    result = jax.ShapeDtypeStruct((x.shape[0], s.shape[-1]), jnp.float32)
+    operands = (x, s.exponent, s.base, group_sizes, group_offset, *s.planes)
+    return native.call("jaxmoe_sefp_matmul", result, *operands)

@@ -258,7 +258,8 @@ def test_different_seeds_of_64_bits_are_different_keys(seeds):
         ({"stop_token_ids": 257}, TypeError, "stop_token_ids must be a tuple of .*; got 257"),
         ({"seed": 0.5}, TypeError, "seed must be an integer or None; got 0.5"),
         ({"json_schema": {}}, TypeError, "json_schema must be JSON text or None; use json.dumps"),
-        ({"width": 8}, ValueError, "width=8 needs SEFP weights"),
+        ({"width": 9}, ValueError, "width must be in 3..8 or None; got 9"),
+        ({"width": "8"}, TypeError, "width must be an integer in 3..8 or None; got '8'"),
     ],
 )
 def test_misuse_is_refused_with_the_argument_and_its_value(arguments, error, message):

@@ -53,6 +53,53 @@ def test_a_long_prompt_is_cut_into_steps_and_samples_with_its_last_token():
     assert _step(scheduler) == [(request, 19, 20)] and request.output == [7, 7]
 
 
+def _at(width: int | None, prompt: int = 3, new: int = 8, priority: int = 0) -> Request:
+    request = _request(prompt, new, priority)
+    request.sampling = dataclasses.replace(request.sampling, width=width)
+    return request
+
+
+def test_widths_take_turns_and_never_share_a_step():
+    scheduler = _scheduler(max_step_tokens=8)
+    many, one = [_at(8, new=5) for _ in range(3)], _at(3, new=5, priority=-9)
+    _submit(scheduler, *many, one)
+    widths = []
+    while scheduler.running_count or scheduler.waiting_count:
+        step = _step(scheduler)
+        assert len({request.width for request, *_ in step}) == 1
+        widths.append(step[0][0].width)
+    # A token of each in every round, however many ask for the other width; the last prompt takes two steps.
+    assert widths == [8, 3, 8, 3, 8, 3, 8, 3, 8, 3, 8]
+    assert scheduler.width_steps == {8: 6, 3: 5}
+
+
+def test_nobody_overtakes_a_request_of_another_width_that_waits_for_pages():
+    scheduler = _scheduler(pages=6, size=2, max_step_tokens=8)
+    _submit(scheduler, holder := _at(8, prompt=5, new=3), waits := _at(3, prompt=8, new=2))
+    _step(scheduler)
+    _submit(scheduler, later := _at(8, prompt=2, new=2))
+    _step(scheduler)
+    assert holder.rank is not None and waits.rank is None and later.rank is None
+    while waits.rank is None:
+        _step(scheduler)
+    assert later.rank is None or later.order > waits.order
+    while scheduler.running_count or scheduler.waiting_count:
+        _step(scheduler)
+    assert [len(r.output) for r in (holder, waits, later)] == [3, 2, 2]
+
+
+def test_prompts_that_begin_alike_share_pages_at_one_width_only():
+    scheduler = _scheduler(size=2)
+    first = Request([1, 2, 3, 4, 5], SamplingParams(max_new_tokens=1, width=8))
+    _submit(scheduler, first)
+    _step(scheduler)
+    again = [Request([1, 2, 3, 4, 5], SamplingParams(max_new_tokens=1, width=w)) for w in (3, 8)]
+    _submit(scheduler, *again)
+    _step(scheduler)
+    _step(scheduler)
+    assert [request.cached_tokens for request in again] == [0, 4]
+
+
 def test_decoding_requests_come_first_and_prompts_fill_what_is_left():
     scheduler = _scheduler(max_step_tokens=8)
     first, second, long = _request(2), _request(3), _request(30, priority=5)
@@ -242,6 +289,7 @@ class Arrival:
     family: int  # requests of a family begin alike
     priority: int
     cancel_after: int | None
+    width: int | None
 
 
 _ARRIVAL = st.builds(
@@ -252,6 +300,7 @@ _ARRIVAL = st.builds(
     family=st.integers(0, 2),
     priority=st.integers(-1, 1),
     cancel_after=st.one_of(st.none(), st.none(), st.integers(0, 12)),
+    width=st.sampled_from([None, 3, 8]),
 )
 
 
@@ -275,7 +324,7 @@ class Simulation:
         works = self.scheduler.plan()
         self._check_running()
         for rank, own in enumerate(works):
-            self._check_budget(rank, own)
+            self._check_budget(rank, own, {work.request.width for mine in works for work in mine})
             for work in own:
                 self._check_rows(rank, work)
         for rank, own in enumerate(works):
@@ -292,7 +341,8 @@ class Simulation:
             pages = {page for request in running for page in request.pages}
             assert self.scheduler.pools[rank].held == len(pages), "a page is held by nobody"
 
-    def _check_budget(self, rank: int, works: list[Work]):
+    def _check_budget(self, rank: int, works: list[Work], widths: set[int | None]):
+        assert len(widths) <= 1, "requests of several widths share a step"
         total = sum(work.stop - work.start for work in works)
         assert total <= self.scheduler.limits.max_step_tokens
         requests = [work.request for work in works]
@@ -301,7 +351,7 @@ class Simulation:
         assert all(request in running for request in requests)
         if total == self.scheduler.limits.max_step_tokens:
             return
-        decoding = [request for request in running if request.length - request.computed == 1]
+        decoding = [r for r in running if r.length - r.computed == 1 and r.width in widths]
         gave_way = any(request.preemptions for request in self.scheduler.waiting)
         assert gave_way or all(request in requests for request in decoding)
 
@@ -359,7 +409,7 @@ def test_everyone_ends_with_the_right_tokens_and_no_page_is_lost(
     simulation = Simulation(Scheduler(pools, Limits(running, budget)))
     scheduler, now = simulation.scheduler, 0
     requests = [
-        Request(_tokens_of(a, i), SamplingParams(max_new_tokens=a.new), a.priority)
+        Request(_tokens_of(a, i), SamplingParams(max_new_tokens=a.new, width=a.width), a.priority)
         for i, a in enumerate(arrivals)
     ]
     cancelled = set()

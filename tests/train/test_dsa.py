@@ -9,7 +9,8 @@ import pytest
 from train.support import MODEL, with_options
 
 import jaxmoe
-from jaxmoe import checkpoint
+from jaxmoe import checkpoint, sharding
+from jaxmoe.layers import sparse_attention
 from jaxmoe.model import PassOptions, run
 from jaxmoe.params import flatten
 from jaxmoe.train import TrainConfig
@@ -115,6 +116,43 @@ def test_a_checkpoint_gives_its_parameters_and_lacks_at_most_indexers(tmp_path):
         initial_params(sparse.replace(vocab_size=330), 0, tmp_path / "run")
     with pytest.raises(ValueError, match="mtp/0/.* is missing"):
         initial_params(sparse.replace(num_nextn_predict_layers=1), 0, tmp_path / "run")
+
+
+def test_parameters_of_a_checkpoint_lie_split_over_the_mesh_that_reads_them(tmp_path, devices):
+    config = MODEL.replace(num_nextn_predict_layers=0)
+    given = jaxmoe.init_params(config, jax.random.key(5))
+    checkpoint.save(tmp_path / "native", given, config, 7)
+    checkpoint.save_hf(tmp_path / "hf", given, config)
+    mesh = sharding.make_mesh(data=1, expert=2, tensor=2, devices=devices[:4])
+    for source in ("native", "hf"):
+        loaded, _ = checkpoint.load(tmp_path / source, mesh=mesh)
+        ours = initial_params(config, 0, tmp_path / source, mesh)
+        for params in (loaded, ours):
+            experts = flatten(params)["segments/1/0/moe/experts/down"]
+            assert experts.sharding.mesh.shape == {"data": 1, "expert": 2, "tensor": 2}
+            assert experts.addressable_shards[0].data.size * 4 == experts.size
+            np.testing.assert_array_equal(experts, flatten(given)["segments/1/0/moe/experts/down"])
+
+
+@pytest.mark.slow
+def test_attention_by_row_and_masked_train_alike_over_packed_documents(monkeypatch):
+    config = MODEL.replace(num_hidden_layers=3, index_topk=4)
+    options = with_options(stage="dsa_sparse", seq_len=LENGTH)
+    ids = tokens(seed=3)
+    starts = jnp.where(jnp.arange(LENGTH + 2) < 13, 0, 13).astype(jnp.int32)
+    batch = Batch(ids, jnp.broadcast_to(starts, ids.shape), jnp.ones(ids.shape, jnp.float32))
+    found = {}
+    for form, factor in (("masked", 10**9), ("gathered", 3)):
+        monkeypatch.setattr(sparse_attention, "GATHER_FACTOR", factor)
+        of = jax.jit(lambda p: jax.value_and_grad(lambda q: loss(q, config, options, batch)[0])(p))
+        found[form] = [of(jaxmoe.init_params(config, jax.random.key(seed))) for seed in range(3)]
+    for one, other in zip(*found.values(), strict=True):
+        np.testing.assert_allclose(one[0], other[0], rtol=1e-6)
+        theirs = flatten(other[1])
+        for name, g in flatten(one[1]).items():
+            np.testing.assert_allclose(
+                g, theirs[name], rtol=1e-4, atol=1e-5 * np.abs(g).max(), err_msg=name
+            )
 
 
 def test_recall_is_one_if_attention_falls_on_what_is_chosen_and_counts_only_who_has_to_choose():

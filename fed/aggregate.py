@@ -1,0 +1,130 @@
+"""How the server combines updates: weighted mean, and what withstands some wrong clients (median, trimmed mean, Krum)."""
+
+import dataclasses
+from typing import Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from fed.models import Params
+
+
+@runtime_checkable
+class Aggregator(Protocol):
+    """Combines the accepted updates of one architecture. Hashable.
+
+    Attributes:
+      individual: whether the server sees each update (secure aggregation: it does not, so nothing that needs members may follow).
+    """
+
+    individual: bool
+
+    def combine(
+        self, updates: Params, weights: Float[Array, " K"], clients: Int[Array, " K"], key: Array
+    ) -> Params:
+        """One update from updates stacked [K, ...]; all are finite and all weights positive."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Mean:
+    """The mean weighted by examples. The engine sums inside its chunks and never calls ``combine`` where only this is needed."""
+
+    individual: bool = True
+
+    def combine(
+        self, updates: Params, weights: Float[Array, " K"], clients: Int[Array, " K"], key: Array
+    ) -> Params:
+        """The weighted mean."""
+        share = weights / jnp.sum(weights)
+        return jax.tree.map(lambda u: jnp.tensordot(share.astype(u.dtype), u, axes=1), updates)
+
+
+@dataclasses.dataclass(frozen=True)
+class Median:
+    """The median of each coordinate, unweighted (Yin et al., 2018)."""
+
+    individual: bool = True
+
+    def combine(
+        self, updates: Params, weights: Float[Array, " K"], clients: Int[Array, " K"], key: Array
+    ) -> Params:
+        """The coordinate-wise median."""
+        return jax.tree.map(lambda u: jnp.median(u, axis=0), updates)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrimmedMean:
+    """The mean of each coordinate without its ``share`` largest and as many smallest values, unweighted (Yin et al., 2018)."""
+
+    share: float = 0.1
+    individual: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.share < 0.5:
+            raise ValueError(f"share must lie in [0, 0.5), it is cut on both sides; got {self.share}.")
+
+    def combine(
+        self, updates: Params, weights: Float[Array, " K"], clients: Int[Array, " K"], key: Array
+    ) -> Params:
+        """The coordinate-wise trimmed mean."""
+        count = weights.shape[0]
+        cut = min(int(-(-self.share * count // 1)), (count - 1) // 2)
+        return jax.tree.map(
+            lambda u: jnp.mean(jnp.sort(u, axis=0)[cut : count - cut], axis=0), updates
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Krum:
+    """The mean of the ``keep`` updates that are closest to their neighbours (Blanchard et al., 2017; keep > 1 is Multi-Krum).
+
+    Attributes:
+      malicious: how many wrong clients are expected.
+      keep: how many updates are averaged.
+    """
+
+    malicious: int = 1
+    keep: int = 1
+    individual: bool = True
+
+    def combine(
+        self, updates: Params, weights: Float[Array, " K"], clients: Int[Array, " K"], key: Array
+    ) -> Params:
+        """The mean of the chosen updates; refuses too few replies for the guarantee, K >= malicious + 3."""
+        count = weights.shape[0]
+        neighbours = count - self.malicious - 2
+        if neighbours < 1 or not 1 <= self.keep <= count:
+            raise ValueError(
+                f"Krum needs at least malicious + 3 = {self.malicious + 3} replies and keep={self.keep} among them; got "
+                f"{count}; raise the quorum or lower malicious."
+            )
+        flat = jnp.concatenate(
+            [u.reshape(count, -1).astype(jnp.float32) for u in jax.tree.leaves(updates)], axis=1
+        )
+        squares = jnp.sum(flat * flat, axis=1)
+        distances = squares[:, None] + squares[None, :] - 2 * flat @ flat.T
+        distances = jnp.where(jnp.eye(count, dtype=bool), jnp.inf, distances)
+        scores = jnp.sum(jnp.sort(distances, axis=1)[:, :neighbours], axis=1)
+        chosen = jnp.argsort(scores)[: self.keep]
+        return jax.tree.map(lambda u: jnp.mean(u[chosen], axis=0), updates)
+
+
+def by_name(name: str) -> Aggregator:
+    """mean, median, trimmed[:SHARE], krum[:MALICIOUS[:KEEP]]."""
+    kind, *values = name.split(":")
+    try:
+        if kind == "mean" and not values:
+            return Mean()
+        if kind == "median" and not values:
+            return Median()
+        if kind == "trimmed" and len(values) <= 1:
+            return TrimmedMean(*map(float, values))
+        if kind == "krum" and len(values) <= 2:
+            return Krum(*map(int, values))
+    except ValueError as error:
+        raise ValueError(f"aggregator {name!r} has a wrong number: {error}") from error
+    raise ValueError(
+        f"aggregator must be mean, median, trimmed[:SHARE] or krum[:MALICIOUS[:KEEP]]; got {name!r}."
+    )

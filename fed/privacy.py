@@ -1,0 +1,309 @@
+"""Differential privacy for clients: DP-SGD on their examples, or clipped and noised updates; and what either has cost.
+
+Two units of privacy. Examples: each client trains by DP-SGD (``DpSgd`` as ``LocalOptions.gradient``; Abadi et al. 2016), so that what it uploads, and
+so everything after, says little about any one of its examples, whoever runs the server. Users: the server clips each update, adds noise to
+the sum and divides by the *expected* number of clients (``GaussianMean`` as aggregator; McMahan et al. 2018), so that the
+model says little about whether a client took part; the server itself is trusted.
+
+The accountant takes Poisson sampling: each example, or client, takes part in a step with the same probability, independently of the others. A
+batch of fixed size is not that, and its epsilon is another. Numbers of examples per client are taken as public: the weights of the mean
+need them.
+
+Distillation on the server's public proxy set, in either direction, is post-processing of what has been paid for: it costs no epsilon.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Bool, Float, Int
+
+from fed.clients import ExampleLosses, LocalOptions, masked_mean
+from fed.errors import need
+from fed.models import Params
+
+METHODS = ("rdp", "pld")
+POST_PROCESSING = (
+    "distillation on the public proxy set is post-processing and costs no further epsilon"
+)
+
+
+def _positive(**values: float) -> None:
+    for name, value in values.items():
+        if not value > 0:
+            raise ValueError(f"{name} must be positive; got {value}.")
+
+
+def _check_rate(rate: float) -> None:
+    if not 0 < rate <= 1:
+        raise ValueError(
+            f"rate must be above 0 and at most 1, the probability of taking part in a step; got {rate}."
+        )
+
+
+# -- examples --------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class DpSgd:
+    """A ``GradientRule``: Poisson-sampled, per-example clipped, noised gradient, divided by the expected batch.
+
+    The batch that it is given must be all of the client's examples, once each (``dp_options`` sees to it): the sample is drawn here, from the
+    step's key.
+
+    Attributes:
+      clip: L2 norm that no example's gradient exceeds.
+      noise_multiplier: standard deviation of the noise in units of ``clip``.
+      rate: probability of each example to be in a step.
+      microbatch: examples whose gradients exist at once; bounds memory, changes nothing else. It must divide the batch.
+
+    Raises:
+      ValueError: for numbers out of range.
+    """
+
+    clip: float = 1.0
+    noise_multiplier: float = 1.0
+    rate: float = 0.1
+    microbatch: int | None = None
+
+    def __post_init__(self):
+        _positive(clip=self.clip)
+        _check_rate(self.rate)
+        if self.noise_multiplier < 0 or (self.microbatch is not None and self.microbatch < 1):
+            raise ValueError(
+                f"noise_multiplier must be at least 0 and microbatch at least 1; got {self.noise_multiplier} and {self.microbatch}."
+            )
+
+    def __call__(
+        self,
+        losses: ExampleLosses,
+        params: Params,
+        inputs: Array,
+        labels: Array,
+        mask: Bool[Array, " B"],
+        key: Array,
+    ) -> tuple[Float[Array, ""], Params]:
+        """(mean loss of the sampled examples, gradient).
+
+        The loss is for the client's own eyes: it isn't noised, so it must not be sent (``dp_options``' clients do as all others do in a
+        simulation; a deployment leaves it out).
+        """
+        draw, model, noise = (jax.random.fold_in(key, i) for i in range(3))
+        chosen = mask & jax.random.bernoulli(draw, self.rate, mask.shape)
+        size = mask.shape[0]
+        step = size if self.microbatch is None else min(self.microbatch, size)
+        if size % step:
+            raise ValueError(
+                f"microbatch must divide the batch of {size}; got {step}. Choose a divisor."
+            )
+
+        def loss(p: Params, x: Array, y: Array) -> Array:
+            return losses(p, x[None], y[None], model)[0]
+
+        def clipped_sum(rows: tuple[Array, Array, Array]) -> tuple[Array, Params]:
+            x, y, live = rows
+            values, grads = jax.vmap(jax.value_and_grad(loss), (None, 0, 0))(params, x, y)
+            # A padded row may give NaN, and 0 * NaN is NaN: select before anything is multiplied.
+            grads = jax.tree.map(
+                lambda g: jnp.where(live.reshape(-1, *[1] * (g.ndim - 1)), g, 0.0), grads
+            )
+            leaves, structure = jax.tree.flatten(grads)
+            summed, _ = optax.per_example_global_norm_clip(leaves, self.clip)
+            return values, jax.tree.unflatten(structure, summed)
+
+        rows = jax.tree.map(
+            lambda a: a.reshape(size // step, step, *a.shape[1:]), (inputs, labels, chosen)
+        )
+        values, sums = jax.lax.map(clipped_sum, rows)
+        total = jax.tree.map(lambda g: g.sum(0), sums)
+        noised = _add_noise(total, self.clip * self.noise_multiplier, noise)
+        expected = jnp.maximum(self.rate * mask.sum().astype(jnp.float32), 1e-6)
+        return masked_mean(values.reshape(-1), chosen), jax.tree.map(lambda g: g / expected, noised)
+
+
+def dp_options(
+    rule: DpSgd, largest: int, steps: int, *, optimizer: str = "sgd", learning_rate: float = 0.1
+) -> LocalOptions:
+    """Local training under which ``rule`` is DP-SGD as the accountant understands it.
+
+    Every step sees all of a client's examples and samples from them. (An epoch of one batch that holds all.)
+
+    Args:
+      rule: clipping, noise and rate.
+      largest: examples of the largest client.
+      steps: per round.
+      optimizer: see ``LocalOptions``.
+      learning_rate: of the optimiser.
+
+    Example:
+      >>> options = dp_options(DpSgd(rate=0.1, noise_multiplier=1.0), largest=40, steps=10)
+      >>> options.batch_size, options.epochs, round(epsilon(0.1, 1.0, 10 * 10, 1e-5), 3)
+      (40, 10, 7.904)
+    """
+    step = 1 if rule.microbatch is None else min(rule.microbatch, largest)
+    return LocalOptions(
+        epochs=steps,
+        batch_size=-(-largest // step) * step,
+        optimizer=optimizer,
+        learning_rate=learning_rate,
+        gradient=rule,
+    )
+
+
+# -- users -----------------------------------------------------------------------------------------
+
+
+def clip_update(update: Params, clip: float) -> Params:
+    """``update`` scaled down to L2 norm ``clip`` if it is longer; pure."""
+    norm = optax.global_norm(update)
+    factor = jnp.minimum(1.0, clip / jnp.maximum(norm, 1e-12))
+    return jax.tree.map(lambda u: u * factor.astype(u.dtype), update)
+
+
+@dataclasses.dataclass(frozen=True)
+class GaussianMean:
+    """An ``Aggregator``: the sum of clipped updates plus noise, over the expected number of clients. Weights are not used: every user counts alike.
+
+    Attributes:
+      clip: L2 norm that no user's update exceeds.
+      noise_multiplier: standard deviation of the noise of the sum in units of ``clip``.
+      expected_clients: rate times population, never the number that came.
+      individual: False: what looks at single updates would not be covered, so koala refuses to combine the two.
+    """
+
+    clip: float = 1.0
+    noise_multiplier: float = 1.0
+    expected_clients: float = 10.0
+    individual: bool = False
+
+    def __post_init__(self):
+        _positive(clip=self.clip, expected_clients=self.expected_clients)
+        if self.noise_multiplier < 0 or self.individual:
+            raise ValueError(
+                f"noise_multiplier must be at least 0, and individual False; got {self.noise_multiplier} and {self.individual}."
+            )
+
+    def combine(
+        self, updates: Params, weights: Float[Array, " K"], clients: Int[Array, " K"], key: Array
+    ) -> Params:
+        """The noised mean update."""
+        clipped = jax.vmap(lambda u: clip_update(u, self.clip))(updates)
+        total = jax.tree.map(lambda u: u.sum(0), clipped)
+        noised = _add_noise(total, self.clip * self.noise_multiplier, key)
+        return jax.tree.map(lambda u: u / self.expected_clients, noised)
+
+
+def poisson_clients(
+    available: Int[np.ndarray, " N"], rate: float, *, seed: int, round_number: int
+) -> Int[np.ndarray, " K"]:
+    """Clients of a round, each with probability ``rate``; nobody, at times. Who else is available changes nothing for a client."""
+    _check_rate(rate)
+    draws = np.array(
+        [np.random.default_rng([seed, round_number, int(c)]).random() for c in available]
+    )
+    return np.asarray(available)[draws < rate]
+
+
+def _add_noise(tree: Params, deviation: float, key: Array) -> Params:
+    leaves, structure = jax.tree.flatten(tree)
+    keys = jax.random.split(key, len(leaves))
+    noisy = [
+        x + deviation * jax.random.normal(k, x.shape, x.dtype)
+        for x, k in zip(leaves, keys, strict=True)
+    ]
+    return jax.tree.unflatten(structure, noisy)
+
+
+# -- accounting ------------------------------------------------------------------------------------
+
+
+def _event(rate: float, noise_multiplier: float) -> Any:
+    accounting = need("dp_accounting", "fed")
+    event = accounting.GaussianDpEvent(noise_multiplier)
+    return event if rate == 1 else accounting.PoissonSampledDpEvent(rate, event)
+
+
+def _accountant(method: str) -> Any:
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}; got {method!r}.")
+    if method == "rdp":
+        return need("dp_accounting.rdp", "fed").RdpAccountant()
+    return need("dp_accounting.pld", "fed").PLDAccountant()
+
+
+def epsilon(
+    rate: float, noise_multiplier: float, steps: int, delta: float, *, method: str = "rdp"
+) -> float:
+    """Epsilon of ``steps`` Poisson-subsampled Gaussian mechanisms, one after another, by ``dp_accounting``.
+
+    Args:
+      rate: probability of each example (or client) to take part in a step; 1: everybody always does.
+      noise_multiplier: noise in units of the clipping norm; 0 gives infinity.
+      steps: how many, over all rounds.
+      delta: of (epsilon, delta); below one over the number of examples (or clients).
+      method: "rdp" (fast, an upper bound) or "pld" (tighter: privacy loss distributions).
+
+    Raises:
+      ValueError: for numbers out of range.
+
+    Example:
+      >>> round(epsilon(0.01, 1.0, 1000, 1e-5), 4)
+      2.1014
+    """
+    _check_rate(rate)
+    if noise_multiplier < 0 or steps < 0 or not 0 < delta < 1:
+        raise ValueError(
+            f"noise_multiplier and steps must be at least 0, and delta between 0 and 1; got {noise_multiplier}, {steps} and {delta}."
+        )
+    if noise_multiplier == 0 or steps == 0:
+        return 0.0 if steps == 0 else float("inf")
+    accountant = _accountant(method)
+    accountant.compose(_event(rate, noise_multiplier), steps)
+    return float(accountant.get_epsilon(delta))
+
+
+def noise_for(
+    target: float, rate: float, steps: int, delta: float, *, method: str = "rdp"
+) -> float:
+    """The least noise multiplier with which ``epsilon`` is at most ``target``, to 1e-3.
+
+    Example:
+      >>> abs(noise_for(7.9039, 0.1, 100, 1e-5) - 1.0) < 2e-3
+      True
+    """
+    _positive(target=target, steps=steps)
+    _check_rate(rate)
+    calibrate = need("dp_accounting", "fed").calibrate_dp_mechanism
+    return float(
+        calibrate(
+            lambda: _accountant(method),
+            lambda noise: need("dp_accounting", "fed").SelfComposedDpEvent(
+                _event(rate, noise), steps
+            ),
+            target,
+            delta,
+            tol=1e-3,
+        )
+    )
+
+
+def statement(
+    rate: float, noise_multiplier: float, steps: int, delta: float, *, unit: str = "example"
+) -> str:
+    """One line for reports: what a run has cost, and per what.
+
+    Args:
+      rate: as of ``epsilon``.
+      noise_multiplier: as of ``epsilon``.
+      steps: over all rounds.
+      delta: as of ``epsilon``.
+      unit: "example" or "user".
+    """
+    spent = epsilon(rate, noise_multiplier, steps, delta)
+    return (
+        f"({spent:.4g}, {delta:g})-differential privacy per {unit} (RDP; {steps} steps, rate {rate:g}, noise {noise_multiplier:g}); "
+        f"{POST_PROCESSING}"
+    )
