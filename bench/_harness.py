@@ -97,15 +97,19 @@ def finish(bench: str, rows: list[dict], ratios: dict[str, float], path: str | N
         write_report(path, make_report(bench, rows, ratios))
 
 
-def weights(preset: str, seed: int, dtype: str = "float32") -> tuple[Any, jaxmoe.ModelConfig]:
+def weights(
+    preset: str, seed: int, dtype: str = "float32", *, dense: bool = False
+) -> tuple[Any, jaxmoe.ModelConfig]:
     """Parameters and config of a preset without its MTP module, which no peer runs in plain generation.
 
     Matrices are four times the initial scale: logits then differ enough between tokens for greedy outputs
-    to be comparable (in float32; with bfloat16 near-ties part the two sides soon).
+    to be comparable (in float32; with bfloat16 near-ties part the two sides soon). With ``dense`` no layer has experts.
     """
     if preset not in jaxmoe.presets:
         raise SystemExit(f"--preset must be one of {', '.join(jaxmoe.presets)}; got {preset!r}.")
     config = jaxmoe.presets[preset].replace(num_nextn_predict_layers=0)
+    if dense:
+        config = config.replace(first_k_dense_replace=config.num_hidden_layers)
     params = jaxmoe.init_params(config, jax.random.key(seed), dtype=dtype)
     return jax.tree.map(lambda x: x * 4 if x.ndim > 2 else x, params), config
 

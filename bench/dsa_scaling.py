@@ -1,11 +1,14 @@
 """How the time and memory of core attention grow with the context: sparse by row, with its indexer, against dense.
 
-    python -m bench.dsa_scaling --json bench/results/dsa_scaling.json
+    python -m bench.dsa_scaling --uses decode --longest 131072 --json bench/results/dsa_scaling_decode.json
+    python -m bench.dsa_scaling --uses prefill train --divide-heads 16 --topk 512 --longest 32768 --json bench/results/dsa_scaling_whole.json
 
 One layer's core. dense: the expanded form over all pairs. sparse: scoring, selection and the absorbed form over the selected rows, with
 the indexer's loss in training; core: the same for rows that are given. masked: as sparse, but over all pairs, as short sequences are
 computed (``sparse_attention.GATHER_FACTOR``). Projections are on no side. Three uses: a prompt's forward pass,
 forward and backward of training, and a decode step over a cache that holds the context. Memory is what XLA plans for temporaries.
+The layer is V3.2's. ``--divide-heads`` leaves a part of its heads, attention's and the indexer's alike, so that a CPU can take whole
+sequences: the proportions, on which ratios depend, stay, as they do with topk an equal part of the context (2048 of 128K, 512 of 32K).
 Exponents are fitted (least squares of the logarithms) over the longer half of the contexts. The published figures to compare with are
 whole-model costs at 128K: decode 8.65x, prefill 3.56x cheaper (spec 8.1).
 """
@@ -126,6 +129,7 @@ def measured(
     """A row per context, up to the longest, or the first that takes longer than the budget."""
     rows, length = [], args.shortest
     shape = {"preset": args.preset, "dtype": args.dtype, "topk": config.index_topk}
+    shape["heads"] = config.num_attention_heads
     while length <= args.longest:
         call, size = build(config, use, form, length, args.seed, dtype)
         measure = _harness.device_timed(call, calls=3)
@@ -163,7 +167,8 @@ def main() -> None:
     """Runs the bench."""
     options = _harness.parser(__doc__.splitlines()[0])
     _harness.add_dtype(options)
-    options.add_argument("--preset", default="small")
+    options.add_argument("--preset", default="deepseek_v32")
+    options.add_argument("--divide-heads", type=int, default=1, help="leave this part of the heads")
     options.add_argument("--topk", type=int, help="selected keys; default the preset's")
     options.add_argument("--shortest", type=int, default=1024)
     options.add_argument("--longest", type=int, default=65536)
@@ -174,7 +179,11 @@ def main() -> None:
     )
     args = options.parse_args()
     config, dtype = presets[args.preset], jnp.dtype(args.dtype)
-    config = config.replace(index_topk=args.topk or config.index_topk)
+    config = config.replace(
+        index_topk=args.topk or config.index_topk,
+        num_attention_heads=config.num_attention_heads // args.divide_heads,
+        index_n_heads=config.index_n_heads // args.divide_heads,
+    )
     rows, ratios = [], {}
     for use in args.uses:
         time, memory = {}, {}

@@ -8,12 +8,13 @@ from fed.cohort import Cohort, EngineOptions, train_cohort
 from fed.costs import Cost, measure, savings
 from fed.data import Dataset, Splits, Unlabelled, split
 from fed.distill import Distillation, Merge
+from fed.driver import Driver, run
 from fed.errors import BadUpdate, QuorumLost
 from fed.history import History
 from fed.koala import KoalaOptions, koala
 from fed.models import Model
 from fed.partition import Partition
-from fed.rounds import Context, Method, RunOptions, State, run
+from fed.rounds import Context, Method, RunOptions, State
 from fed.sampling import Sampling
 from fed.trainable import Trainable
 from fed.uploads import Attack, Upload
@@ -28,6 +29,7 @@ __all__ = [
     "Cost",
     "Dataset",
     "Distillation",
+    "Driver",
     "EngineOptions",
     "GradientRule",
     "History",

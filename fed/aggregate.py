@@ -63,7 +63,9 @@ class TrimmedMean:
 
     def __post_init__(self) -> None:
         if not 0 <= self.share < 0.5:
-            raise ValueError(f"share must lie in [0, 0.5), it is cut on both sides; got {self.share}.")
+            raise ValueError(
+                f"share must lie in [0, 0.5), it is cut on both sides; got {self.share}."
+            )
 
     def combine(
         self, updates: Params, weights: Float[Array, " K"], clients: Int[Array, " K"], key: Array
@@ -112,7 +114,10 @@ class Krum:
 
 
 def by_name(name: str) -> Aggregator:
-    """mean, median, trimmed[:SHARE], krum[:MALICIOUS[:KEEP]]."""
+    """mean, median, trimmed[:SHARE], krum[:MALICIOUS[:KEEP]], secure, private:CLIP:NOISE:EXPECTED."""
+    from fed.privacy import GaussianMean
+    from fed.secure_aggregation import SecureMean
+
     kind, *values = name.split(":")
     try:
         if kind == "mean" and not values:
@@ -123,8 +128,13 @@ def by_name(name: str) -> Aggregator:
             return TrimmedMean(*map(float, values))
         if kind == "krum" and len(values) <= 2:
             return Krum(*map(int, values))
+        if kind == "secure" and not values:
+            return SecureMean()
+        if kind == "private" and len(values) == 3:
+            return GaussianMean(*map(float, values))
     except ValueError as error:
         raise ValueError(f"aggregator {name!r} has a wrong number: {error}") from error
     raise ValueError(
-        f"aggregator must be mean, median, trimmed[:SHARE] or krum[:MALICIOUS[:KEEP]]; got {name!r}."
+        "aggregator must be mean, median, trimmed[:SHARE], krum[:MALICIOUS[:KEEP]], secure or private:CLIP:NOISE:EXPECTED; got "
+        f"{name!r}."
     )

@@ -24,7 +24,9 @@ def shifted(x: Float[Array, "B H W C"], size: int, stride: int) -> list[Array]:
     padded = jnp.pad(x, ((0, 0), edge, edge, (0, 0)))
     height, width = (-(-n // stride) for n in x.shape[1:3])
     return [
-        padded[:, i : i + (height - 1) * stride + 1 : stride, j : j + (width - 1) * stride + 1 : stride]
+        padded[
+            :, i : i + (height - 1) * stride + 1 : stride, j : j + (width - 1) * stride + 1 : stride
+        ]
         for i in range(size)
         for j in range(size)
     ]
@@ -33,8 +35,12 @@ def shifted(x: Float[Array, "B H W C"], size: int, stride: int) -> list[Array]:
 class Conv(nnx.Module):
     """A convolution with zero padding; its kernel [size * size * in, out] is a matrix."""
 
-    def __init__(self, inside: int, outside: int, size: int = 3, stride: int = 1, *, rngs: nnx.Rngs):
-        self.kernel = nnx.Param(_NORMAL(rngs.params(), (size * size * inside, outside), jnp.float32))
+    def __init__(
+        self, inside: int, outside: int, size: int = 3, stride: int = 1, *, rngs: nnx.Rngs
+    ):
+        self.kernel = nnx.Param(
+            _NORMAL(rngs.params(), (size * size * inside, outside), jnp.float32)
+        )
         self.bias = nnx.Param(jnp.zeros((outside,), jnp.float32))
         self.size, self.stride = size, stride
 
@@ -96,7 +102,17 @@ class _Mlp(nnx.Module):
 
 
 class _Cnn(nnx.Module):
-    def __init__(self, side: int, inside: int, channels: Sequence[int], hidden: int, classes: int, per_stage: int, *, rngs):
+    def __init__(
+        self,
+        side: int,
+        inside: int,
+        channels: Sequence[int],
+        hidden: int,
+        classes: int,
+        per_stage: int,
+        *,
+        rngs,
+    ):
         sizes = [inside, *channels]
         self.stages = nnx.List(
             [
@@ -180,7 +196,17 @@ class _Block(nnx.Module):
 
 
 class _Vit(nnx.Module):
-    def __init__(self, shape: tuple[int, int, int], patch: int, width: int, layers: int, heads: int, classes: int, *, rngs):
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        patch: int,
+        width: int,
+        layers: int,
+        heads: int,
+        classes: int,
+        *,
+        rngs,
+    ):
         height, wide, channels = shape
         count = (height // patch) * (wide // patch)
         self.patch = patch
@@ -193,7 +219,11 @@ class _Vit(nnx.Module):
     def logits_and_features(self, x):
         x = _image(x)
         (b, h, w, c), p = x.shape, self.patch
-        x = x.reshape(b, h // p, p, w // p, p, c).transpose(0, 1, 3, 2, 4, 5).reshape(b, -1, p * p * c)
+        x = (
+            x.reshape(b, h // p, p, w // p, p, c)
+            .transpose(0, 1, 3, 2, 4, 5)
+            .reshape(b, -1, p * p * c)
+        )
         x = self.embed(x) + self.positions[...][None]
         for block in self.blocks:
             x = block(x)
@@ -224,7 +254,9 @@ def _size(inputs: Sequence[int]) -> int:
     return total
 
 
-def mlp(inputs: Sequence[int], hidden: Sequence[int], classes: int, *, dropout: float = 0.0) -> Model:
+def mlp(
+    inputs: Sequence[int], hidden: Sequence[int], classes: int, *, dropout: float = 0.0
+) -> Model:
     """A multi-layer perceptron: ``inputs`` flattened, layers of ``hidden`` units, ``classes`` logits."""
     build = functools.partial(_Mlp, _size(inputs), tuple(hidden), classes, dropout)
     name = "mlp-" + "-".join(map(str, hidden or ["linear"]))
@@ -232,7 +264,12 @@ def mlp(inputs: Sequence[int], hidden: Sequence[int], classes: int, *, dropout: 
 
 
 def cnn(
-    inputs: Sequence[int], channels: Sequence[int], classes: int, *, hidden: int = 64, per_stage: int = 1
+    inputs: Sequence[int],
+    channels: Sequence[int],
+    classes: int,
+    *,
+    hidden: int = 64,
+    per_stage: int = 1,
 ) -> Model:
     """3 x 3 convolutions and halvings by the maximum, ``per_stage`` convolutions to each of ``channels``, then a dense layer.
 
@@ -249,11 +286,19 @@ def cnn(
 def mobilenet(inputs: Sequence[int], classes: int, *, width: int = 8, stages: int = 2) -> Model:
     """Inverted residuals with depthwise filters, MobileNet-shaped, for images of 28 to 64 pixels."""
     build = functools.partial(_MobileNet, _as_image(inputs)[2], width, stages, classes)
-    return from_nnx(lambda rngs: build(rngs=rngs), tuple(inputs), name=f"mobilenet-{width}x{stages}")
+    return from_nnx(
+        lambda rngs: build(rngs=rngs), tuple(inputs), name=f"mobilenet-{width}x{stages}"
+    )
 
 
 def vit(
-    inputs: Sequence[int], classes: int, *, patch: int = 4, width: int = 64, layers: int = 4, heads: int = 4
+    inputs: Sequence[int],
+    classes: int,
+    *,
+    patch: int = 4,
+    width: int = 64,
+    layers: int = 4,
+    heads: int = 4,
 ) -> Model:
     """A vision transformer with mean pooling."""
     shape = _as_image(inputs)
@@ -272,6 +317,28 @@ def transformer(
     build = functools.partial(_Transformer, vocab, length, width, layers, heads)
     example = jax.ShapeDtypeStruct((length,), jnp.int32)
     return from_nnx(lambda rngs: build(rngs=rngs), example, name=f"transformer-{width}x{layers}")
+
+
+def by_name(text: str, inputs: Sequence[int], classes: int) -> Model:
+    """A model from its short form, e.g. ``mlp:256,256``, ``cnn:8,16``, ``vgg:16,32``, ``mobilenet:8``, ``vit:32x2``, ``transformer:64x2``."""
+    kind, _, rest = text.partition(":")
+    try:
+        numbers = [int(n) for n in rest.replace("x", ",").split(",") if n]
+    except ValueError:
+        numbers, kind = [], ""
+    if kind == "mlp":
+        return mlp(inputs, numbers, classes)
+    if kind in ("cnn", "vgg") and numbers:
+        return cnn(inputs, numbers, classes, per_stage=1 if kind == "cnn" else 2)
+    if kind == "mobilenet" and len(numbers) < 2:
+        return mobilenet(inputs, classes, width=numbers[0] if numbers else 8)
+    if kind == "vit" and len(numbers) == 2:
+        return vit(inputs, classes, width=numbers[0], layers=numbers[1])
+    if kind == "transformer" and len(numbers) == 2:
+        return transformer(inputs[0], classes, width=numbers[0], layers=numbers[1])
+    raise ValueError(
+        f"a model must be mlp:16, cnn:8,16, vgg:16,32, mobilenet:8, vit:32x2 or transformer:64x2; got {text!r}."
+    )
 
 
 def _as_image(inputs: Sequence[int]) -> tuple[int, int, int]:

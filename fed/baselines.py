@@ -4,6 +4,7 @@ FedDF, FedMD and Fed-ET follow the public code that the specification cites (3.2
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,14 +14,16 @@ import numpy as np
 from jaxtyping import Array
 
 from fed import augment, distill, ensemble
+from fed.clients import make_optimizer, update_params
 from fed.cohort import Cohort
 from fed.data import Splits
 from fed.distill import Distillation, Lesson, Merge
+from fed.driver import run
 from fed.history import History
 from fed.koala import teach
 from fed.models import Model
 from fed.partition import Partition
-from fed.rounds import Context, Method, RunOptions, State, run
+from fed.rounds import Context, Method, RunOptions, State
 from fed.trainable import Trainable
 
 
@@ -29,7 +32,11 @@ def _list(models: Model | Sequence[Model]) -> list[Model]:
 
 
 def fedavg(
-    model: Model | Sequence[Model], data: Splits, partition: Partition, options: RunOptions = RunOptions(), **more: Any
+    model: Model | Sequence[Model],
+    data: Splits,
+    partition: Partition,
+    options: RunOptions = RunOptions(),
+    **more: Any,
 ) -> History:
     """Federated averaging (McMahan et al., 2017); several architectures are averaged each among its own clients.
 
@@ -38,7 +45,7 @@ def fedavg(
       data: splits; the proxy set is not used.
       partition: who holds what.
       options: of the run.
-      more: assignment, directory, on_round, as in :func:`fed.rounds.run`.
+      more: assignment, directory, on_round, as in :func:`fed.run`.
     """
     return run(Method(_list(model)), data, partition, options, **more)
 
@@ -80,14 +87,22 @@ def _personal(state: State, replies: list[Cohort], context: Context) -> State:
 
 
 def local_only(
-    model: Model | Sequence[Model], data: Splits, partition: Partition, options: RunOptions = RunOptions(), **more: Any
+    model: Model | Sequence[Model],
+    data: Splits,
+    partition: Partition,
+    options: RunOptions = RunOptions(),
+    **more: Any,
 ) -> History:
     """Every client trains alone and nothing is sent; arguments as in :func:`fedavg`."""
     return run(_LocalOnly(_list(model)), data, partition, options, **more)
 
 
 def centralised(
-    model: Model, data: Splits, partition: Partition, options: RunOptions = RunOptions(), **more: Any
+    model: Model,
+    data: Splits,
+    partition: Partition,
+    options: RunOptions = RunOptions(),
+    **more: Any,
 ) -> History:
     """All clients' examples in one place, as many epochs per round as a client makes; arguments as in :func:`fedavg`.
 
@@ -97,7 +112,16 @@ def centralised(
     method.name = "centralised"
     whole = Partition([partition.flat], partition.total, "one place")
     alone = dataclasses.replace(
-        options, sampling=dataclasses.replace(options.sampling, participation=1.0, dropout=0.0, deadline_s=None, partial_work=False, quorum=1, buffer=0)
+        options,
+        sampling=dataclasses.replace(
+            options.sampling,
+            participation=1.0,
+            dropout=0.0,
+            deadline_s=None,
+            partial_work=False,
+            quorum=1,
+            buffer=0,
+        ),
     )
     return run(method, data, whole, alone, **more)
 
@@ -132,18 +156,27 @@ class _FedDf(Method):
         state = super().init(key, context)
         if state.large is None:
             return state
-        return state.replace(moments=distill.begin(state.large, self.options.distillation).optimizer)
+        return state.replace(
+            moments=distill.begin(state.large, self.options.distillation).optimizer
+        )
 
     def update(self, state: State, replies: list[Cohort], context: Context, key: Array) -> Any:
         """All received models of all architectures teach each architecture's mean, and the server's model if there is one."""
         how = self.options.distillation
         inputs = augment.proxy_inputs(
-            context.proxy, jax.random.fold_in(key, 0), kind=self.options.augment, copies=self.options.copies
+            context.proxy,
+            jax.random.fold_in(key, 0),
+            kind=self.options.augment,
+            copies=self.options.copies,
         )
-        soft = _consensus(self.models, state, replies, context, inputs, self.options.merge, how.temperature)
+        soft = _consensus(
+            self.models, state, replies, context, inputs, self.options.merge, how.temperature
+        )
         state = self.average(state, replies, context, jax.random.fold_in(key, 1))
         lesson = Lesson(inputs, soft)
-        order = distill.orders(jax.random.fold_in(key, 2), inputs.shape[0], how.steps, how.batch_size)
+        order = distill.orders(
+            jax.random.fold_in(key, 2), inputs.shape[0], how.steps, how.batch_size
+        )
         small = [
             teach(params, None, lesson, order, model, how)[0]
             for model, params in zip(self.models, state.small, strict=True)
@@ -209,7 +242,7 @@ def feddf(
       options: of the run.
       df_options: of the method.
       server: a large model as one more student; FedDF itself has none.
-      more: as in :func:`fed.rounds.run`.
+      more: as in :func:`fed.run`.
     """
     return run(_FedDf(_list(model), server, df_options), data, partition, options, **more)
 
@@ -261,13 +294,11 @@ class _FedMd(Method):
         return [size] * len(self.models), [size] * len(self.models)
 
 
-@jax.jit(static_argnames=("model", "options"))
+@functools.partial(jax.jit, static_argnames=("model", "options"))
 def _digest(
     params: Any, inputs: Array, target: Array, order: Array, *, model: Model, options: Distillation
 ) -> Any:
     """Fits stacked models to logits, by mean absolute error."""
-    from fed.clients import make_optimizer, update_params
-
     optimizer = make_optimizer(options.optimizer, options.learning_rate)
 
     def loss(p: Any, index: Array) -> Array:
@@ -302,7 +333,7 @@ def fedmd(
       partition: who holds what.
       options: of the run.
       md_options: of the method.
-      more: as in :func:`fed.rounds.run`.
+      more: as in :func:`fed.run`.
     """
     return run(_FedMd(_list(model), md_options), data, partition, options, **more)
 
@@ -334,19 +365,26 @@ class _FedEt(Method):
 
     def init(self, key: Array, context: Context) -> State:
         state = super().init(key, context)
-        return state.replace(moments=distill.begin(state.large, self.options.distillation).optimizer)
+        return state.replace(
+            moments=distill.begin(state.large, self.options.distillation).optimizer
+        )
 
     def update(self, state: State, replies: list[Cohort], context: Context, key: Array) -> Any:
         """Weighted consensus with a diversity term teaches the large model; heads are shared where they fit."""
         how = self.options.distillation
         inputs = augment.proxy_inputs(
-            context.proxy, jax.random.fold_in(key, 0), kind=self.options.augment, copies=self.options.copies
+            context.proxy,
+            jax.random.fold_in(key, 0),
+            kind=self.options.augment,
+            copies=self.options.copies,
         )
         members = _members(state, replies, context)
         answers = ensemble.of_clients(self.models, members, inputs, context.sizes, context.counts)
         state = self.average(state, replies, context, jax.random.fold_in(key, 1))
         consensus, diversity = _diverse(answers.logits)
-        order = distill.orders(jax.random.fold_in(key, 2), inputs.shape[0], how.steps, how.batch_size)
+        order = distill.orders(
+            jax.random.fold_in(key, 2), inputs.shape[0], how.steps, how.batch_size
+        )
         heads = _heads(self.models, state, self.server)
         large = state.large
         if heads:
@@ -364,9 +402,9 @@ class _FedEt(Method):
         small = list(state.small)
         for a, head in heads:
             small[a] = {**small[a], **{name: student.params[name] for name in head}}
-        return state.replace(
-            small=tuple(small), large=student.params, moments=student.optimizer
-        ), {"reverse_loss": loss}
+        return state.replace(small=tuple(small), large=student.params, moments=student.optimizer), {
+            "reverse_loss": loss
+        }
 
 
 @jax.jit
@@ -385,7 +423,11 @@ def _diverse(logits: Array) -> tuple[Array, Array]:
 
 def _heads(models: Sequence[Model], state: State, server: Model) -> list[Any]:
     """Heads of the architectures whose head has the server's shape."""
-    wanted = {name: jax.tree.map(jnp.shape, state.large[name]) for name in server.head if name in state.large}
+    wanted = {
+        name: jax.tree.map(jnp.shape, state.large[name])
+        for name in server.head
+        if name in state.large
+    }
     found = []
     for a, params in enumerate(state.small):
         own = {name: params[name] for name in wanted if name in params}
@@ -412,6 +454,6 @@ def fedet(
       partition: who holds what.
       options: of the run.
       et_options: of the method.
-      more: as in :func:`fed.rounds.run`.
+      more: as in :func:`fed.run`.
     """
     return run(_FedEt(server, _list(model), et_options), data, partition, options, **more)

@@ -7,7 +7,7 @@ and step counter are all selected, else momentum and Adam drift (spec 5.2 measur
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +41,7 @@ class Batches:
 ExampleLosses = Callable[[Params, Array, Array, Array], Float[Array, " B"]]
 
 
+@runtime_checkable
 class GradientRule(Protocol):
     """How a step's gradient is made from its examples; the place for per-example clipping and noise (fed.privacy).
 
@@ -119,7 +120,9 @@ def update_params(
         return optax.apply_updates(params, updates), moments
 
 
-def cross_entropy(logits: Float[Array, "B *S C"], labels: Int[Array, "B *S"]) -> Float[Array, " B"]:
+def cross_entropy(
+    logits: Float[Array, "B *S C"], labels: Int[Array, " B *S"]
+) -> Float[Array, " B"]:
     """Cross-entropy of each example; of a sequence the mean over its positions."""
     chosen = jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
     losses = jax.nn.logsumexp(logits, axis=-1) - jnp.sum(logits * chosen, axis=-1)
@@ -128,7 +131,9 @@ def cross_entropy(logits: Float[Array, "B *S C"], labels: Int[Array, "B *S"]) ->
 
 def masked_mean(values: Float[Array, " B"], mask: Bool[Array, " B"]) -> Float[Array, ""]:
     """Mean over the real examples, 0 if there is none; what stands in padded ones cannot reach it."""
-    return jnp.sum(jnp.where(mask, values, 0.0)) / jnp.maximum(jnp.sum(mask), 1).astype(values.dtype)
+    return jnp.sum(jnp.where(mask, values, 0.0)) / jnp.maximum(jnp.sum(mask), 1).astype(
+        values.dtype
+    )
 
 
 def mean_gradient(
@@ -145,12 +150,13 @@ def mean_gradient(
 
 @struct.dataclass
 class StepState:
-    """What a local step reads and replaces."""
+    """What a local step reads and replaces: parameters, the optimiser's state, int32 steps done, float32 sum of their losses."""
 
+    # Arrays, or what JAX puts in their place: shapes.
     params: Params
     optimizer: Any
-    steps: Int[Array, ""]
-    loss: Float[Array, ""]
+    steps: Any
+    loss: Any
 
 
 def begin(params: Params, options: LocalOptions) -> StepState:
@@ -184,8 +190,12 @@ def local_step(
     optimizer = make_optimizer(options.optimizer, options.learning_rate)
     trained, moments = update_params(optimizer, gradient, state.optimizer, state.params)
     new = StepState(trained, moments, state.steps + 1, state.loss + loss)
-    live = jnp.any(mask)
-    return jax.tree.map(lambda a, b: jnp.where(live, a, b), new, state)
+    return freeze(jnp.any(mask), new, state)
+
+
+def freeze(live: Bool[Array, ""], new: StepState, old: StepState) -> StepState:
+    """The new state where the step had an example, else the old one: all of it."""
+    return jax.tree.map(lambda a, b: jnp.where(live, a, b), new, old)
 
 
 def local_train(

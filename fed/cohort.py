@@ -6,6 +6,8 @@ are dropped, unless somebody needs each (robust aggregation, ensembles, personal
 
 import dataclasses
 import functools
+import logging
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +22,8 @@ from fed.clients import Batches, LocalOptions, StepState, begin, local_step, loc
 from fed.models import Model, Params
 from fed.schedule import Bucket, round_up
 from fed.uploads import Upload
+
+logger = logging.getLogger(__name__)
 
 BACKENDS = ("auto", "vmap", "sequential")
 
@@ -45,9 +49,7 @@ class EngineOptions:
 
     def __post_init__(self) -> None:
         if self.backend not in BACKENDS:
-            raise ValueError(
-                f"backend must be one of {', '.join(BACKENDS)}; got {self.backend!r}."
-            )
+            raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {self.backend!r}.")
         if self.chunk < 1 or self.buckets < 1:
             raise ValueError(
                 f"chunk and buckets must be at least 1; got {self.chunk} and {self.buckets}."
@@ -106,7 +108,12 @@ def _judge(update: Params, largest: float) -> tuple[Array, Array]:
 
 
 def _finish(
-    start: Params, trained: Params, client: Array, key: Array, uploads: tuple[Upload, ...], largest: float
+    start: Params,
+    trained: Params,
+    client: Array,
+    key: Array,
+    uploads: tuple[Upload, ...],
+    largest: float,
 ) -> tuple[Params, Array, Array]:
     """One client's update as the server gets it, whether it is usable, its norm."""
     update = jax.tree.map(jnp.subtract, trained, start)
@@ -162,8 +169,7 @@ def _chunk(
     if axis is None:
         total = _add(total, updates, weights)
     else:
-        zero = jax.tree.map(lambda x: jax.lax.pcast(jnp.zeros_like(x), axis, to="varying"), total)
-        own = jax.lax.psum(_add(zero, updates, weights), axis)
+        own = jax.lax.psum(_add(jax.tree.map(jnp.zeros_like, total), updates, weights), axis)
         total = jax.tree.map(jnp.add, total, own)
     return total, out | ({"updates": updates} if keep else {})
 
@@ -180,6 +186,7 @@ def _program(mesh: Any, **static: Any) -> Any:
         mesh=mesh,
         in_specs=(P(), start, P(), P("clients"), P()),
         out_specs=(P(), P("clients")),
+        check_vma=False,  # every client's scan begins with replicated values: parameters, step 0
     )
     return jax.jit(sharded, donate_argnums=0)
 
@@ -189,7 +196,9 @@ def _mesh(devices: int) -> Any:
     count = devices or len(jax.devices())
     if count == 1:
         return None
-    return jax.make_mesh((count,), ("clients",), devices=jax.devices()[:count])
+    return jax.make_mesh(
+        (count,), ("clients",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:count]
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("model", "options"), donate_argnames="state")
@@ -208,7 +217,9 @@ def _step(
     return local_step(model, start, state, x, y, mask, key, options)
 
 
-_begin = jax.jit(lambda params, options: begin(jax.tree.map(jnp.copy, params), options), static_argnums=1)
+_begin = jax.jit(
+    lambda params, options: begin(jax.tree.map(jnp.copy, params), options), static_argnums=1
+)
 
 
 @functools.partial(jax.jit, static_argnames=("uploads", "largest"), donate_argnames="total")
@@ -243,7 +254,16 @@ def _sequential(total, start, data, bucket, weights, key, static, engine, person
         live = np.flatnonzero(bucket.mask[i].any(1))
         for s in live:
             index, mask = bucket.index[i, s], bucket.mask[i, s]
-            state = _step(origin, state, data, index, mask, own, model=static["model"], options=static["options"])
+            state = _step(
+                origin,
+                state,
+                data,
+                index,
+                mask,
+                own,
+                model=static["model"],
+                options=static["options"],
+            )
         total, update, accepted, norm = _collect(
             total,
             origin,
@@ -332,6 +352,10 @@ def train_cohort(
     Returns:
       what came back, by ascending client number.
     """
+    if engine.backend == "auto":
+        raise ValueError(
+            "backend='auto' must be settled by fed.cohort.choose before a cohort trains."
+        )
     zero = jax.tree.map(
         lambda x: jnp.zeros(x.shape if personal is None else x.shape[1:], jnp.float32), start
     )
@@ -350,8 +374,43 @@ def train_cohort(
     return _gather(buckets, parts, total, weights, keep)
 
 
+def choose(
+    model: Model,
+    start: Params,
+    data: tuple[Array, Array],
+    bucket: Bucket,
+    key: Array,
+    options: LocalOptions,
+    engine: EngineOptions,
+    weights: np.ndarray,
+) -> EngineOptions:
+    """``engine`` with the backend that trains a chunk of ``bucket`` faster here; both are compiled and timed once.
+
+    Under vmap a native convolution becomes a grouped one, which XLA:CPU runs slower than a loop (spec 5.3); small matrix
+    products gain tenfold. Which is which for a model, its sizes and a machine, is measured.
+    """
+    few = slice(0, min(engine.chunk, len(bucket.clients)))
+    part = Bucket(bucket.clients[few], bucket.index[few], bucket.mask[few])
+    seconds = {}
+    for backend in ("vmap", "sequential"):
+        tried = dataclasses.replace(engine, backend=backend)
+        for _ in range(2):  # the first compiles
+            began = time.perf_counter()
+            found = train_cohort(model, start, data, [part], key, options, tried, weights=weights)
+            jax.block_until_ready(found.mean)
+            seconds[backend] = time.perf_counter() - began
+    best = min(seconds, key=lambda name: seconds[name])
+    timed = " ".join(f"{name}_s={value:.4f}" for name, value in seconds.items())
+    logger.info("model=%s backend=%s %s", model.name, best, timed)
+    return dataclasses.replace(engine, backend=best)
+
+
 def _gather(
-    buckets: Sequence[Bucket], parts: list[dict[str, Any]], total: _Sum, weights: np.ndarray, keep: bool
+    buckets: Sequence[Bucket],
+    parts: list[dict[str, Any]],
+    total: _Sum,
+    weights: np.ndarray,
+    keep: bool,
 ) -> Cohort:
     """Buckets' results as one, by ascending client number."""
     if not parts:
@@ -367,9 +426,7 @@ def _gather(
     }
     updates = None
     if keep:
-        updates = jax.tree.map(
-            lambda *x: jnp.concatenate(x)[order], *(p["updates"] for p in parts)
-        )
+        updates = jax.tree.map(lambda *x: jnp.concatenate(x)[order], *(p["updates"] for p in parts))
     mean = None
     if float(total.weight) > 0:
         mean = jax.tree.map(lambda x: x / total.weight, total.update)
@@ -406,7 +463,5 @@ def join(cohorts: Sequence[Cohort]) -> Cohort:
         )
     updates = None
     if cohorts[0].updates is not None:
-        updates = jax.tree.map(
-            lambda *x: jnp.concatenate(x)[order], *(c.updates for c in cohorts)
-        )
+        updates = jax.tree.map(lambda *x: jnp.concatenate(x)[order], *(c.updates for c in cohorts))
     return Cohort(*columns, mean, updates)

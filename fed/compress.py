@@ -83,6 +83,11 @@ class Codec:
         packed = jax.tree.leaves([self._packed_shapes(x) for x in jax.tree.leaves(tree)])
         return HEADER_BYTES + sum(x.size * x.dtype.itemsize for x in packed)
 
+    def apply(self, update: Any, client: Any, key: Any) -> Any:
+        """``roundtrip``: a codec is a ``fed.uploads.Upload``, the last of those that a run is given."""
+        del client, key
+        return self.roundtrip(update)
+
     def encode(self, tree: Any) -> bytes:
         """The payload.
 
@@ -156,6 +161,25 @@ class Codec:
             values, places = packed
             flat = jnp.zeros(leaf.size, jnp.float32).at[places].set(values)
         return flat.reshape(leaf.shape).astype(leaf.dtype)
+
+
+def codec_named(text: str) -> Codec:
+    """none, bfloat16, int8, sefp[:WIDTH] or topk[:FRACTION].
+
+    Raises:
+      ValueError: for anything else.
+    """
+    name, _, value = text.partition(":")
+    try:
+        if value and name == "sefp":
+            return Codec(name, width=int(value))
+        if value and name == "topk":
+            return Codec(name, fraction=float(value))
+    except ValueError as error:
+        raise ValueError(f"codec {text!r} has a wrong number: {error}") from None
+    if value:
+        raise ValueError(f"codec {name} takes no number; got {text!r}.")
+    return Codec(name)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -26,9 +26,8 @@ class Cost:
     peak_bytes: int
 
 
-@functools.cache
-def measure(model: Model, options: LocalOptions) -> Cost:
-    """Costs of a training step of ``model``; compiles it once, runs nothing."""
+def _lower(model: Model, options: LocalOptions) -> Any:
+    """One training step of ``model``, lowered for this machine."""
     plain = dataclasses.replace(options, gradient=None)
     size = options.batch_size
     logits = model.outputs[0]
@@ -42,9 +41,24 @@ def measure(model: Model, options: LocalOptions) -> Cost:
         return local_step(model, start, state, x, y, m, key, plain)
 
     given = (model.shapes, state, inputs, labels, mask, key)
-    lowered = jax.jit(step, donate_argnums=1).lower(*given)
-    analysis: Any = lowered.cost_analysis()
-    flops = float((analysis[0] if isinstance(analysis, list) else analysis)["flops"])
+    return jax.jit(step, donate_argnums=1).lower(*given)
+
+
+def _flops(lowered: Any) -> float:
+    analysis = lowered.cost_analysis()
+    return float((analysis[0] if isinstance(analysis, list) else analysis)["flops"])
+
+
+@functools.cache
+def step_flops(model: Model, options: LocalOptions) -> float:
+    """Floating-point operations of one training step; compiles nothing."""
+    return _flops(_lower(model, options))
+
+
+@functools.cache
+def measure(model: Model, options: LocalOptions) -> Cost:
+    """Costs of a training step of ``model``; compiles it once, runs nothing."""
+    lowered = _lower(model, options)
     memory: Any = lowered.compile().memory_analysis()
     peak = (
         memory.argument_size_in_bytes
@@ -52,7 +66,7 @@ def measure(model: Model, options: LocalOptions) -> Cost:
         + memory.output_size_in_bytes
         - memory.alias_size_in_bytes
     )
-    return Cost(model.nbytes, flops, int(peak))
+    return Cost(model.nbytes, _flops(lowered), int(peak))
 
 
 def savings(small: Cost, large: Cost) -> dict[str, float]:

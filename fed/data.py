@@ -50,7 +50,9 @@ class Dataset:
         return len(self.inputs)
 
     def __repr__(self) -> str:
-        return f"Dataset({self.name}: {len(self):,} x {self.inputs.shape[1:]}, {self.classes} classes)"
+        return (
+            f"Dataset({self.name}: {len(self):,} x {self.inputs.shape[1:]}, {self.classes} classes)"
+        )
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -294,11 +296,18 @@ def from_texts(texts: dict[str, str], length: int, name: str) -> Dataset:
             f"length must be below the longest text's; got {length} and {len(texts)} texts, all shorter."
         )
     return Dataset(
-        np.concatenate(inputs), np.concatenate(labels), 256, name, np.concatenate(owners), tuple(names)
+        np.concatenate(inputs),
+        np.concatenate(labels),
+        256,
+        name,
+        np.concatenate(owners),
+        tuple(names),
     )
 
 
-def load(name: str, path: str | pathlib.Path | None = None, *, length: int = 64) -> tuple[Dataset, Dataset | None]:
+def load(
+    name: str, path: str | pathlib.Path | None = None, *, length: int = 64
+) -> tuple[Dataset, Dataset | None]:
     """A data set by name: training part, and test part where the source has one.
 
     Args:
@@ -343,6 +352,8 @@ def _idx(folder: pathlib.Path, name: str) -> np.ndarray:
         raise ValueError(f"{folder} must hold {name} or {name}.gz; it has neither.")
     zero, kind, rank = struct.unpack(">HBB", raw[:4])
     if zero or kind != 8:
-        raise ValueError(f"{path} must be an IDX file of unsigned bytes; its header is {raw[:4]!r}.")
+        raise ValueError(
+            f"{path} must be an IDX file of unsigned bytes; its header is {raw[:4]!r}."
+        )
     shape = struct.unpack(f">{rank}I", raw[4 : 4 + 4 * rank])
     return np.frombuffer(raw, np.uint8, offset=4 + 4 * rank).reshape(shape)

@@ -52,7 +52,7 @@ def merge(
     sizes: Float[Array, " m"],
     options: Merge,
     temperature: float,
-    counts: Float[Array, "m C"] | None = None,
+    counts: Float[Array, "m D"] | None = None,
 ) -> Float[Array, "B *S C"]:
     """Refines and merges members' outputs: q(x) = sum_m alpha_m(x) r_m(x).
 
@@ -61,7 +61,7 @@ def merge(
       sizes: examples that each member was trained on.
       options: the strategy.
       temperature: tau of the softmax that comes first.
-      counts: examples per class of each member, for "reliability".
+      counts: examples per class of each member, for "reliability" (D = C there).
 
     Returns:
       probabilities, float32.
@@ -79,7 +79,7 @@ def _weights(
     logits: Float[Array, "m B *S C"],
     sizes: Float[Array, " m"],
     options: Merge,
-    counts: Float[Array, "m C"] | None,
+    counts: Float[Array, "m D"] | None,
 ) -> Float[Array, "m B *S"]:
     """alpha_m(x): not negative, and 1 in sum over members."""
     shape = logits.shape[:-1]
@@ -100,11 +100,14 @@ def _weights(
             majority = jnp.argmax(votes, axis=-1)[None]
             raw = (jnp.argmax(logits, axis=-1) == majority).astype(jnp.float32)
         else:
-            if counts is None:
+            if counts is None or counts.shape[-1] != logits.shape[-1]:
                 raise ValueError(
-                    "weights='reliability' needs the clients' label counts; got none; share them or choose confidence."
+                    "weights='reliability' needs the clients' label counts, one per output; got "
+                    f"{'none' if counts is None else counts.shape[-1]} for {logits.shape[-1]}; choose confidence."
                 )
-            raw = jnp.sum(chosen * counts.reshape(-1, *[1] * (len(shape) - 1), counts.shape[-1]), -1)
+            raw = jnp.sum(
+                chosen * counts.reshape(-1, *[1] * (len(shape) - 1), counts.shape[-1]), -1
+            )
     # Where every member says zero (constant logits, a class nobody has), all count alike.
     total = jnp.sum(raw, axis=0, keepdims=True)
     return jnp.where(total > 0, raw / jnp.where(total > 0, total, 1.0), 1.0 / shape[0])
@@ -187,7 +190,9 @@ class Student:
 def begin(params: Params, options: Distillation, projector: Array | None = None) -> Student:
     """A student before its first step."""
     trained = (params, projector)
-    return Student(params, make_optimizer(options.optimizer, options.learning_rate).init(trained), projector)
+    return Student(
+        params, make_optimizer(options.optimizer, options.learning_rate).init(trained), projector
+    )
 
 
 def orders(key: Array, examples: int, steps: int, batch_size: int) -> Int[Array, "steps B"]:

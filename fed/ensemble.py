@@ -28,7 +28,9 @@ class Answers:
     counts: Float[Array, "m C"]
 
 
-def trained(start: Params, cohort: Cohort, rows: np.ndarray | None = None) -> tuple[Params, np.ndarray]:
+def trained(
+    start: Params, cohort: Cohort, rows: np.ndarray | None = None
+) -> tuple[Params, np.ndarray]:
     """Parameters of the clients whose update was accepted, stacked, and their numbers.
 
     Args:

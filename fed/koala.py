@@ -20,10 +20,11 @@ from fed import augment, distill, ensemble
 from fed.cohort import Cohort
 from fed.data import Splits
 from fed.distill import Distillation, Lesson, Merge
+from fed.driver import OnRound, run
 from fed.history import History
 from fed.models import Model, Params
 from fed.partition import Partition
-from fed.rounds import Context, Method, OnRound, RunOptions, State, run
+from fed.rounds import Context, Method, RunOptions, State
 from fed.trainable import Trainable
 
 MODES = ("homo", "hete")
@@ -136,8 +137,10 @@ class Koala(Method):
         state = self._remember(state, replies, context)
         answers = self._answers(state, members, inputs, context)
         state, reverse = self._reverse(state, answers, inputs, jax.random.fold_in(key, 2))
-        state, forward = self._forward(state, answers, inputs, replies, context, jax.random.fold_in(key, 3))
-        return state, {"reverse_loss": reverse, "forward_loss": forward}
+        state, forward = self._forward(
+            state, answers, inputs, replies, context, jax.random.fold_in(key, 3)
+        )
+        return state, {"reverse_loss": float(reverse), "forward_loss": float(forward)}
 
     def _members(
         self, state: State, replies: list[Cohort], context: Context
@@ -150,7 +153,9 @@ class Koala(Method):
             if not cohort.accepted.any():
                 found.append((None, cohort.clients[:0]))
             elif self.personal:
-                found.append(ensemble.trained(state.personal[a], cohort, context.rows[cohort.clients]))
+                found.append(
+                    ensemble.trained(state.personal[a], cohort, context.rows[cohort.clients])
+                )
             else:
                 found.append(ensemble.trained(state.small[a], cohort))
         return found
@@ -162,7 +167,9 @@ class Koala(Method):
         for a, (params, clients) in enumerate(members):
             if len(clients):
                 rows = context.rows[clients]
-                stacked[a] = jax.tree.map(lambda s, p, rows=rows: s.at[rows].set(p), stacked[a], params)
+                stacked[a] = jax.tree.map(
+                    lambda s, p, rows=rows: s.at[rows].set(p), stacked[a], params
+                )
         return state.replace(personal=tuple(stacked))
 
     def _remember(self, state: State, replies: list[Cohort], context: Context) -> State:
@@ -172,10 +179,16 @@ class Koala(Method):
             if cohort.accepted.any():
                 sizes[a] = cohort.weights.sum()
                 counts[a] = context.counts[cohort.clients[cohort.accepted]].sum(0)
-        return state.replace(extra=state.extra.replace(sizes=jnp.asarray(sizes), counts=jnp.asarray(counts)))
+        return state.replace(
+            extra=state.extra.replace(sizes=jnp.asarray(sizes), counts=jnp.asarray(counts))
+        )
 
     def _answers(
-        self, state: State, members: list[tuple[Params, np.ndarray]], inputs: Array, context: Context
+        self,
+        state: State,
+        members: list[tuple[Params, np.ndarray]],
+        inputs: Array,
+        context: Context,
     ) -> ensemble.Answers:
         if self.keep:
             return ensemble.of_clients(self.models, members, inputs, context.sizes, context.counts)
@@ -238,14 +251,18 @@ class Koala(Method):
         small = list(state.small if not self.personal else state.personal)
         projectors, losses = list(state.extra.projectors), []
         for a, model in enumerate(self.models):
-            order = distill.orders(jax.random.fold_in(key, a), inputs.shape[0], how.steps, how.batch_size)
+            order = distill.orders(
+                jax.random.fold_in(key, a), inputs.shape[0], how.steps, how.batch_size
+            )
             rows = None
             if self.personal:
                 cohort = replies[a]
                 rows = context.rows[cohort.clients[cohort.accepted]]
                 if not len(rows):
                     continue
-            small[a], projectors[a], loss = teach(small[a], projectors[a], lesson, order, model, how, rows)
+            small[a], projectors[a], loss = teach(
+                small[a], projectors[a], lesson, order, model, how, rows
+            )
             losses.append(loss)
         extra = state.extra.replace(projectors=tuple(projectors))
         key_name = "personal" if self.personal else "small"

@@ -215,7 +215,9 @@ def from_jaxmoe(config: Any, length: int, *, name: str = "jaxmoe") -> Model:
     def init(key: Array) -> Params:
         return jaxmoe.init_params(config, key)
 
-    return Model(name, init, forward, jax.ShapeDtypeStruct((length,), jnp.int32), ("lm_head", "norm"))
+    return Model(
+        name, init, forward, jax.ShapeDtypeStruct((length,), jnp.int32), ("lm_head", "norm")
+    )
 
 
 def as_model(given: Any, inputs: Any = None) -> Model:

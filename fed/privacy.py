@@ -5,19 +5,21 @@ so everything after, says little about any one of its examples, whoever runs the
 the sum and divides by the *expected* number of clients (``GaussianMean`` as aggregator; McMahan et al. 2018), so that the
 model says little about whether a client took part; the server itself is trusted.
 
-The accountant takes Poisson sampling: each example, or client, takes part in a step with the same probability, independently of the others. A
+The accountant takes Poisson sampling (of clients: ``Sampling(sampler="poisson")``): each example, or client, takes part in a step with the same probability, independently of the others. A
 batch of fixed size is not that, and its epsilon is another. Numbers of examples per client are taken as public: the weights of the mean
 need them.
 
 Distillation on the server's public proxy set, in either direction, is post-processing of what has been paid for: it costs no epsilon.
 """
 
+import contextlib
 import dataclasses
+import logging
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
@@ -110,9 +112,8 @@ class DpSgd:
             grads = jax.tree.map(
                 lambda g: jnp.where(live.reshape(-1, *[1] * (g.ndim - 1)), g, 0.0), grads
             )
-            leaves, structure = jax.tree.flatten(grads)
-            summed, _ = optax.per_example_global_norm_clip(leaves, self.clip)
-            return values, jax.tree.unflatten(structure, summed)
+            clipped = jax.vmap(lambda g: clip_update(g, self.clip))(grads)
+            return values, jax.tree.map(lambda g: g.sum(0), clipped)
 
         rows = jax.tree.map(
             lambda a: a.reshape(size // step, step, *a.shape[1:]), (inputs, labels, chosen)
@@ -158,7 +159,7 @@ def dp_options(
 
 def clip_update(update: Params, clip: float) -> Params:
     """``update`` scaled down to L2 norm ``clip`` if it is longer; pure."""
-    norm = optax.global_norm(update)
+    norm = optax.tree.norm(update)
     factor = jnp.minimum(1.0, clip / jnp.maximum(norm, 1e-12))
     return jax.tree.map(lambda u: u * factor.astype(u.dtype), update)
 
@@ -170,7 +171,7 @@ class GaussianMean:
     Attributes:
       clip: L2 norm that no user's update exceeds.
       noise_multiplier: standard deviation of the noise of the sum in units of ``clip``.
-      expected_clients: rate times population, never the number that came.
+      expected_clients: participation times population, never the number that came.
       individual: False: what looks at single updates would not be covered, so koala refuses to combine the two.
     """
 
@@ -196,17 +197,6 @@ class GaussianMean:
         return jax.tree.map(lambda u: u / self.expected_clients, noised)
 
 
-def poisson_clients(
-    available: Int[np.ndarray, " N"], rate: float, *, seed: int, round_number: int
-) -> Int[np.ndarray, " K"]:
-    """Clients of a round, each with probability ``rate``; nobody, at times. Who else is available changes nothing for a client."""
-    _check_rate(rate)
-    draws = np.array(
-        [np.random.default_rng([seed, round_number, int(c)]).random() for c in available]
-    )
-    return np.asarray(available)[draws < rate]
-
-
 def _add_noise(tree: Params, deviation: float, key: Array) -> Params:
     leaves, structure = jax.tree.flatten(tree)
     keys = jax.random.split(key, len(leaves))
@@ -218,6 +208,21 @@ def _add_noise(tree: Params, deviation: float, key: Array) -> Params:
 
 
 # -- accounting ------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the accountant's lines on orders that it leaves out; the epsilon is over those that it keeps, and stays a bound."""
+
+    def tells(record: logging.LogRecord) -> bool:
+        return "failed to converge" not in record.getMessage()
+
+    logger = logging.getLogger("absl")
+    logger.addFilter(tells)
+    try:
+        yield
+    finally:
+        logger.removeFilter(tells)
 
 
 def _event(rate: float, noise_multiplier: float) -> Any:
@@ -261,8 +266,9 @@ def epsilon(
     if noise_multiplier == 0 or steps == 0:
         return 0.0 if steps == 0 else float("inf")
     accountant = _accountant(method)
-    accountant.compose(_event(rate, noise_multiplier), steps)
-    return float(accountant.get_epsilon(delta))
+    with _quiet():
+        accountant.compose(_event(rate, noise_multiplier), steps)
+        return float(accountant.get_epsilon(delta))
 
 
 def noise_for(
@@ -276,18 +282,14 @@ def noise_for(
     """
     _positive(target=target, steps=steps)
     _check_rate(rate)
-    calibrate = need("dp_accounting", "fed").calibrate_dp_mechanism
-    return float(
-        calibrate(
-            lambda: _accountant(method),
-            lambda noise: need("dp_accounting", "fed").SelfComposedDpEvent(
-                _event(rate, noise), steps
-            ),
-            target,
-            delta,
-            tol=1e-3,
-        )
-    )
+    accounting = need("dp_accounting", "fed")
+
+    def event(noise: float) -> Any:
+        return accounting.SelfComposedDpEvent(_event(rate, noise), steps)
+
+    with _quiet():
+        calibrate = accounting.calibrate_dp_mechanism
+        return float(calibrate(lambda: _accountant(method), event, target, delta, tol=1e-3))
 
 
 def statement(

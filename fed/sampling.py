@@ -45,9 +45,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if self.sampler not in SAMPLERS:
-            raise ValueError(
-                f"sampler must be one of {', '.join(SAMPLERS)}; got {self.sampler!r}."
-            )
+            raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}; got {self.sampler!r}.")
         if not 0 < self.participation <= 1:
             raise ValueError(f"participation must lie in (0, 1]; got {self.participation}.")
         if not 0 <= self.dropout < 1:

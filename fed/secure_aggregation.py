@@ -10,7 +10,7 @@ HKDF), the generator of masks (ChaCha20) and sealing of shares (ChaCha20-Poly130
 ``pycryptodome``'s; nothing here invents a primitive. The server is taken as honest but curious: it follows the stages.
 
 Homogeneous mode only: a heterogeneous ensemble needs each member's own outputs, and so does any rule that looks at single updates
-(median, trimmed mean, Krum); ``check_supported`` refuses them before a round begins.
+(median, trimmed mean, Krum); ``check_supported`` refuses them before a round begins. ``SecureMean`` is a run's aggregator.
 """
 
 import dataclasses
@@ -20,6 +20,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Array, Float, Int
 
 from fed.errors import need
 from jaxmoe.errors import JaxMoeError
@@ -423,3 +424,30 @@ def _unflat(values: np.ndarray, like: Any) -> Any:
     parts = np.split(values, ends)
     made = [p.reshape(np.shape(x)).astype(x.dtype) for p, x in zip(parts, leaves, strict=True)]
     return jax.tree.unflatten(structure, made)
+
+
+@dataclasses.dataclass(frozen=True)
+class SecureMean:
+    """An ``Aggregator``: the mean of the round's updates by the whole protocol, every client of the round a party.
+
+    Attributes:
+      config: the round's.
+      individual: False: the server never sees a member, so koala refuses what needs one.
+    """
+
+    config: SecureConfig = SecureConfig()
+    individual: bool = False
+
+    def __post_init__(self):
+        if self.individual:
+            raise ValueError("individual must be False; got True. Use Mean to see members.")
+
+    def combine(
+        self, updates: Any, weights: Float[Array, " K"], clients: Int[Array, " K"], key: Array
+    ) -> Any:
+        """The weighted mean, within half a step of quantisation per client; masks are drawn from the system, not from ``key``."""
+        del key
+        numbers, host = np.asarray(clients).tolist(), jax.device_get(updates)
+        trees = {k: jax.tree.map(lambda x, i=i: x[i], host) for i, k in enumerate(numbers)}
+        given = {k: round(float(w)) for k, w in zip(numbers, np.asarray(weights), strict=True)}
+        return secure_mean(trees, given, self.config).mean

@@ -28,10 +28,10 @@ import pytest  # noqa: E402
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-COMPILE_FAST = ("elastic", "quant", "train", "test_decode.py")  # directories and files of tests
+COMPILE_FAST = ("elastic", "fed", "quant", "train", "test_decode.py")  # directories and files of tests
 _compiler_now = {"less": False}
 
-jaxtyping.install_import_hook(["jaxmoe", "pallas_kernels", "quant"], "typechecking.check")
+jaxtyping.install_import_hook(["fed", "jaxmoe", "pallas_kernels", "quant"], "typechecking.check")
 
 # Fixed examples: a run never differs from the one before. Compilation makes single examples slow: no deadline.
 hypothesis.settings.register_profile(
@@ -48,10 +48,16 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("fixed")
 
 
+@pytest.hookimpl(tryfirst=True)  # before the marks are looked at
 def pytest_collection_modifyitems(items):
-    """Skips the tests of hardware that is not here."""
+    """Skips the tests of hardware that is not here; marks those of ``slow_cases.txt`` as slow."""
     backend = jax.default_backend()
+    lines = (pathlib.Path(__file__).parent / "slow_cases.txt").read_text().splitlines()
+    slow = [line for line in lines if line and not line.startswith("#")]
     for item in items:
+        # Not fnmatch: names hold brackets.
+        if any(all(part in item.nodeid for part in line.split(" * ")) for line in slow):
+            item.add_marker("slow")
         for platform in ("gpu", "tpu"):
             if item.get_closest_marker(platform) and backend != platform:
                 item.add_marker(
@@ -91,6 +97,12 @@ def _room_for_programs():
     if maps.exists() and len(maps.read_bytes().splitlines()) > MOST_MAPS:
         jax.clear_caches()
         gc.collect()
+
+
+@pytest.fixture(scope="session")
+def slow_too(request):
+    """Whether slow tests run (`make test-all`)."""
+    return "not slow" not in request.config.getoption("markexpr")
 
 
 @pytest.fixture(scope="session")

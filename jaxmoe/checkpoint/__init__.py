@@ -1,4 +1,4 @@
-"""Checkpoints: Hugging Face safetensors both ways, and native ones for training and recovery."""
+"""Checkpoints: Hugging Face safetensors both ways, native ones for training and recovery, and one file of every SEFP width."""
 
 from jaxmoe.checkpoint.directory import is_hf, load, load_config, locate
 from jaxmoe.checkpoint.hf import load_hf, save_hf
@@ -12,14 +12,17 @@ from jaxmoe.checkpoint.native import (
     save,
     topology_of,
 )
+from jaxmoe.checkpoint.sefp import is_sefp, load_sefp, save_sefp
 
 __all__ = [
     "Restored",
     "is_hf",
+    "is_sefp",
     "latest_step",
     "load",
     "load_config",
     "load_hf",
+    "load_sefp",
     "locate",
     "restore",
     "restore_config",
@@ -27,5 +30,6 @@ __all__ = [
     "restore_extra",
     "save",
     "save_hf",
+    "save_sefp",
     "topology_of",
 ]

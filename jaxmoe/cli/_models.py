@@ -1,6 +1,7 @@
 """Finding and loading what the user names on the command line."""
 
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ from jaxmoe import checkpoint
 from jaxmoe.config import ModelConfig
 from jaxmoe.params import Params
 from jaxmoe.presets import presets
+from quant import pin_widths, quantize_params, tensors
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -28,7 +30,7 @@ def locate(name: str) -> pathlib.Path:
         if name not in presets:
             raise ValueError(
                 f"{name!r} is neither a preset ({', '.join(presets)}), nor a directory with a Hugging Face config.json, "
-                "nor one with native checkpoints; check the path."
+                "nor one with sefp.safetensors or native checkpoints; check the path."
             ) from None
     raise ValueError(
         f"a preset has no weights; got {name!r}. Train it with `jaxmoe train`, and name the run."
@@ -42,6 +44,12 @@ def find_config(name: str) -> ModelConfig:
     if pathlib.Path(name).is_file():
         return ModelConfig.from_hf(name)
     return checkpoint.load_config(locate(name))
+
+
+def in_sefp(params: Params, module_widths: Mapping[str, int] | None = None) -> Params:
+    """Parameters in SEFP, encoded unless they are, with modules of their own widths (``quant.pin_widths``)."""
+    params = params if tensors(params) else quantize_params(params)
+    return pin_widths(params, module_widths) if module_widths else params
 
 
 def load(name: str, dtype: Any = jnp.float32, *, mtp: bool = True) -> tuple[Params, ModelConfig]:

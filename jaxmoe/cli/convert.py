@@ -1,4 +1,4 @@
-"""``jaxmoe convert``: between Hugging Face and native checkpoints."""
+"""``jaxmoe convert``: between Hugging Face and native checkpoints, and to SEFP."""
 
 import pathlib
 import shutil
@@ -8,7 +8,7 @@ import rich.console
 import tyro
 
 from jaxmoe import checkpoint
-from jaxmoe.cli._models import dtype_of, load
+from jaxmoe.cli._models import dtype_of, in_sefp, load
 from jaxmoe.params import param_count
 from jaxmoe.report import make_report, write_report
 
@@ -23,13 +23,13 @@ _TOKENIZER_FILES = (
 def convert(
     source: Annotated[pathlib.Path, tyro.conf.Positional],
     target: Annotated[pathlib.Path, tyro.conf.Positional],
-    to: Literal["hf", "native"] | None = None,
+    to: Literal["hf", "native", "sefp"] | None = None,
     dtype: Literal["float32", "bfloat16"] = "float32",
     mtp: bool = True,
     step: int = 0,
     json: pathlib.Path | None = None,
 ) -> None:
-    """Converts a checkpoint: Hugging Face safetensors to native, or native to Hugging Face.
+    """Converts a checkpoint: Hugging Face safetensors to native, native to Hugging Face, or to one file of every SEFP width.
 
     Args:
       source: Checkpoint directory of either kind.
@@ -45,8 +45,14 @@ def convert(
             f"target {target} exists and is not an empty directory; choose another, or remove it."
         )
     to = to or ("native" if checkpoint.is_hf(source) else "hf")
+    if to != "sefp" and checkpoint.is_sefp(source):
+        raise ValueError(
+            f"source {source} is in SEFP, which is not undone here; convert the checkpoint that it was made from."
+        )
     params, config = load(str(source), dtype_of(dtype), mtp=mtp)
-    if to == "hf":
+    if to == "sefp":
+        checkpoint.save_sefp(target, in_sefp(params), config)
+    elif to == "hf":
         checkpoint.save_hf(target, params, config)
     else:
         checkpoint.save(target, params, config, step)

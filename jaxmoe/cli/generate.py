@@ -11,13 +11,13 @@ import rich.console
 import tyro
 
 import jaxmoe
-from jaxmoe.cli._models import dtype_of, load
+from jaxmoe.cli._models import dtype_of, in_sefp, load
 from jaxmoe.config import ModelConfig
 from jaxmoe.params import Params
 from jaxmoe.report import make_report, write_report
 from jaxmoe.tokenizer import load_tokenizer
 from jaxmoe.train.config import check_seed
-from quant import at_width, quantize_params
+from quant import at_width
 
 
 def stream_text(
@@ -84,6 +84,7 @@ def generate(
     seed: int = 0,
     dtype: Literal["float32", "bfloat16"] = "float32",
     width: int | None = None,
+    module_widths: dict[str, int] | None = None,
     json: pathlib.Path | None = None,
 ) -> None:
     """Continues a prompt, streaming the text to standard output.
@@ -96,13 +97,16 @@ def generate(
       top_p: Nucleus mass in (0, 1].
       seed: Random seed.
       dtype: Parameter dtype.
-      width: SEFP bit width, 3 to 8, at which the weights are read; default: as they are.
+      width: SEFP bit width, 3 to 8, at which the weights are read, encoded first unless they are; default: as they are.
+      module_widths: SEFP widths of parameters whose path contains a match, such as lm_head 8.
       json: Also write a JSON report.
     """
     check_seed(seed)
     params, config = load(checkpoint, dtype_of(dtype))
+    if width is not None or module_widths:
+        params = in_sefp(params, module_widths)
     if width is not None:
-        params = at_width(quantize_params(params), width)
+        params = at_width(params, width)
     tokenizer = load_tokenizer(checkpoint)
     if tokenizer.vocab_size > config.vocab_size:
         raise ValueError(

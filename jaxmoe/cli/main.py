@@ -20,6 +20,11 @@ from jaxmoe.cli.train import train
 from jaxmoe.cli.tune import tune
 from jaxmoe.errors import JaxMoeError
 
+
+def _fed() -> None:
+    """Federated methods: run, compare, deploy; see jaxmoe fed --help."""
+
+
 COMMANDS = {
     "demo": demo,
     "train": train,
@@ -31,6 +36,7 @@ COMMANDS = {
     "ranks": ranks,
     "convert": convert,
     "info": info,
+    "fed": _fed,
     "bench": bench,
 }
 
@@ -53,6 +59,11 @@ def main(args: Sequence[str] | None = None) -> None:
     try:
         if args[:1] == ["bench"] and args[1:2] not in ([], ["-h"], ["--help"]):
             bench(args[1], tuple(args[2:]))  # its options are its own
+            return
+        if args[:1] == ["fed"]:  # lies above this package, so it is loaded when asked for only
+            from jaxmoe.cli import fed
+
+            fed.main(args[1:])
             return
         tyro.extras.subcommand_cli_from_dict(
             COMMANDS,

@@ -14,7 +14,7 @@ import rich.console
 import tyro
 
 from jaxmoe import checkpoint
-from jaxmoe.cli._models import dtype_of, locate
+from jaxmoe.cli._models import dtype_of, in_sefp, locate
 from jaxmoe.config import ModelConfig
 from jaxmoe.elastic import Cluster, ClusterOptions, Weights
 from jaxmoe.elastic.cluster.programs import users_folder
@@ -60,7 +60,13 @@ def _config(model: str, weights: Weights, processes: int) -> ModelConfig:
     return presets[model]
 
 
-def _engine(model: str, weights: Weights, options: EngineOptions, ranks: ClusterOptions) -> Engine:
+def _engine(
+    model: str,
+    weights: Weights,
+    options: EngineOptions,
+    ranks: ClusterOptions,
+    module_widths: dict[str, int] | None = None,
+) -> Engine:
     """The engine to serve: on one device of this process, or over ranks with processes of their own."""
     if ranks.ranks == 1 and ranks != _ONE_DEVICE:
         given = [
@@ -69,7 +75,13 @@ def _engine(model: str, weights: Weights, options: EngineOptions, ranks: Cluster
             if getattr(ranks, field.name) != getattr(_ONE_DEVICE, field.name)
         ]
         raise ValueError(f"--ranks must be at least 2 with {', '.join(given)}; got 1. Add --ranks.")
-    mtp = options.speculative_tokens > 0
+    by_width = (options.widths, options.width, options.draft_width, module_widths)
+    wants_sefp = any(value is not None for value in by_width)
+    if ranks.ranks > 1 and (wants_sefp or (weights.path and checkpoint.is_sefp(weights.path))):
+        raise ValueError(
+            f"--ranks must be 1 with weights in SEFP, which ranks do not share out yet; got {ranks.ranks}. Leave --ranks out."
+        )
+    mtp = options.speculative_tokens > 0 and options.draft_width is None
     config = _config(model, weights, ranks.ranks + ranks.spares)
     config = config if mtp else config.replace(num_nextn_predict_layers=0)
     tokenizer = load_tokenizer(None if weights.path is None else model)
@@ -85,6 +97,7 @@ def _engine(model: str, weights: Weights, options: EngineOptions, ranks: Cluster
         params = init_params(config, jax.random.key(weights.seed), dtype=dtype_of(weights.dtype))
     else:
         params, config = checkpoint.load(weights.path, dtype_of(weights.dtype), mtp=mtp)
+    params = in_sefp(params, module_widths) if wants_sefp else params
     return Engine(params, config, tokenizer, options)
 
 
@@ -102,6 +115,7 @@ def serve(
     seed: int = 0,
     dtype: Literal["float32", "bfloat16"] = "float32",
     max_body_bytes: int = ApiOptions.max_body_bytes,
+    module_widths: dict[str, int] | None = None,
     where: Annotated[ServerOptions, tyro.conf.arg(name="")] = ServerOptions(),
     options: Annotated[EngineOptions, tyro.conf.arg(name="")] = EngineOptions(),
     ranks: Annotated[ClusterOptions, tyro.conf.arg(name="")] = _ONE_DEVICE,
@@ -116,6 +130,8 @@ def serve(
       seed: Seed of random weights.
       dtype: Parameter dtype.
       max_body_bytes: Larger request bodies are refused.
+      module_widths: SEFP widths of parameters whose path contains a match, such as lm_head 8, for all requests. With this or another
+        option about widths, weights that are not in SEFP are encoded when the server starts.
       where: Where to listen, and how to start and end.
       options: Sizes and limits of the engine.
       ranks: Processes that share the requests and the experts; 1 for one device of this process.
@@ -133,7 +149,7 @@ def serve(
     api = ApiOptions(name, api_key or os.environ.get(KEY_VARIABLE), max_body_bytes=max_body_bytes)
     weights = _weights(model, random_weights, seed, dtype)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # while it starts: ranks end with it
-    engine = _engine(model, weights, options, ranks)
+    engine = _engine(model, weights, options, ranks, module_widths)
     routes = dashboard.routes(engine)
     server.run(
         engine, api, where, extra_routes=routes, on_listening=functools.partial(_announce, name)

@@ -59,6 +59,8 @@ class EngineOptions:
             raise ValueError(
                 f"draft_width={self.draft_width} needs speculative_tokens >= 1, the tokens to guess; got 0."
             )
+        if self.widths == ():
+            raise ValueError("widths must name at least one; got none. Leave it out for all.")
         if self.cache_dtype not in (None, *cache_rows.FORMATS):
             raise ValueError(
                 f"cache_dtype must be one of {', '.join(cache_rows.FORMATS)}, or None for the parameters' own; "

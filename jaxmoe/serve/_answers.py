@@ -212,6 +212,7 @@ class Answer:
         firsts = results[:: self._job.n]
         prompt = sum(result.prompt_tokens for result in firsts)
         completion = sum(len(result.token_ids) for result in results)
+        width = {"width": results[0].width} if self._info.widths else {}
         return {
             "prompt_tokens": prompt,
             "completion_tokens": completion,
@@ -219,6 +220,7 @@ class Answer:
             "prompt_tokens_details": {
                 "cached_tokens": sum(result.cached_tokens for result in firsts)
             },
+            **width,
         }
 
     def _choice(self, index: int) -> dict[str, Any]:

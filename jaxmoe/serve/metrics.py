@@ -42,6 +42,14 @@ def _families(stats: EngineStats) -> Iterator[Metric]:
     yield _gauge("requests_running", "Requests with cache pages.", stats.running)
     yield _counter("preemptions", "Times a request's pages were taken away.", stats.preemptions)
     yield _counter("steps", "Steps of the engine.", stats.steps)
+    text = (
+        "Planned steps by the SEFP width of their requests; weights that are not in SEFP have none."
+    )
+    widths = CounterMetricFamily("jaxmoe_width_steps", text, labels=("width",))
+    for width, count in stats.width_steps.items():
+        if width is not None:
+            widths.add_metric((str(width),), count)
+    yield widths
     yield _counter("prompt_tokens", "Tokens of prompts of started requests.", stats.prompt_tokens)
     yield _counter("cached_tokens", "Of those, not computed again.", stats.cached_tokens)
     text = "Sampled tokens, stop tokens included."

@@ -11,7 +11,8 @@ namespace {
 constexpr int64_t kTileRows = kVectorSize == 16 ? 12 : 6;
 constexpr int64_t kPanel = 2 * kVectorSize;    // columns of a tile; of one with few rows twice as many
 constexpr int64_t kSum = 32;                   // products that are added one after another: a longer chain rounds more
-constexpr int64_t kRowBlock = 24 * kTileRows;  // rows of a work item: its results stay in the L2 cache
+constexpr int64_t kDepth = 4096 / kPanel;      // products in a pass: a panel's weights and a tile's x stay in the L1 cache
+constexpr int64_t kRowBlock = 24 * kTileRows;  // rows of a work item: x of a pass stays in the L2 cache
 
 // A matrix in someone else's memory, element (i, j) at data[i * row + j * column].
 struct View {
@@ -21,46 +22,54 @@ struct View {
   View At(int64_t i, int64_t j) const { return {data + i * row + j * column, row, column}; }
 };
 
-// y[R, columns] (+)= x[R, depth] * w[depth, V vectors]. The sums stay in registers only if nothing takes their address.
-// A block's first tile also fetches the weights of the next kSum rows, harmlessly past the end, and copies those it reads, so
-// that further tiles find them side by side. With four vectors a tile has all rows of its block and reads them where they lie;
-// with two it reads x as `Pack` leaves it.
+// y[R, columns] (+)= x[R, depth] * w[depth, V vectors], kSum products at a time, whose sums are added in their order. They stay in
+// registers only if nothing takes their address. A block's first tile also fetches the weights of the next kSum rows, harmlessly
+// past the end, and copies those it reads, so that further tiles find them side by side. With four vectors a tile has all rows of
+// its block and reads them where they lie; with two it reads x as `Pack` leaves it.
 template <int64_t R, int64_t V, bool kFirst>
 void Tile(View x, int64_t depth, const float* w, int64_t w_stride, bool add, int64_t columns, float* y, int64_t stride,
           float* copy) {
-  Vector sums[R][V] = {};
-  for (int64_t r = 0; r < R && add; ++r) __builtin_prefetch(y + r * stride, 1);
-  for (int64_t k = 0; k < depth; ++k) {
-    Vector line[V];
+  constexpr int64_t kWidth = V * kVectorSize;
+  alignas(64) float total[R * kWidth];
+  const bool whole = columns == kWidth;
+  if (add) {
+    for (int64_t r = 0; r < R; ++r) std::memcpy(total + r * kWidth, y + r * stride, columns * sizeof(float));
+  } else {
+    for (int64_t r = 0; r < R; ++r) __builtin_prefetch(y + r * stride, 1);
+  }
+  for (int64_t begin = 0; begin < depth; begin += kSum) {
+    const int64_t end = std::min(begin + kSum, depth);
+    Vector sums[R][V] = {};
+    for (int64_t k = begin; k < end; ++k) {
+      Vector line[V];
 #pragma GCC unroll 4
-    for (int64_t v = 0; v < V; ++v) {
-      line[v] = Load(w + k * w_stride + v * kVectorSize);
-      if (kFirst) {
-        __builtin_prefetch(w + (k + kSum) * w_stride + v * kVectorSize, 0, 2);
-        if (V == 2) Store(copy + (k * V + v) * kVectorSize, line[v]);
+      for (int64_t v = 0; v < V; ++v) {
+        line[v] = Load(w + k * w_stride + v * kVectorSize);
+        if (kFirst) {
+          __builtin_prefetch(w + (k + kSum) * w_stride + v * kVectorSize, 0, 2);
+          if (V == 2) Store(copy + (k * V + v) * kVectorSize, line[v]);
+        }
+      }
+#pragma GCC unroll 12
+      for (int64_t r = 0; r < R; ++r) {
+        const float value = V == 2 ? x.data[k * R + r] : x.data[r * x.row + k * x.column];
+#pragma GCC unroll 4
+        for (int64_t v = 0; v < V; ++v) sums[r][v] += value * line[v];
       }
     }
+    const bool first = begin == 0 && !add, last = end == depth && whole;
 #pragma GCC unroll 12
     for (int64_t r = 0; r < R; ++r) {
-      const float value = V == 2 ? x.data[k * R + r] : x.data[r * x.row + k * x.column];
 #pragma GCC unroll 4
-      for (int64_t v = 0; v < V; ++v) sums[r][v] += value * line[v];
+      for (int64_t v = 0; v < V; ++v) {
+        float* so_far = total + r * kWidth + v * kVectorSize;
+        float* to = last ? y + r * stride + v * kVectorSize : so_far;
+        Store(to, first ? sums[r][v] : Load(so_far) + sums[r][v]);
+      }
     }
   }
-#pragma GCC unroll 12
-  for (int64_t r = 0; r < R; ++r) {
-    float* to = y + r * stride;
-    if (columns == V * kVectorSize) {
-#pragma GCC unroll 4
-      for (int64_t v = 0; v < V; ++v)
-        Store(to + v * kVectorSize, add ? Load(to + v * kVectorSize) + sums[r][v] : sums[r][v]);
-    } else {
-      float edge[V * kVectorSize];
-#pragma GCC unroll 4
-      for (int64_t v = 0; v < V; ++v) Store(edge + v * kVectorSize, sums[r][v]);
-      for (int64_t n = 0; n < columns; ++n) to[n] = add ? to[n] + edge[n] : edge[n];
-    }
-  }
+  if (whole) return;
+  for (int64_t r = 0; r < R; ++r) std::memcpy(y + r * stride, total + r * kWidth, columns * sizeof(float));
 }
 
 template <int64_t R, int64_t V, bool kFirst>
@@ -111,11 +120,11 @@ void Pack(View x, Tiles tiles, int64_t depth, float* to) {
   }
 }
 
-// y[rows, columns <= V vectors] (+)= x[rows, depth <= kSum] * w[depth, columns]; with two vectors x is packed.
+// y[rows, columns <= V vectors] (+)= x[rows, depth <= kDepth] * w[depth, columns]; with two vectors x is packed.
 template <int64_t V>
 void RowsTimesPanel(View x, Tiles tiles, int64_t depth, View w, bool add, int64_t columns, float* y, int64_t stride) {
   constexpr int64_t kWidth = V * kVectorSize, kHeight = 2 * kTileRows / V;
-  float copy[kSum * kWidth];
+  alignas(64) float copy[kDepth * kWidth];
   const bool dense = w.column != 1 || columns < kWidth;
   if (dense) Copy(w, depth, columns, kWidth, copy);
   for (int64_t t = 0; t < tiles.count; ++t) {
@@ -132,14 +141,16 @@ void RowsTimesPanel(View x, Tiles tiles, int64_t depth, View w, bool add, int64_
 template <int64_t V>
 void RowsTimesColumns(View x, int64_t rows, int64_t inner, View w, int64_t columns, float* y, int64_t stride) {
   constexpr int64_t kWidth = V * kVectorSize;
+  constexpr int64_t kPass = V == 2 ? kDepth : kSum;  // few rows take the weights in their order, a chain's rows at a time
+  static thread_local std::vector<float> packed;     // too much for the stack
   const Tiles tiles(rows, 2 * kTileRows / V);
-  float packed[V == 2 ? kRowBlock * kSum : 1];
-  for (int64_t k = 0; k < inner; k += kSum) {
-    const int64_t depth = std::min(kSum, inner - k);
+  if (V == 2) packed.resize(kRowBlock * kDepth);
+  for (int64_t k = 0; k < inner; k += kPass) {
+    const int64_t depth = std::min(kPass, inner - k);
     View part = x.At(0, k);
     if (V == 2) {
-      Pack(part, tiles, depth, packed);
-      part.data = packed;
+      Pack(part, tiles, depth, packed.data());
+      part.data = packed.data();
     }
     for (int64_t n = 0; n < columns; n += kWidth)
       RowsTimesPanel<V>(part, tiles, depth, w.At(k, n), k > 0, std::min(kWidth, columns - n), y + n, stride);

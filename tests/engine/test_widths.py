@@ -12,6 +12,7 @@ from engine.support import CONFIG, assert_empty, compiled, exactly, random_promp
 import jaxmoe
 import quant
 from jaxmoe.engine import Engine, EngineOptions, SamplingParams
+from jaxmoe.params import path_name
 
 WIDTHS = (3, 8)
 NEW = 12
@@ -22,7 +23,13 @@ OPTIONS = EngineOptions(
 
 @functools.cache
 def stored():
-    return jax.jit(quant.quantize_params)(support.model_params())
+    """A model whose next token depends on the last one above all: so the narrow width is right about it two times in five."""
+
+    def calm(path, leaf):
+        small = path_name(path).endswith(("attention/o/weight", "experts/down", "down/weight"))
+        return leaf * 0.1 if small else leaf
+
+    return quant.quantize_params(jax.tree_util.tree_map_with_path(calm, support.model_params()))
 
 
 def new_engine(**changes) -> Engine:
@@ -153,7 +160,8 @@ def test_drafts_at_the_narrow_width_change_no_token_and_save_steps(drafts):
         alone = engine.generate(prompts[:1], exactly(NEW, width=8))[0]
         stats = engine.stats()
     assert alone.token_ids == generated(8)[0]
-    assert stats.steps < NEW + len(prompts[0]) / 8
+    filling = -(-len(prompts[0]) // OPTIONS.max_step_tokens)  # the last of these gives a token
+    assert stats.steps == filling - 1 + NEW - stats.accepted_tokens
 
 
 def test_drafts_need_no_module_and_their_programs_are_warm():

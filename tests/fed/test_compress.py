@@ -129,6 +129,19 @@ def test_options_that_there_are_not_are_refused(options, said):
         Codec(**options)
 
 
+def test_codecs_have_names():
+    assert compress.codec_named("sefp:4") == Codec("sefp", width=4)
+    assert compress.codec_named("topk:0.5") == Codec("topk", fraction=0.5)
+    assert compress.codec_named("none").lossless and not compress.codec_named("int8").lossless
+    for text, said in (
+        ("sefp:x", "wrong number"),
+        ("int8:3", "takes no number"),
+        ("x", "codec must be"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            compress.codec_named(text)
+
+
 def test_top_logits_arrive_with_exact_bytes_and_keep_the_tail_mass(rng):
     for vocab, id_bytes in ((200, 1), (70_000, 4)):
         logits = jnp.asarray(rng.standard_normal((2, 3, vocab)) * 3, jnp.float32)

@@ -1,5 +1,6 @@
 """Secure aggregation: exact sums, recovery of dropped clients, what nobody may learn, what is refused."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -7,6 +8,7 @@ import pytest
 pytest.importorskip("cryptography")
 pytest.importorskip("Crypto")
 
+from fed.aggregate import Mean, by_name
 from fed.secure_aggregation import (
     QuorumNotMet,
     SecureClient,
@@ -152,3 +154,15 @@ def test_numbers_out_of_range_are_refused(trees):
         secure_mean(trees, WEIGHTS, SecureConfig(levels=2**30))
     with pytest.raises(QuorumNotMet, match="no examples"):
         secure_mean(trees, dict.fromkeys(CLIENTS, 0))
+
+
+def test_as_a_runs_aggregator_it_is_the_weighted_mean(trees):
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *trees.values())
+    clipped = jax.tree.map(lambda x: jnp.clip(x, -8, 8), stacked)
+    weights = jnp.array([10.0, 5.0, 7.0, 900.0, 250.0])
+    got = by_name("secure").combine(stacked, weights, jnp.array(CLIENTS), jax.random.key(0))
+    wanted = Mean().combine(clipped, weights, jnp.array(CLIENTS), jax.random.key(0))
+    for name in ("w", "b"):
+        # Half a step of 16 / 2^22 per client, times the weight limit over the weights' sum, and float32.
+        np.testing.assert_allclose(got[name], wanted[name], atol=2e-5)
+    assert not by_name("secure").individual and not by_name("private:1:1:4").individual

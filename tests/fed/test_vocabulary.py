@@ -12,7 +12,7 @@ from fed.compress import TopLogits, top_logits
 from fed.vocabulary import Vocabulary, align, carry, check_same_vocabulary, vocabulary_map, warp
 from jaxmoe.tokenizer import ByteTokenizer, FileTokenizer
 
-TEXTS = ["First Citizen: speak, speak.", "You are all resolved?", "Ünï"]
+TEXTS = ["First Citizen: speak, speak.", "Zounds, quoth Xu?", "Ünï"]
 
 
 @pytest.fixture(scope="module")

@@ -189,7 +189,7 @@ def test_a_timeout_gives_what_there_is(client):
     ("options", "words"),
     [
         ({"tool_choice": "required"}, ["tool_choice", "Give tools"]),
-        ({"extra_body": {"width": 4}}, ["width", "4", "Leave it out"]),
+        ({"extra_body": {"width": 4}}, ["width", "4", "leave it out"]),
         ({"max_tokens": 100000}, ["100000", "4096"]),
         ({"temperature": -1}, ["temperature", "[0, 100]", "-1"]),
     ],

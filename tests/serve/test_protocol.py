@@ -78,6 +78,21 @@ def test_every_sampling_field_arrives():
     assert sampling(**fields, **more) == expected
 
 
+def test_a_width_is_one_of_those_that_are_served():
+    body = {"model": "m", "prompt": "hi"}
+    info = INFO.__class__("m", ByteTokenizer(), 320, 1000, (3, 8))
+    assert parse_completion(body | {"width": 3}, info).choices[0].sampling.width == 3
+    assert parse_completion(body, info).choices[0].sampling.width is None
+    for value in (5, 0, True, "8", 3.0, [3]):
+        with pytest.raises(ApiError, match=r"^width must be one of 3, 8; got .*\. Leave it out"):
+            parse_completion(body | {"width": value}, info)
+    with pytest.raises(
+        ApiError, match="width is not supported .* not in SEFP: leave it out"
+    ) as error:
+        completion_job(width=4)
+    assert error.value.param == "width"
+
+
 def test_null_means_absent():
     fields = [
         "temperature",

@@ -1,0 +1,122 @@
+"""Flower's grid, with patience: work of a node that died goes to the one that takes its place."""
+
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+try:
+    from flwr.app import Message, RecordDict
+    from flwr.serverapp import Grid
+except ImportError as error:
+    raise ImportError(
+        "fed.flower needs flwr and it isn't installed: pip install 'jaxmoe[flower]', in an environment of its own."
+    ) from error
+
+
+class PatientGrid:
+    """A ``Grid`` that knows which client a node is, and gives a node's unfinished work to the one that takes its place.
+
+    Args:
+      grid: Flower's.
+      nodes: client -> node; changed in place.
+      clients: that are to come.
+      poll_s: between looks.
+      retries: how often work that came back as an error is sent to the same node again.
+      on_event: called with (name, details) of what happens.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        nodes: dict[int, int],
+        clients: Iterable[int],
+        *,
+        poll_s: float = 0.5,
+        retries: int = 2,
+        on_event: Callable[..., None] = lambda name, **details: None,
+    ):
+        self._grid, self.nodes, self._clients = grid, nodes, set(clients)
+        self._poll_s, self._retries, self._on_event = poll_s, retries, on_event
+        self._asked: dict[str, int] = {}  # who-messages in flight, to which node
+        self._seen: set[int] = set()
+
+    def wait_for_nodes(self, timeout_s: float) -> None:
+        """Until every client has a node.
+
+        Raises:
+          TimeoutError: naming the clients that have none.
+        """
+        end = time.monotonic() + timeout_s
+        while self._clients - set(self.nodes):
+            if time.monotonic() > end:
+                missing = sorted(self._clients - set(self.nodes))
+                raise TimeoutError(
+                    f"clients {missing} have no node after {timeout_s:g} s; start a SuperNode with --node-config client=K for each."
+                )
+            self._meet()
+            time.sleep(self._poll_s)
+
+    def _meet(self) -> list[int]:
+        """Asks new nodes who they are; clients that have got another node."""
+        for node in self._grid.get_node_ids():
+            if node not in self._seen:
+                self._seen.add(node)
+                question = Message(RecordDict(), node, "query.who")
+                for number in self._grid.push_messages([question]):
+                    self._asked[number] = node
+        changed = []
+        for answer in self._grid.pull_messages(list(self._asked)) if self._asked else ():
+            node = self._asked.pop(answer.metadata.reply_to_message_id)
+            if answer.has_error():  # it died while it was asked
+                continue
+            client = int(answer.content["config"]["client"])
+            self.nodes[client] = node
+            changed.append(client)
+            self._on_event("node", client=client, node=str(node))
+        return changed
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        """Replies to all messages, or to those that were answered before ``timeout`` seconds; errors only where trying again did not help."""
+        work = {int(m.content["config"]["client"]): m for m in messages}
+        left = dict.fromkeys(work, self._retries)
+        flight = {self._push(m): client for client, m in work.items()}
+        done: dict[int, Message] = {}
+        end = None if timeout is None else time.monotonic() + timeout
+        while set(work) - set(done):
+            if end is not None and time.monotonic() > end:
+                break
+            again = []
+            for reply in self._grid.pull_messages(list(flight)) if flight else ():
+                client = flight.pop(reply.metadata.reply_to_message_id)
+                failed = reply.has_error()
+                self._note("error" if failed else "reply", work[client])
+                if failed and left[client]:
+                    left[client] -= 1
+                    again.append(client)
+                else:
+                    done.setdefault(client, reply)
+            again += [k for k in self._meet() if k in work and k not in done]
+            for client in dict.fromkeys(again):
+                flight = {number: k for number, k in flight.items() if k != client}
+                old = work[client]
+                group = old.metadata.group_id
+                flight[
+                    self._push(Message(old.content, self.nodes[client], "train", group_id=group))
+                ] = client
+                self._note("again", old)
+            time.sleep(self._poll_s)
+        return list(done.values())
+
+    def _push(self, message: Message) -> str:
+        (number,) = self._grid.push_messages([message])
+        self._note("asked", message)
+        return number
+
+    def _note(self, name: str, message: Message) -> None:
+        client = int(message.content["config"]["client"])
+        self._on_event(name, client=client, round=message.metadata.group_id)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._grid, name)

@@ -1,0 +1,162 @@
+"""``jaxmoe fed deploy``: an experiment on Flower, as real processes, compared with its simulation."""
+
+import dataclasses
+import pathlib
+import sys
+import time
+from typing import Annotated, Any
+
+import numpy as np
+import rich.console
+import tyro
+
+from fed.deployment import Deployed, DeployOptions, Kill, deploy, killed_mid_round
+from fed.experiment import Experiment
+from fed.history import History
+from jaxmoe.report import make_report, write_report
+
+_TOLERANCE = 1e-5
+_COMPARED = ("large_accuracy", "small_accuracy", "loss", "reverse_loss", "forward_loss")
+
+
+def run(
+    experiment: Annotated[Experiment, tyro.conf.arg(name="")] = Experiment(),
+    kill: str | None = None,
+    tls: bool = True,
+    compare: bool = True,
+    output: pathlib.Path = pathlib.Path("runs/fed_deploy"),
+    json: pathlib.Path | None = None,
+) -> None:
+    """Runs KOALA on Flower on this machine: a SuperLink and a SuperNode per client, as processes of their own, over TLS.
+
+    Then runs the same experiment in this process: models and metrics must be the same up to 1e-5, else the exit status is 1. Needs Flower:
+    pip install 'jaxmoe[flower]', in an environment of its own.
+
+    Args:
+      experiment: Data, models and training.
+      kill: Kill a node while it works, CLIENT@ROUND (from zero), and start it again: a second deployment, whose round must
+        complete with everybody.
+      tls: Encrypt; certificates are made for the run.
+      compare: Also simulate.
+      output: Directory of logs and results.
+      json: Also write a JSON report.
+    """
+    console = rich.console.Console(soft_wrap=True, highlight=False, markup=False)
+    fault = None if kill is None else Kill.parse(kill)
+    rows, ratios, problems = [], {}, []
+    runs: dict[str, Deployed] = {}
+    for name, options in _deployments(tls, fault).items():
+        console.print(f"{name}: {experiment.clients} nodes, {'TLS' if tls else 'no TLS'}")
+        runs[name] = deploy(experiment, output / name, options)
+        rows += _rows(name, runs[name])
+    if compare:
+        began = time.perf_counter()
+        history = experiment.simulate()
+        rows.append({"name": "simulation", "value": time.perf_counter() - began, "unit": "s"})
+        for name, found in runs.items():
+            differences = _differences(found, history)
+            ratios |= {f"{name}_{key}_difference": value for key, value in differences.items()}
+            problems += [
+                f"{name}: {key} differs from the simulation by {value:.3g}"
+                for key, value in differences.items()
+                if not value <= _TOLERANCE
+            ]
+    if fault is not None:
+        ratios["killed_mid_round"] = float(killed_mid_round(runs["killed"], fault))
+        record = runs["killed"].rounds[fault.round]
+        ratios["killed_round_missing"] = float(len(record["missing"]))
+        if not ratios["killed_mid_round"]:
+            problems.append("killed: the node had replied before it was killed")
+        if record["missing"] or record["skipped"]:
+            problems.append(f"killed: round {fault.round} lacks clients {record['missing']}")
+    _finish(experiment, runs, rows, ratios, problems, console, json)
+
+
+def _deployments(tls: bool, fault: Kill | None) -> dict[str, DeployOptions]:
+    found = {"clean": DeployOptions(tls=tls)}
+    if fault is not None:
+        found["killed"] = DeployOptions(tls=tls, kill=fault)
+    return found
+
+
+def _rows(name: str, found: Deployed) -> list[dict[str, Any]]:
+    last = found.rounds[-1]
+    begins = [e["time"] for e in found.events if e["event"] == "begin"]
+    ends = [e["time"] for e in found.events if e["event"] == "end"]
+    rows = [
+        {"name": f"{name}: all processes", "value": found.seconds, "unit": "s"},
+        {
+            "name": f"{name}: a round",
+            "value": (ends[0] - begins[0]) / len(found.rounds),
+            "unit": "s",
+            "rounds": len(found.rounds),
+        },
+        {"name": f"{name}: large model", "value": last["large_accuracy"], "unit": "accuracy"},
+        {"name": f"{name}: small model", "value": last["small_accuracy"], "unit": "accuracy"},
+        {
+            "name": f"{name}: bytes up",
+            "value": sum(r["bytes_up"] for r in found.rounds),
+            "unit": "bytes",
+        },
+    ]
+    again = [e for e in found.events if e["event"] in ("killed", "again", "restarted")]
+    for event in again:
+        offset = event["time"] - begins[0]
+        rows.append(
+            {
+                "name": f"{name}: {event['event']} client {event['client']}",
+                "value": offset,
+                "unit": "s",
+            }
+        )
+    return rows
+
+
+def _differences(found: Deployed, history: History) -> dict[str, float]:
+    """Largest differences: of parameters, and of the last round's metrics."""
+    from fed.flower import named
+
+    simulated = dict(named({"large": history.large, "small": history.small}))
+    if set(simulated) != set(found.models):
+        raise ValueError(
+            "the deployment and the simulation have different parameters; one of them is of another version."
+        )
+    parameters = max(float(np.abs(found.models[k] - v).max()) for k, v in simulated.items())
+    ours, theirs = history.rounds[-1], found.rounds[-1]
+    metrics = max(abs(ours[key] - theirs[key]) for key in _COMPARED if key in ours)
+    return {"parameter": parameters, "metric": float(metrics)}
+
+
+def _finish(
+    experiment: Experiment,
+    runs: dict[str, Deployed],
+    rows: list[dict[str, Any]],
+    ratios: dict[str, float],
+    problems: list[str],
+    console: rich.console.Console,
+    json: pathlib.Path | None,
+) -> None:
+    width = max(len(row["name"]) for row in rows)
+    for row in rows:
+        console.print(f"{row['name']:{width}}  {row['value']:.4g} {row['unit']}")
+    for name, value in ratios.items():
+        console.print(f"{name}: {value:.3g}")
+    if json is not None:
+        import importlib.metadata
+
+        report = make_report("fed_deploy", rows, ratios)
+        report["versions"]["flwr"] = importlib.metadata.version("flwr")
+        events = {name: [_shown(e, found) for e in found.events] for name, found in runs.items()}
+        rounds = {name: found.rounds for name, found in runs.items()}
+        report |= {"experiment": dataclasses.asdict(experiment), "events": events, "rounds": rounds}
+        write_report(json, report)
+    for problem in problems:
+        console.print(f"FAILED {problem}")
+    if problems:
+        sys.exit(1)
+
+
+def _shown(event: dict[str, Any], found: Deployed) -> dict[str, Any]:
+    """An event with its time from the first one's."""
+    kept = {k: v for k, v in event.items() if k not in ("time", "node")}
+    return kept | {"seconds": round(event["time"] - found.events[0]["time"], 3)}

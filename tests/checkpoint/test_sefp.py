@@ -1,0 +1,152 @@
+"""Models in SEFP on disk: one file of all widths, and native checkpoints that restore onto another mesh."""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+import jaxmoe
+import quant
+from jaxmoe import checkpoint
+from jaxmoe.config import ModelConfig
+from jaxmoe.errors import CheckpointMismatch
+from jaxmoe.sharding import Rules, make_mesh, shardings_of
+from quant import SefpTensor
+
+# Groups and outputs divide by two; inputs of o are two axes.
+DENSE = ModelConfig(
+    vocab_size=64,
+    hidden_size=128,
+    intermediate_size=128,
+    num_hidden_layers=1,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=32,
+)
+MOE = jaxmoe.presets["tiny"].replace(
+    num_hidden_layers=2, num_nextn_predict_layers=0, n_routed_experts=4, n_group=1, topk_group=1
+)
+
+
+@functools.cache
+def stored(config):
+    params = jaxmoe.init_params(config, jax.random.key(0))
+    return quant.quantize_params(params)
+
+
+def same(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_a_directory_in_sefp_is_a_model_at_every_width(tmp_path):
+    path = checkpoint.save_sefp(tmp_path / "model", stored(MOE), MOE)
+    assert path.name == "sefp.safetensors" and checkpoint.is_sefp(tmp_path / "model")
+    assert checkpoint.locate(tmp_path / "model") == tmp_path / "model"
+    assert checkpoint.load_config(tmp_path / "model") == MOE
+    for width in (None, 3, 6):
+        params, config = checkpoint.load(tmp_path / "model", width=width)
+        assert config == MOE
+        same(params, stored(MOE) if width is None else quant.at_width(stored(MOE), width))
+    params, _ = checkpoint.load(tmp_path / "model", jnp.bfloat16, width=4)
+    assert {t.dtype for t in quant.tensors(params)} == {np.dtype(jnp.bfloat16)}
+    assert params["norm"]["weight"].dtype == jnp.bfloat16
+    assert (
+        quant.bits_per_weight(stored(MOE)) < 9.7
+    )  # of a toy's many norms and routers; of real models 9.2
+
+
+def test_what_is_no_such_directory_is_refused_in_one_line(tmp_path):
+    plain = jaxmoe.init_params(DENSE, jax.random.key(0))
+    with pytest.raises(ValueError, match="params must be in SEFP"):
+        checkpoint.save_sefp(tmp_path, plain, DENSE)
+    with pytest.raises(ValueError, match="do not fit config"):
+        checkpoint.save_sefp(tmp_path, stored(DENSE), MOE)
+    quant.save_planes(tmp_path / "sefp.safetensors", stored(DENSE))
+    with pytest.raises(CheckpointMismatch, match="holds no config"):
+        checkpoint.load(tmp_path)
+    quant.save_planes(
+        tmp_path / "sefp.safetensors", stored(DENSE), {"config": json.dumps(MOE.to_dict())}
+    )
+    with pytest.raises(CheckpointMismatch, match="do not fit config"):
+        checkpoint.load(tmp_path)
+    checkpoint.save_sefp(tmp_path, quant.at_width(stored(DENSE), 4), DENSE)
+    assert checkpoint.load(tmp_path)[0]["lm_head"]["weight"].width == 4
+    with pytest.raises(ValueError, match="width must be from 3 to the stored 4; got 5"):
+        checkpoint.load(tmp_path, width=5)
+
+
+@pytest.mark.parametrize(
+    ("config", "saved_on", "restored_on"),
+    [(DENSE, {"tensor": 2}, {"tensor": 1}), (MOE, {"expert": 2}, {"expert": 4})],
+    ids=["dense", "experts"],
+)
+def test_a_native_checkpoint_restores_onto_another_mesh(
+    config, saved_on, restored_on, tmp_path, devices
+):
+    mesh = make_mesh(**saved_on, devices=devices[: max(saved_on.values())])
+    sharded = jax.device_put(stored(config), shardings_of(stored(config), config, mesh))
+    checkpoint.save(tmp_path, sharded, config, 1)
+    same(checkpoint.restore(tmp_path).params, stored(config))
+    mesh = make_mesh(**restored_on, devices=devices[: max(restored_on.values())])
+    restored = checkpoint.restore(tmp_path, mesh, dtype=jnp.bfloat16)
+    given = jax.tree.map(lambda x: x, restored.params)
+    arrays = [t.stored for t in quant.tensors(given)]
+    same(arrays, [t.stored for t in quant.tensors(stored(config))])
+    assert {t.dtype for t in quant.tensors(given)} == {np.dtype(jnp.bfloat16)}
+    with pytest.raises(CheckpointMismatch, match="in SEFP, of which single experts"):
+        checkpoint.restore_experts(tmp_path)
+
+
+def test_shards_are_whole_groups(devices):
+    """Of a contracted axis in two halves each has its own 64s; so half of the product is a product by half of the groups."""
+    mesh = make_mesh(tensor=2, devices=devices[:2])
+    tree = stored(DENSE)
+    where = shardings_of(tree, DENSE, mesh)
+    layer = where["segments"][0][0]
+    assert layer["attention"]["o"]["weight"].stored.exponent.spec == PartitionSpec(
+        None, "tensor", None
+    )
+    assert layer["mlp"]["down"]["weight"].stored.base.spec == PartitionSpec(None, "tensor", None)
+    placed = jax.device_put(tree, where)
+    down = placed["segments"][0][0]["mlp"]["down"]["weight"]
+    for array in jax.tree.leaves(down):
+        assert {s.data.shape for s in array.addressable_shards} == {
+            (array.shape[0], array.shape[1] // 2, *array.shape[2:])
+        }
+    w = down.decode(jnp.float32)
+    for i, shard in enumerate(down.stored.exponent.addressable_shards):
+        own = jax.tree.map(lambda a, i=i: a.addressable_shards[i].data, down.stored)
+        own = SefpTensor(
+            type(own)(own.exponent, own.base, own.planes, 64),
+            (64,),
+            down.outputs,
+            down.layout,
+            down.dtype,
+        )
+        rows = shard.index[1]
+        np.testing.assert_array_equal(
+            own.decode(jnp.float32), np.asarray(w)[:, 64 * (rows.start or 0) :][:, :64]
+        )
+    tokens = np.arange(6, dtype=np.int32)[None]
+    np.testing.assert_allclose(
+        jaxmoe.forward(placed, DENSE, tokens),
+        jaxmoe.forward(tree, DENSE, tokens),
+        rtol=1e-4,
+        atol=1e-5,
+    )
+
+
+def test_groups_that_do_not_divide_are_refused_with_both_names(devices):
+    config = DENSE.replace(intermediate_size=192)  # three groups
+    shapes = jax.eval_shape(quant.quantize_params, jaxmoe.params.abstract_params(config))
+    mesh = make_mesh(tensor=2, devices=devices[:2])
+    with pytest.raises(
+        ValueError, match=r"down/weight: its 3 groups of 64 .* mesh axis 'tensor' of size 2"
+    ):
+        shardings_of(shapes, config, mesh)
+    shardings_of(shapes, config, mesh, Rules(mlp=None))

@@ -1,0 +1,118 @@
+"""The methods that KOALA is compared with, each in a few rounds."""
+
+import dataclasses
+
+import fed_support as support
+import numpy as np
+import pytest
+
+import fed
+from fed import baselines, report
+from fed.compare import METHODS, run_method
+
+CUT = support.splits()
+SIZES = [40, 25, 60, 9, 30, 16]
+PART = support.ragged(len(CUT.train), SIZES)
+RUN = fed.RunOptions(rounds=3, local=fed.LocalOptions(epochs=3, batch_size=8), evaluate_every=3)
+STEP = fed.Distillation(steps=15, batch_size=16, learning_rate=1e-2)
+KOALA = fed.KoalaOptions(reverse=STEP, forward=STEP)
+
+
+@pytest.fixture(scope="module")
+def models():
+    large = fed.architectures.mlp((support.WIDTH,), (16,), support.CLASSES)
+    return large, [support.mlp(5), support.mlp(7)]
+
+
+@pytest.fixture(scope="module")
+def runs(models):
+    return {
+        name: run_method(name, CUT, PART, models, RUN, KOALA) for name in METHODS if name != "koala"
+    }
+
+
+def test_every_method_runs_and_beats_chance(runs):
+    for name, history in runs.items():
+        final = history.final
+        best = max(final.get("large_accuracy", 0), final["small_accuracy"])
+        assert best > 0.4, name
+        assert 0 <= final["own_worst"] <= final["own_accuracy"] <= 1
+
+
+def test_only_methods_with_a_server_model_report_one(runs):
+    having = {name for name, history in runs.items() if "large_accuracy" in history.final}
+    assert having == {"koala-homo", "koala-hete", "feddf", "fed-et"}
+
+
+def test_nothing_is_sent_where_clients_are_alone(runs):
+    assert runs["local-only"].total("bytes_up") == runs["local-only"].total("bytes_down") == 0
+
+
+def test_fedmd_sends_logits_and_not_models(runs):
+    logits = 80 * support.CLASSES * 4  # the whole proxy set is smaller than a subset
+    assert runs["fedmd"].rounds[0]["bytes_up"] == len(SIZES) * logits
+
+
+def test_the_large_model_s_clients_pay_for_it(runs, models):
+    assert runs["fedavg-large"].rounds[0]["bytes_up"] == len(SIZES) * models[0].nbytes
+    assert runs["fedavg-large"].total("client_flops") > runs["fedavg-small"].total("client_flops")
+
+
+def test_one_place_is_one_client_with_everything(runs):
+    assert runs["centralised"].rounds[0]["asked"] == 1
+    assert runs["centralised"].final["small_accuracy"] > 0.8
+
+
+def test_local_models_differ_and_are_worse_than_shared_ones(runs):
+    assert runs["local-only"].final["small_accuracy"] < runs["fedavg-small"].final["small_accuracy"]
+
+
+@pytest.mark.slow
+def test_fedprox_stays_nearer_to_the_start(models):
+    one = dataclasses.replace(RUN, rounds=1)
+    plain = fed.fedavg(models[1][0], CUT, PART, one)
+    near = fed.fedprox(models[1][0], CUT, PART, one, mu=10.0)
+    far = fed.fedprox(models[1][0], CUT, PART, one, mu=0.0)
+    assert support.equal(far.small, plain.small)
+    assert support.largest_difference(near.small, plain.small) > 1e-3
+
+
+def test_fed_et_shares_heads_where_they_fit(models):
+    large, _ = models
+    fits, not_ = support.mlp(16), support.mlp(5)
+    et = baselines.EtOptions(dataclasses.replace(STEP, temperature=1.0, consensus=0.05))
+    found = fed.fedet(large, [fits, not_], CUT, PART, dataclasses.replace(RUN, rounds=1), et)
+    assert support.equal(found.small[0]["head"], found.large["head"])
+    assert found.small[1]["head"]["kernel"].shape == (5, support.CLASSES)
+
+
+@pytest.mark.slow
+def test_feddf_moves_every_architecture_towards_the_ensemble(models):
+    one = dataclasses.replace(RUN, rounds=1)
+    averaged = fed.fedavg(models[1], CUT, PART, one)
+    none = baselines.DfOptions(dataclasses.replace(STEP, steps=0))
+    some = baselines.DfOptions(STEP)
+    still = fed.feddf(models[1], CUT, PART, one, none)
+    moved = fed.feddf(models[1], CUT, PART, one, some)
+    assert support.equal(still.small, averaged.small)
+    assert support.largest_difference(moved.small, averaged.small) > 1e-3
+
+
+def test_reports_have_rows_a_table_and_a_plot(runs, models, tmp_path):
+    given = {name: [history, history] for name, history in runs.items()}
+    rows = report.report_rows(given, target=0.5)
+    assert {"name", "value", "unit"} <= set(rows[0])
+    named = {r["name"]: r for r in rows}
+    assert named["koala-homo, large_accuracy"]["deviation"] == 0
+    assert named["fedavg-large, bytes_up"]["value"] == 3 * 6 * models[0].nbytes
+    assert named["koala-homo, rounds to 0.5"]["unit"] == "rounds"
+    assert report.table(given, "t").row_count == len(runs)
+    assert report.plot(given, tmp_path / "a.png").stat().st_size > 10_000
+    saved = report.pair_savings(models[0], models[1], RUN.local)
+    mean = np.mean([m.nbytes for m in models[1]])
+    assert saved["storage"] == pytest.approx(1 - mean / models[0].nbytes)
+
+
+def test_an_unknown_method_is_refused(models):
+    with pytest.raises(ValueError, match="method must be one of koala"):
+        run_method("fedsgd", CUT, PART, models, RUN, KOALA)
