@@ -78,9 +78,8 @@ def rows_of(name: str, record: dict[str, Any], **shape: Any) -> list[dict[str, A
     if "index_recall" in record:
         layers = record["index_recall_layers"]
         value = record["index_recall"]
-        rows.append(
-            {"name": f"{name}, recall", "value": value, "unit": "share", "layers": layers, **shape}
-        )
+        more = {"layers": layers, "at_most": record["index_recall_at_most"], **shape}
+        rows.append({"name": f"{name}, recall", "value": value, "unit": "share", **more})
     return rows
 
 

@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 import jaxmoe
 import quant
+from fed.clients import update_params
 from fed.compress import TopLogits, top_logits
 from fed.vocabulary import Vocabulary
 
@@ -246,5 +247,5 @@ def step(params, moments, batch, taught, config, width, learning_rate, own_share
         return own_share * own + (1 - own_share) * distilled
 
     value, gradient = jax.value_and_grad(loss)(params)
-    updates, moments = optimizer(learning_rate).update(gradient, moments, params)
-    return optax.apply_updates(params, updates), moments, value
+    params, moments = update_params(optimizer(learning_rate), gradient, moments, params)
+    return params, moments, value

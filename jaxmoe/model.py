@@ -37,7 +37,7 @@ class LayerStats(NamedTuple):
       load: [E] int32 (token, choice) pairs per expert.
       balance_loss: float32, the sequence-wise balance loss without its coefficient.
       index_loss: float32, the indexer's KL summed over queries.
-      index_recall: float32 [2], ``core_attention.Result.recall``; None if not asked for.
+      index_recall: float32 [3], ``core_attention.Result.recall``; None if not asked for.
     """
 
     expert_ids: jax.Array

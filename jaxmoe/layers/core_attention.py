@@ -49,8 +49,8 @@ class Result(NamedTuple):
       out: [B, T, H, V].
       selection: None; [B, T, T] bool; or, of ``sparse_attention``, rows [B, T, topk] int32, -1 for none.
       index_loss: float32 scalar, summed over queries.
-      recall: float32 [2] or None: attention inside the best recall_topk keys, summed over the queries that see more keys than
-        that, and the number of those queries.
+      recall: float32 [3] or None: attention inside the recall_topk keys of best score, and inside those of most attention, which is
+        the most that any choice keeps; summed over the queries that see more keys than that; and the number of those queries.
     """
 
     out: jax.Array
@@ -144,10 +144,15 @@ _softmax_block.defvjp(_softmax_block_forward, _softmax_block_backward)
 
 def _recall(mean: jax.Array, scores: jax.Array, counted: jax.Array, topk: int) -> jax.Array:
     """``Result.recall`` of a block: mean probabilities and scores (-inf where not visible) [B, T, S], counted [B, T] or [1, T]."""
-    chosen = select_mask(scores, topk)
-    counted = counted & ((scores > -jnp.inf).sum(-1) > topk)
-    inside = jnp.where(chosen, mean, 0.0).sum(-1)
-    return jnp.stack([jnp.where(counted, inside, 0.0).sum(), counted.sum().astype(jnp.float32)])
+    visible = scores > -jnp.inf
+    counted = counted & (visible.sum(-1) > topk)
+
+    def kept(by: jax.Array) -> jax.Array:
+        inside = jnp.where(select_mask(by, topk), mean, 0.0).sum(-1)
+        return jnp.where(counted, inside, 0.0).sum()
+
+    best = kept(jnp.where(visible, mean, -jnp.inf))
+    return jnp.stack([kept(scores), best, counted.sum().astype(jnp.float32)])
 
 
 def _block(
@@ -189,7 +194,7 @@ def _block(
         with jax.named_scope("index_loss"):
             loss = indexer_kl(mean, index, mask & real[..., None])
     if options.recall_topk is not None:
-        recall = jnp.zeros(2, jnp.float32)
+        recall = jnp.zeros(3, jnp.float32)
         if scores is not None:
             recall = _recall(mean, scores, real, options.recall_topk)
     return out, mask if options.keep_selection else None, loss, recall
@@ -265,5 +270,5 @@ def causal_attention(
     loss = sum((part.index_loss for part in parts), jnp.zeros((), jnp.float32))
     recall = None
     if options.recall_topk is not None:
-        recall = sum((part.recall for part in parts), jnp.zeros(2, jnp.float32))
+        recall = sum((part.recall for part in parts), jnp.zeros(3, jnp.float32))
     return Result(out, chosen, loss, recall)

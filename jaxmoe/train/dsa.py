@@ -141,7 +141,7 @@ def stages_of(directory: pathlib.Path) -> list[pathlib.Path]:
 def _recall_sums(
     params: Params, batch: Batch, config: ModelConfig, mesh: Mesh | None
 ) -> list[jax.Array]:
-    """Per segment float32 [layers, 2]: attention inside the selection, and queries, summed over rows of width T + 1."""
+    """Per segment float32 [layers, 3], ``core_attention.Result.recall`` summed over rows of width T + 1."""
     output = run(
         params,
         config,
@@ -152,7 +152,7 @@ def _recall_sums(
     )
     # A segment's members take turns.
     parts = [[s.index_recall for s in segment] for segment in output.stats]
-    sums = [jnp.stack(members, axis=1).reshape(-1, 2) for members in parts]
+    sums = [jnp.stack(members, axis=1).reshape(-1, 3) for members in parts]
     if mesh is None:
         return sums
     return lax.with_sharding_constraint(sums, NamedSharding(mesh, PartitionSpec()))
@@ -165,8 +165,10 @@ def index_recall(
     batch_size: int,
     place: Callable[[np.ndarray], jax.Array] = jnp.asarray,
     mesh: Mesh | None = None,
-) -> list[float]:
+) -> list[tuple[float, float]]:
     """The share of dense attention that each layer's indexer would keep: the mass of the mean over heads inside its selection.
+
+    Beside it the most that any choice of as many keys would keep: attention that is spread out cannot be kept.
 
     Only queries that see more keys than are selected count: the others keep everything. In a pass of dense attention, over
     evenly spread rows.
@@ -180,7 +182,7 @@ def index_recall(
       mesh: over which they are split.
 
     Returns:
-      One number per layer with an indexer, in layer order; none if no query has to choose.
+      (kept, at most) per layer with an indexer, in layer order; none if no query has to choose.
     """
     batches = len(rows.tokens) // batch_size
     number = min(batches, -(-RECALL_ROWS // batch_size))
@@ -188,4 +190,4 @@ def index_recall(
     for i in np.linspace(0, batches - 1, number).round().astype(int):
         some = Batch(*(place(x[i * batch_size : (i + 1) * batch_size]) for x in rows))
         total = total + np.concatenate(jax.device_get(_recall_sums(params, some, config, mesh)))
-    return [float(inside / queries) for inside, queries in total if queries > 0]
+    return [(float(kept / n), float(most / n)) for kept, most, n in total if n > 0]

@@ -126,7 +126,7 @@ def evaluate(
 
     Returns:
       "bits_per_byte" of text, and "held_out_loss", nats per token. With ``recall``, if any query has to choose, "index_recall",
-      the mean of "index_recall_layers".
+      the mean of "index_recall_layers", and "index_recall_at_most", which the best choice of as many keys would have.
     """
     rows, n_bytes = evaluation_rows(corpus, max_bytes, seq_len, probe_bytes)
     short = -len(rows.tokens) % batch_size
@@ -143,7 +143,9 @@ def evaluate(
     if recall:
         layers = index_recall(params, config, rows, batch_size, place, mesh)
         if layers:
-            result |= {"index_recall": float(np.mean(layers)), "index_recall_layers": layers}
+            kept, most = (list(part) for part in zip(*layers, strict=True))
+            result |= {"index_recall": float(np.mean(kept)), "index_recall_layers": kept}
+            result["index_recall_at_most"] = float(np.mean(most))
     return result
 
 

@@ -70,7 +70,7 @@ def test_a_quantised_party_says_what_its_stored_weights_say(params):
     said = answers(device, params, rows, 5)
     wanted = top_logits(logits, 5)
     np.testing.assert_allclose(said.top.log_probs, wanted.log_probs, atol=2e-5)
-    assert device.nbytes(params) == quant.nbytes(stored) < 0.3 * quant.nbytes(params)
+    assert device.nbytes(params) == quant.nbytes(stored) < 0.5 * quant.nbytes(params)
 
 
 def test_the_loss_over_few_tokens_is_the_cross_entropy_with_the_distribution_that_they_stand_for(
