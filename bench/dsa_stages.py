@@ -96,7 +96,7 @@ def _runs(args: Any) -> dict[str, pathlib.Path]:
     """Runs all stages: their directories by name."""
     home: dict[str, pathlib.Path] = {}
     config = small_model(args.task, args.context)
-    data = _corpus(args, args.context, args.batch * max(args.steps[1:]))
+    data = _corpus(args, args.context, args.batch * args.steps[1])
     brief = _corpus(args, args.short_context, args.short_batch * args.steps[0] // 4)
 
     def run(name: str, stage: str, before: str | None, index_weight: float) -> None:

@@ -65,7 +65,7 @@ class _Sum:
     """Running sums over accepted clients."""
 
     update: Params
-    weight: Array
+    weight: Any
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -14,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -69,6 +70,7 @@ class DeployOptions:
         machine that is busy.
       round_timeout_s: after which a round goes on with who has replied.
       run_timeout_s: for everything.
+      concurrency: clients that work at the same time; each starts a process that imports JAX. 0: all; None: one per core.
       kill: a fault, or None.
     """
 
@@ -77,6 +79,7 @@ class DeployOptions:
     start_timeout_s: float = 300.0
     round_timeout_s: float = 300.0
     run_timeout_s: float = 1500.0
+    concurrency: int | None = None
     kill: Kill | None = None
 
 
@@ -243,6 +246,9 @@ class _Deployment:
             "output": str(self.output),
             "node-timeout-s": self.options.node_timeout_s,
             "round-timeout-s": self.options.round_timeout_s,
+            "concurrency": (os.cpu_count() or 1)
+            if self.options.concurrency is None
+            else self.options.concurrency,
         }
         lines = [f"{key} = {json.dumps(value)}" for key, value in config.items()]
         text = (
@@ -384,15 +390,33 @@ def deploy(
         )
     began = time.monotonic()
     deployment = _Deployment(experiment, folder, options)
-    try:
-        deployment.start_link()
-        for client in range(experiment.clients):
-            deployment.start_node(client)
-        _submit(deployment)
-        _wait(deployment, began)
-    finally:
-        deployment.stop()
+    with _terminable():
+        try:
+            deployment.start_link()
+            for client in range(experiment.clients):
+                deployment.start_node(client)
+            _submit(deployment)
+            _wait(deployment, began)
+        finally:
+            deployment.stop()
     return _result(deployment, time.monotonic() - began)
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends this process as an exception would, so that no process of the deployment outlives it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(number: int, frame: Any) -> None:
+        sys.exit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _submit(deployment: _Deployment) -> None:

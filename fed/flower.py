@@ -384,7 +384,7 @@ def make_server_app(build: Build = build_experiment) -> ServerApp:
     """A ``ServerApp``.
 
     The run's configuration: what ``build`` reads; ``output``, a directory that gets events.jsonl, history.json and models.npz;
-    ``node-timeout-s`` and ``round-timeout-s``.
+    ``node-timeout-s`` and ``round-timeout-s``; ``concurrency``, clients that work at the same time at most (0: all).
     """
     app = ServerApp()
 
@@ -403,7 +403,8 @@ def make_server_app(build: Build = build_experiment) -> ServerApp:
         setup = build(config)
         strategy = KoalaStrategy(setup)
         clients = [k for k in range(len(setup.partition)) if setup.partition.sizes[k]]
-        patient = PatientGrid(grid, strategy.nodes, clients, on_event=note)
+        together = int(config.get("concurrency", 0))
+        patient = PatientGrid(grid, strategy.nodes, clients, concurrency=together, on_event=note)
         patient.wait_for_nodes(float(config.get("node-timeout-s", 120.0)))
         note("begin")
         strategy.start(

@@ -21,6 +21,7 @@ class PatientGrid:
       nodes: client -> node; changed in place.
       clients: that are to come.
       poll_s: between looks.
+      concurrency: clients that work at the same time at most; 0: all. For nodes that share a machine.
       retries: how often work that came back as an error is sent to the same node again.
       on_event: called with (name, details) of what happens.
     """
@@ -32,11 +33,13 @@ class PatientGrid:
         clients: Iterable[int],
         *,
         poll_s: float = 0.5,
+        concurrency: int = 0,
         retries: int = 2,
         on_event: Callable[..., None] = lambda name, **details: None,
     ):
         self._grid, self.nodes, self._clients = grid, nodes, set(clients)
         self._poll_s, self._retries, self._on_event = poll_s, retries, on_event
+        self._concurrency = concurrency
         self._asked: dict[str, int] = {}  # who-messages in flight, to which node
         self._seen: set[int] = set()
 
@@ -81,12 +84,15 @@ class PatientGrid:
         """Replies to all messages, or to those that were answered before ``timeout`` seconds; errors only where trying again did not help."""
         work = {int(m.content["config"]["client"]): m for m in messages}
         left = dict.fromkeys(work, self._retries)
-        flight = {self._push(m): client for client, m in work.items()}
+        waiting, flight = list(work), {}
         done: dict[int, Message] = {}
         end = None if timeout is None else time.monotonic() + timeout
         while set(work) - set(done):
             if end is not None and time.monotonic() > end:
                 break
+            while waiting and (not self._concurrency or len(flight) < self._concurrency):
+                client = waiting.pop(0)
+                flight[self._push(work[client])] = client
             again = []
             for reply in self._grid.pull_messages(list(flight)) if flight else ():
                 client = flight.pop(reply.metadata.reply_to_message_id)
@@ -97,15 +103,16 @@ class PatientGrid:
                     again.append(client)
                 else:
                     done.setdefault(client, reply)
-            again += [k for k in self._meet() if k in work and k not in done]
+            for client in self._meet():
+                if client in waiting:
+                    work[client] = _to(self.nodes[client], work[client])
+                elif client in work and client not in done:  # its node had it and is gone
+                    again.append(client)
             for client in dict.fromkeys(again):
                 flight = {number: k for number, k in flight.items() if k != client}
-                old = work[client]
-                group = old.metadata.group_id
-                flight[
-                    self._push(Message(old.content, self.nodes[client], "train", group_id=group))
-                ] = client
-                self._note("again", old)
+                waiting.insert(0, client)
+                work[client] = _to(self.nodes[client], work[client])
+                self._note("again", work[client])
             time.sleep(self._poll_s)
         return list(done.values())
 
@@ -120,3 +127,9 @@ class PatientGrid:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._grid, name)
+
+
+def _to(node: int, message: Message) -> Message:
+    """The same content as a message of its own."""
+    meta = message.metadata
+    return Message(message.content, node, meta.message_type, group_id=meta.group_id)

@@ -23,6 +23,8 @@ def run(
     experiment: Annotated[Experiment, tyro.conf.arg(name="")] = Experiment(),
     kill: str | None = None,
     tls: bool = True,
+    concurrency: int | None = None,
+    timeout_s: float = 1500.0,
     compare: bool = True,
     output: pathlib.Path = pathlib.Path("runs/fed_deploy"),
     json: pathlib.Path | None = None,
@@ -37,6 +39,8 @@ def run(
       kill: Kill a node while it works, CLIENT@ROUND (from zero), and start it again: a second deployment, whose round must
         complete with everybody.
       tls: Encrypt; certificates are made for the run.
+      concurrency: Clients that work at the same time; 0: all; default: one per core, as every message starts a process.
+      timeout_s: Of a deployment, all in all.
       compare: Also simulate.
       output: Directory of logs and results.
       json: Also write a JSON report.
@@ -45,9 +49,17 @@ def run(
     fault = None if kill is None else Kill.parse(kill)
     rows, ratios, problems = [], {}, []
     runs: dict[str, Deployed] = {}
-    for name, options in _deployments(tls, fault).items():
+    options = DeployOptions(
+        tls=tls,
+        concurrency=concurrency,
+        run_timeout_s=timeout_s,
+        start_timeout_s=timeout_s,
+        node_timeout_s=timeout_s,
+        round_timeout_s=timeout_s,
+    )
+    for name, how in _deployments(options, fault).items():
         console.print(f"{name}: {experiment.clients} nodes, {'TLS' if tls else 'no TLS'}")
-        runs[name] = deploy(experiment, output / name, options)
+        runs[name] = deploy(experiment, output / name, how)
         rows += _rows(name, runs[name])
     if compare:
         began = time.perf_counter()
@@ -72,10 +84,10 @@ def run(
     _finish(experiment, runs, rows, ratios, problems, console, json)
 
 
-def _deployments(tls: bool, fault: Kill | None) -> dict[str, DeployOptions]:
-    found = {"clean": DeployOptions(tls=tls)}
+def _deployments(options: DeployOptions, fault: Kill | None) -> dict[str, DeployOptions]:
+    found = {"clean": options}
     if fault is not None:
-        found["killed"] = DeployOptions(tls=tls, kill=fault)
+        found["killed"] = dataclasses.replace(options, kill=fault)
     return found
 
 

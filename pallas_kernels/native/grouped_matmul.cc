@@ -11,7 +11,7 @@ namespace {
 constexpr int64_t kTileRows = kVectorSize == 16 ? 12 : 6;
 constexpr int64_t kPanel = 2 * kVectorSize;    // columns of a tile; of one with few rows twice as many
 constexpr int64_t kSum = 32;                   // products that are added one after another: a longer chain rounds more
-constexpr int64_t kDepth = 4096 / kPanel;      // products in a pass: a panel's weights and a tile's x stay in the L1 cache
+constexpr int64_t kDepth = 2048 / kPanel;      // products in a pass: a panel's weights and a tile's x stay in the L1 cache
 constexpr int64_t kRowBlock = 24 * kTileRows;  // rows of a work item: x of a pass stays in the L2 cache
 
 // A matrix in someone else's memory, element (i, j) at data[i * row + j * column].

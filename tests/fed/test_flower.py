@@ -72,12 +72,12 @@ class Loopback:
         return [self.replies.pop(n) for n in numbers if n in self.replies]
 
 
-def run(experiment, timeout=60.0, **faults):
+def run(experiment, timeout=60.0, concurrency=0, **faults):
     strategy = flower.KoalaStrategy(experiment.build())
     events = []
     grid = Loopback(experiment, range(experiment.clients), **faults)
     patient = PatientGrid(
-        grid, strategy.nodes, range(experiment.clients), poll_s=0.01,
+        grid, strategy.nodes, range(experiment.clients), poll_s=0.01, concurrency=concurrency,
         on_event=lambda name, **details: events.append((name, details.get("client"))),
     )  # fmt: skip
     patient.wait_for_nodes(5.0)
@@ -134,7 +134,7 @@ def test_compressed_updates_arrive_as_the_simulation_has_them():
 
 
 def test_work_of_a_node_that_died_goes_to_the_one_that_takes_its_place(simulated):
-    strategy, _, events, grid = run(EXPERIMENT, dying=(101,), births=(201,))
+    strategy, _, events, grid = run(EXPERIMENT, concurrency=1, dying=(101,), births=(201,))
     assert strategy.records[0]["missing"] == [] and strategy.nodes[1] == 201
     assert ("again", 1) in events and grid.pushed.count(("train", 101)) == 1
     assert difference(strategy, simulated) < 1e-5
