@@ -62,6 +62,8 @@ class PatientGrid:
     def _meet(self) -> list[int]:
         """Asks new nodes who they are; clients that have got another node."""
         for node in self._grid.get_node_ids():
+            if self._concurrency and len(self._asked) >= self._concurrency:
+                break
             if node not in self._seen:
                 self._seen.add(node)
                 question = Message(RecordDict(), node, "query.who")
