@@ -140,8 +140,8 @@ def main() -> None:
     options.add_argument("--short-batch", type=int, default=16)
     stages = {"nargs": 5, "metavar": tuple(name.upper() for name in NAMES)}
     # The dense and the sparse run have the same number of steps and the same rate.
-    options.add_argument("--steps", type=int, default=[900, 60, 40, 40, 40], **stages)
-    options.add_argument("--rates", type=float, default=[4e-3, 2e-3, 5e-4, 1e-2, 5e-4], **stages)
+    options.add_argument("--steps", type=int, default=[900, 60, 150, 40, 150], **stages)
+    options.add_argument("--rates", type=float, default=[4e-3, 2e-3, 1e-3, 1e-2, 1e-3], **stages)
     options.add_argument("--eval-bytes", type=int, default=65536)
     options.add_argument("--output", type=pathlib.Path, default=pathlib.Path("runs/dsa_stages"))
     options.add_argument(

@@ -5,6 +5,7 @@ and inside any loop it loses XLA:CPU's fast routine (spec 5.3). Norms are over a
 """
 
 import functools
+import re
 from collections.abc import Sequence
 
 import jax
@@ -322,10 +323,9 @@ def transformer(
 def by_name(text: str, inputs: Sequence[int], classes: int) -> Model:
     """A model from its short form, e.g. ``mlp:256,256``, ``cnn:8,16``, ``vgg:16,32``, ``mobilenet:8``, ``vit:32x2``, ``transformer:64x2``."""
     kind, _, rest = text.partition(":")
-    try:
-        numbers = [int(n) for n in rest.replace("x", ",").split(",") if n]
-    except ValueError:
-        numbers, kind = [], ""
+    if not re.fullmatch(r"(\d+([,x]\d+)*)?", rest):
+        kind = ""
+    numbers = [int(n) for n in re.findall(r"\d+", rest)]
     if kind == "mlp":
         return mlp(inputs, numbers, classes)
     if kind in ("cnn", "vgg") and numbers:

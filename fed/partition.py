@@ -224,7 +224,9 @@ def quantity(
     )
 
 
-def natural(owners: np.ndarray, *, minimum: int = 1, clients: int | None = None) -> Partition:
+def natural(
+    owners: np.ndarray | None, *, minimum: int = 1, clients: int | None = None
+) -> Partition:
     """One client per owner (speaker, file, writer).
 
     Args:

@@ -34,7 +34,7 @@ def test_compare_prints_a_table_and_writes_a_report(capsys, tmp_path):
     args = ["compare", "koala-homo", "fedavg-small", *SMALL, "--output", str(tmp_path / "runs")]
     main(["fed", *args, "--target", "0.05", "--json", str(report)])
     out = capsys.readouterr().out
-    assert "koala-homo" in out and "5 clients, 989 examples" in out and "of storage" in out
+    assert "koala-homo" in out and "5 clients, 899 examples" in out and "of storage" in out
     found = json.loads(report.read_text())
     assert found["bench"] == "fed" and {"command", "date", "machine", "versions"} <= set(found)
     rows = {r["name"]: r for r in found["rows"]}
