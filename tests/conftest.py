@@ -28,7 +28,13 @@ import pytest  # noqa: E402
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-COMPILE_FAST = ("elastic", "fed", "quant", "train", "test_decode.py")  # directories and files of tests
+COMPILE_FAST = (
+    "elastic",
+    "fed",
+    "quant",
+    "train",
+    "test_decode.py",
+)  # directories and files of tests
 _compiler_now = {"less": False}
 
 jaxtyping.install_import_hook(["fed", "jaxmoe", "pallas_kernels", "quant"], "typechecking.check")
