@@ -1,6 +1,7 @@
 """A round of the same model and clients on Flower's own simulation (Ray), for ``bench.fed_round``."""
 
 import dataclasses
+import functools
 import os
 import pathlib
 import tempfile
@@ -36,7 +37,7 @@ def missing() -> str | None:
 
 
 def compare(
-    side: int, model: Any, clients: int, rounds: int, engine: Any
+    side: int, clients: int, rounds: int, engine: Any
 ) -> tuple[list[dict], dict[str, float]]:
     """Rows and the ratio of a warm round of ``clients`` on Flower's simulation over one of ours; same model, data, batches and start.
 
@@ -47,8 +48,8 @@ def compare(
     from bench import _harness
     from fed.driver import Driver
 
-    setup = _setup(side, model, clients)
-    theirs = simulate(setup, rounds, os.cpu_count() or 1)
+    setup = _setup(side, clients)
+    theirs = simulate(side, clients, rounds, os.cpu_count() or 1)
     setup = dataclasses.replace(setup, options=dataclasses.replace(setup.options, engine=engine))
     driver = Driver(setup.method, setup.data, setup.partition, setup.options, None)
     state, _ = driver.begin(None)
@@ -72,8 +73,9 @@ def compare(
     return rows, {"vmapped over flower": middle[0] / middle[1]}
 
 
-def _setup(side: int, model: Any, clients: int) -> Any:
-    """The bench's clients, 40 examples each in batches of 20, as a ``Setup`` of plain averaging."""
+@functools.cache
+def _setup(side: int, clients: int) -> Any:
+    """The bench's MLP and clients, 40 examples each in batches of 20, as a ``Setup`` of plain averaging; one per process, so that it compiles once."""
     import fed
     from fed.experiment import Setup
 
@@ -87,17 +89,19 @@ def _setup(side: int, model: Any, clients: int) -> Any:
     splits = fed.Splits(train, few.unlabelled(np.arange(10)), few, few, {})
     local = fed.LocalOptions(epochs=1, batch_size=20, learning_rate=0.05)
     partition = fed.partition.iid(len(train), clients, 0)
+    model = fed.architectures.mlp((side, side), (16,), 10)
     return Setup(fed.Method([model]), splits, partition, fed.RunOptions(local=local, rounds=100))
 
 
-def simulate(setup: Any, rounds: int, cores: int = 2) -> FlowerRounds:
-    """Warm rounds of FedAvg with every client of ``setup`` on Ray actors, ``cores`` of them, each of which keeps its compiled step.
+def simulate(side: int, clients: int, rounds: int, cores: int) -> FlowerRounds:
+    """Warm rounds of FedAvg with every client on Ray actors, ``cores`` of them, each of which keeps its compiled step.
 
     The client is ``fed.flower.train_client``: the same schedule, key and local training as in our own round. Nothing is evaluated and
     the server only averages, by Flower's own FedAvg.
 
     Args:
-      setup: a ``fed.experiment.Setup``; its first architecture is everybody's.
+      side: of the images.
+      clients: how many.
       rounds: after the first one.
       cores: actors.
     """
@@ -113,8 +117,7 @@ def simulate(setup: Any, rounds: int, cores: int = 2) -> FlowerRounds:
     from fed.driver import Driver
     from fed.flower import from_arrays, to_arrays, train_client
 
-    clients = len(setup.partition)
-    model = setup.method.models[0]
+    setup = _setup(side, clients)
     driver = Driver(setup.method, setup.data, setup.partition, setup.options, setup.assignment)
     limits, begin = driver.fleet.steps, to_arrays(driver.begin(None)[0].small[0])
     times, losses = [], []
@@ -122,8 +125,8 @@ def simulate(setup: Any, rounds: int, cores: int = 2) -> FlowerRounds:
 
     @client_app.train()
     def train(message: Message, context: Context) -> Message:
-        client = int(context.node_config["partition-id"])
-        params = from_arrays(message.content["arrays"], model.shapes)
+        client, setup = int(context.node_config["partition-id"]), _setup(side, clients)
+        params = from_arrays(message.content["arrays"], setup.method.models[0].shapes)
         number = int(message.content["config"]["server-round"]) - 1
         update, _, metrics = train_client(setup, client, params, number, int(limits[client]))
         trained = jax.tree.map(lambda p, u: np.asarray(p) + u, params, update)

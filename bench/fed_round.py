@@ -229,7 +229,7 @@ def main() -> None:
         reason = _fed_flower.missing()
         if reason is None:
             engine = fed.EngineOptions(chunk=given.chunk["mlp"], devices=given.devices)
-            found = _fed_flower.compare(8, mlp, given.flower_clients, given.rounds, engine)
+            found = _fed_flower.compare(8, given.flower_clients, given.rounds, engine)
             rows, ratios = rows + found[0], ratios | found[1]
         else:
             print(f"no comparison with Flower: {reason}")

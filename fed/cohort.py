@@ -140,6 +140,14 @@ def _add(total: _Sum, updates: Params, weights: Array) -> _Sum:
     return jax.lax.scan(one, total, (updates, weights))[0]
 
 
+@jax.jit
+def weighted_mean(updates: Params, weights: Array) -> Params:
+    """The mean of updates stacked [K, ...] that came one by one, as a simulation adds them; weights [K], 0 for those to leave out."""
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape[1:], jnp.float32), updates)
+    total = _add(_Sum(zero, jnp.float32(0.0)), updates, weights)
+    return jax.tree.map(lambda x: x / total.weight, total.update)
+
+
 def _chunk(
     total: _Sum,
     start: Params,

@@ -2,7 +2,8 @@
 
 The client trains by ``cohort.train_cohort`` with itself as the only member; the server is ``fed.driver.Driver`` whose cohorts come out of
 messages. What is random is a function of (seed, round, client) in both, so that a deployment and a simulation of one experiment give the same
-models up to float32 rounding. Each message goes to one node, so that every client gets the parameters of its own architecture.
+models: to the bit where the simulation too computes one client at a time (``Experiment.simulate(alone=True)``), else up to rounding and what an
+optimiser makes of it. Each message goes to one node, so that every client gets the parameters of its own architecture.
 
 A node that dies takes its work with it. The grid notices that a node which serves the same client has come (back), sends the work
 again, and the round completes with everybody; if nobody comes before the timeout it completes with the others (``fed.flower_grid``).
@@ -25,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fed.clients import LocalOptions
-from fed.cohort import Cohort, EngineOptions, join, train_cohort
+from fed.cohort import Cohort, EngineOptions, join, train_cohort, weighted_mean
 from fed.compress import Codec
 from fed.driver import Driver
 from fed.experiment import Experiment, Setup
@@ -227,15 +228,8 @@ def cohort_of(driver: Driver, replies: list[tuple[int, _Reply]]) -> Cohort:
     norms = np.array([_norm(r.update) for _, r in replies], np.float32)
     accepted = np.isfinite(norms) & (norms <= driver.options.engine.largest_norm)
     weights = np.where(accepted, driver.context.sizes[clients], 0).astype(np.float32)
-    mean = None
-    if accepted.any():
-        total = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), replies[0][1].update)
-        for weight, good, (_, reply) in zip(weights, accepted, replies, strict=True):
-            if good:
-                total = jax.tree.map(
-                    lambda t, u, w=weight: t + w * np.asarray(u, np.float32), total, reply.update
-                )
-        mean = jax.tree.map(lambda t: jnp.asarray(t / weights.sum()), total)
+    updates = jax.tree.map(lambda *x: jnp.stack(x), *(r.update for _, r in replies))
+    mean = weighted_mean(updates, jnp.asarray(weights)) if accepted.any() else None
     figures = {
         name: np.array([r.metrics[name] for _, r in replies])
         for name in ("loss", "steps", "examples")
@@ -249,7 +243,7 @@ def cohort_of(driver: Driver, replies: list[tuple[int, _Reply]]) -> Cohort:
         figures["examples"].astype(np.int32),
         norms,
         mean,
-        jax.tree.map(lambda *x: jnp.stack(x), *(r.update for _, r in replies)),
+        updates,
     )
 
 
@@ -294,7 +288,7 @@ class KoalaStrategy(Strategy):
         return to_arrays(self.state.small[0] if self.state.large is None else self.state.large)
 
     def configure_train(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Any
     ) -> Iterable[Message]:
         """A message per client that is asked and has a node, with its own architecture's parameters."""
         plan, messages = self.plan(server_round), []
@@ -361,7 +355,7 @@ class KoalaStrategy(Strategy):
         return client, _Reply(update, metrics, size)
 
     def configure_evaluate(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Any
     ) -> Iterable[Message]:
         """Nothing: the server evaluates, as in the simulation."""
         return []

@@ -6,7 +6,6 @@ from typing import Any
 
 try:
     from flwr.app import Message, RecordDict
-    from flwr.serverapp import Grid
 except ImportError as error:
     raise ImportError(
         "fed.flower needs flwr and it isn't installed: pip install 'jaxmoe[flower]', in an environment of its own."
@@ -17,7 +16,7 @@ class PatientGrid:
     """A ``Grid`` that knows which client a node is, and gives a node's unfinished work to the one that takes its place.
 
     Args:
-      grid: Flower's.
+      grid: Flower's ``Grid``, or what has its methods.
       nodes: client -> node; changed in place.
       clients: that are to come.
       poll_s: between looks.
@@ -28,7 +27,7 @@ class PatientGrid:
 
     def __init__(
         self,
-        grid: Grid,
+        grid: Any,
         nodes: dict[int, int],
         clients: Iterable[int],
         *,

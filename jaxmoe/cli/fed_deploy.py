@@ -63,7 +63,7 @@ def run(
         rows += _rows(name, runs[name])
     if compare:
         began = time.perf_counter()
-        history = experiment.simulate()
+        history = experiment.simulate(alone=True)
         rows.append({"name": "simulation", "value": time.perf_counter() - began, "unit": "s"})
         for name, found in runs.items():
             differences = _differences(found, history)

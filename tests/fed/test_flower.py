@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("flwr", reason="needs the extra flower, in an environment of its own")
 pytest.importorskip("sklearn")
 
-from flwr.app import Context, Error, Message, RecordDict
+from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
 from fed import flower
@@ -100,7 +100,7 @@ def identify(put):
 
 @pytest.fixture(scope="module")
 def simulated():
-    return EXPERIMENT.simulate()
+    return EXPERIMENT.simulate(alone=True)
 
 
 def difference(strategy, history):
@@ -127,7 +127,7 @@ def test_messages_give_the_same_models_and_metrics_as_the_simulation(simulated):
 def test_compressed_updates_arrive_as_the_simulation_has_them():
     small = dataclasses.replace(EXPERIMENT, codec="sefp", width=5, rounds=1)
     strategy, _, _, _ = run(small)
-    history = small.simulate()
+    history = small.simulate(alone=True)
     # A value at the edge between two steps of the format may fall to either side.
     assert difference(strategy, history) < 2e-2
     assert strategy.records[0]["bytes_up"] == history.rounds[0]["bytes_up"]
@@ -158,7 +158,7 @@ def test_a_failed_quorum_leaves_everything_as_it_was():
 def test_an_error_of_a_client_is_kept_with_the_round(simulated):
     strategy = flower.KoalaStrategy(EXPERIMENT.build())
     strategy.nodes.update({0: 100, 1: 101, 2: 102})
-    (first, *_) = strategy.configure_train(1, strategy.arrays(), None, None)
+    (first, *_) = strategy.configure_train(1, strategy.arrays(), ConfigRecord(), None)
     first.metadata.__dict__["_message_id"] = "x"
     strategy.aggregate_train(1, [Message(Error(0, "out of memory"), reply_to=first)])
     assert strategy.records[0]["errors"] == ["out of memory"]
@@ -184,6 +184,6 @@ def test_four_processes_one_killed_while_it_works_give_the_simulations_model(tmp
     found = deploy(experiment, tmp_path, DeployOptions(kill=kill))
     assert killed_mid_round(found, kill)
     assert [r["missing"] for r in found.rounds] == [[], []]
-    history = experiment.simulate()
+    history = experiment.simulate(alone=True)
     simulated = dict(flower.named({"large": history.large, "small": history.small}))
     assert max(np.abs(found.models[k] - v).max() for k, v in simulated.items()) < 1e-5
