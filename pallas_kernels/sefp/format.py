@@ -33,6 +33,7 @@ GROUP = 64
 BASE_WIDTH, MASTER_WIDTH = 3, 8
 LOWEST_EXPONENT, HIGHEST_EXPONENT = -14, 17
 LARGEST = 65504.0  # what an infinity counts as
+ROUNDINGS = ("truncate", "nearest", "nested")
 
 
 @jax.tree_util.register_dataclass
@@ -104,10 +105,33 @@ def finite(w: Float[Array, "..."]) -> Float[Array, "..."]:
 def magnitudes(
     w: Float[Array, "..."], exponent: Int[Array, "..."], width: int | Int[Array, ""], rounding: str
 ) -> Float[Array, "..."]:
-    """a as whole float32 numbers, exactly: |w| * 2^(width - E), cut off or rounded half to even, at most 2^width - 1."""
+    """a as whole float32 numbers, exactly: |w| * 2^(width - E), rounded as ``encode`` says, at most 2^width - 1."""
+    if rounding == "nested":
+        whole = _nested(jnp.abs(finite(w)) * power_of_two(MASTER_WIDTH - exponent))
+        return jnp.floor(whole * power_of_two(width - MASTER_WIDTH))
     scaled = jnp.abs(finite(w)) * power_of_two(width - exponent)
     whole = jnp.floor(scaled) if rounding == "truncate" else jnp.round(scaled)
     return jnp.minimum(whole, power_of_two(jnp.asarray(width, jnp.int32)) - 1.0)
+
+
+def _nested(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The code at the widest width whose cut-off values at all of them are closest to x: the least sum of squared errors.
+
+    Cutting off never rounds up, so a code that is to do so at some width has to stand on that width's grid: those points, and the
+    nearest code, are all that can be the best. Of equal ones the nearest to x at the widest width.
+    """
+    steps = [2.0**n for n in range(MASTER_WIDTH - BASE_WIDTH + 1)]
+
+    def error(code: jax.Array) -> jax.Array:
+        return sum(jnp.square(jnp.floor(code / step) * step - x) for step in steps)
+
+    best = least = None
+    for step in steps:
+        code = jnp.minimum(jnp.round(x / step) * step, 2.0**MASTER_WIDTH - 1.0)
+        found = error(code)
+        best = code if best is None else jnp.where(found < least, code, best)
+        least = found if least is None else jnp.minimum(found, least)
+    return best
 
 
 def quantized(
@@ -124,8 +148,8 @@ def quantized(
 
 def check_rounding(rounding: str) -> None:
     """Raises ``ValueError`` for a rounding that there isn't."""
-    if rounding not in ("truncate", "nearest"):
-        raise ValueError(f'rounding must be "truncate" or "nearest"; got {rounding!r}.')
+    if rounding not in ROUNDINGS:
+        raise ValueError(f"rounding must be one of {', '.join(ROUNDINGS)}; got {rounding!r}.")
 
 
 def groups_of(w: Num[Array, "*batch K N"]) -> Num[Array, "*batch G 64 N"]:
@@ -144,8 +168,9 @@ def encode(
     Args:
       w: [..., in, out].
       width: 3 to 8.
-      rounding: "truncate", so that dropping planes equals encoding at the lower width; or "nearest" (half to even), closer
-        at ``width`` but not at those below it.
+      rounding: "truncate", as OTARo has it; "nearest" (half to even), closer at ``width`` but not at those below it; or "nested",
+        the code that is closest over all widths after its low bits are cut off, ours. With the first and the last, dropping planes
+        equals encoding at the lower width.
 
     Returns:
       The stored form. In traced code NaN becomes zero, infinity 65504 and more than 2^17 saturates; ``unrepresentable`` counts them.
