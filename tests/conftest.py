@@ -29,11 +29,18 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 COMPILE_FAST = (
+    "checkpoint",
     "elastic",
+    "engine",
     "fed",
+    "moe",
+    "parity",
     "quant",
+    "serve",
     "train",
+    "test_cli.py",
     "test_decode.py",
+    "test_generate.py",
 )  # directories and files of tests
 _compiler_now = {"less": False}
 
