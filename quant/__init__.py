@@ -14,7 +14,7 @@ from quant.params import (
     tensors,
     width_for_bytes,
 )
-from quant.planes import load_planes, planes_metadata, save_planes
+from quant.planes import PlanesCorrupt, load_planes, planes_metadata, save_planes
 from quant.rules import DEFAULT_RULES, Rule
 from quant.tensor import Layout, SefpTensor
 
@@ -26,6 +26,7 @@ __all__ = [
     "LaaState",
     "Layout",
     "OtaroConfig",
+    "PlanesCorrupt",
     "Rule",
     "SefpTensor",
     "TuneState",

@@ -11,7 +11,7 @@ import numpy as np
 from pallas_kernels import sefp
 from pallas_kernels.sefp.format import BASE_WIDTH
 from quant.rules import DEFAULT_RULES, Rule, map_ruled, name_of
-from quant.tensor import SefpTensor, check_group, is_sefp
+from quant.tensor import SefpTensor, check_group, check_width, is_sefp
 
 
 def quantize_params(
@@ -70,6 +70,7 @@ def at_width(params: Any, width: int) -> Any:
     Raises:
       ValueError: if none is in SEFP, or ``width`` isn't stored.
     """
+    check_width(width)
     if not tensors(params):
         raise ValueError(
             f"width={width} needs SEFP weights, and these parameters have none; make them with quant.quantize_params(params)."
@@ -88,7 +89,7 @@ def pin_widths(params: Any, widths: Mapping[str, int]) -> Any:
         beyond it are left out.
 
     Raises:
-      ValueError: if an expression matches nothing in SEFP, or a width isn't stored; both are named.
+      ValueError: for what is no regular expression or matches nothing in SEFP, or a width that isn't stored; all are named.
 
     Example:
       >>> import jax.numpy as jnp
@@ -96,23 +97,30 @@ def pin_widths(params: Any, widths: Mapping[str, int]) -> Any:
       >>> at_width(pin_widths(q, {"lm_head": 6}), 3)
       {'lm_head': {'weight': SefpTensor(E5M6, shape=(64, 2), 114 bytes)}, 'proj': {'weight': SefpTensor(E5M3, shape=(64, 2), 66 bytes)}}
     """
-    unused = set(widths)
+    for pattern in widths:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(
+                f"widths: {pattern!r} is not a regular expression ({error}); use a part of a path such as attention/o/weight."
+            ) from None
+    unmatched = set(widths)
 
     def one(path: tuple[Any, ...], leaf: Any) -> Any:
         name = name_of(path)
-        pattern = next((p for p in widths if is_sefp(leaf) and re.search(p, name)), None)
-        if pattern is None:
+        matching = [p for p in widths if is_sefp(leaf) and re.search(p, name)]
+        if not matching:
             return leaf
-        unused.discard(pattern)
+        unmatched.difference_update(matching)
         try:
-            return dataclasses.replace(leaf.truncate(widths[pattern]), pinned=True)
+            return dataclasses.replace(leaf.truncate(widths[matching[0]]), pinned=True)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
 
     pinned = jax.tree_util.tree_map_with_path(one, params, is_leaf=is_sefp)
-    if unused:
+    if unmatched:
         raise ValueError(
-            f"widths: {sorted(unused)[0]!r} matches no parameter in SEFP; use a part of a path such as attention/o/weight."
+            f"widths: {sorted(unmatched)[0]!r} matches no parameter in SEFP; use a part of a path such as attention/o/weight."
         )
     return pinned
 

@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from pallas_kernels import sefp
+from pallas_kernels.sefp.format import BASE_WIDTH, MASTER_WIDTH
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +77,12 @@ def check_group(group: int) -> None:
         raise ValueError(
             f"group must be {sefp.GROUP}, the length that storage and kernels are made for; got {group}."
         )
+
+
+def check_width(width: int) -> None:
+    """Raises ValueError for a width that no tensor has stored."""
+    if not BASE_WIDTH <= width <= MASTER_WIDTH:
+        raise ValueError(f"width must be from {BASE_WIDTH} to {MASTER_WIDTH}; got {width}.")
 
 
 def check_floating(w: Any, name: str = "w") -> None:

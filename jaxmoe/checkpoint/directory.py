@@ -5,7 +5,6 @@ import os
 import pathlib
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
@@ -83,9 +82,7 @@ def load(
         params, config = hf.load_hf(path, dtype, mtp=None if mtp else False, shardings=where)
         return params if width is None else at_width(params, width), config
     if sefp.is_sefp(path):
-        params, config = sefp.load_sefp(path, width, dtype)
-        if mesh is not None:
-            params = jax.device_put(params, sharding.shardings_of(params, config, mesh))
+        params, config = sefp.load_sefp(path, width, dtype, mesh)
     else:
         params, config, *_ = native.restore(path.parent, mesh, dtype=dtype, step=int(path.name))
         params = params if width is None else at_width(params, width)

@@ -10,12 +10,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from jaxmoe.checkpoint._layout import check_dtype, flat_params, unflatten
 from jaxmoe.config import ModelConfig
-from jaxmoe.errors import CheckpointMismatch
+from jaxmoe.errors import CheckpointCorrupt, CheckpointMismatch
 from jaxmoe.params import Params, flatten, spec
-from quant import SefpTensor, load_planes, planes_metadata, save_planes, tensors
+from jaxmoe.sharding import shardings_of
+from quant import PlanesCorrupt, SefpTensor, load_planes, planes_metadata, save_planes, tensors
 
 NAME = "sefp.safetensors"
 
@@ -55,7 +57,10 @@ def save_sefp(
 def sefp_config(directory: str | os.PathLike[str]) -> ModelConfig:
     """The architecture; reads no arrays. Errors as of ``load_sefp``."""
     path = pathlib.Path(directory) / NAME
-    config = planes_metadata(path).get("config")
+    try:
+        config = planes_metadata(path).get("config")
+    except PlanesCorrupt as error:
+        raise CheckpointCorrupt(str(error)) from None
     if config is None:
         raise CheckpointMismatch(
             f"{path} holds no config; write it with checkpoint.save_sefp, or read it with quant.load_planes."
@@ -64,7 +69,10 @@ def sefp_config(directory: str | os.PathLike[str]) -> ModelConfig:
 
 
 def load_sefp(
-    directory: str | os.PathLike[str], width: int | None = None, dtype: Any = None
+    directory: str | os.PathLike[str],
+    width: int | None = None,
+    dtype: Any = None,
+    mesh: Mesh | None = None,
 ) -> tuple[Params, ModelConfig]:
     """Parameters and config of a directory that ``save_sefp`` wrote.
 
@@ -73,22 +81,42 @@ def load_sefp(
       width: the widest that is needed: planes beyond it are not even mapped; None for all that is stored.
       dtype: in which SEFP weights are decoded, and of the parameters that aren't in SEFP and whose spec fixes none;
         default: as saved.
+      mesh: over which the parameters are split as they are read; default: on the default device.
 
     Raises:
-      ValueError: for a width that isn't stored, or a file that is damaged.
+      ValueError: for a width that isn't stored, or a mesh that sizes are not divisible by.
+      CheckpointCorrupt: if what is read of the file is damaged.
       CheckpointMismatch: if the file has no config, or the parameters of another one.
     """
+    path = pathlib.Path(directory) / NAME
     config = sefp_config(directory)
-    params = load_planes(pathlib.Path(directory) / NAME, width)
+
+    def where(shapes: Params) -> Any:
+        _checked(path, shapes, config)
+        return shardings_of(shapes, config, mesh)
+
     try:
-        flat = flat_params(params, config)
-    except ValueError as error:
-        raise CheckpointMismatch(f"{pathlib.Path(directory) / NAME}: {error}") from None
+        params = load_planes(path, width, None if mesh is None else where)
+    except PlanesCorrupt as error:
+        raise CheckpointCorrupt(str(error)) from None
+    flat = _checked(path, params, config)
     if dtype is not None:
         dtype = check_dtype(dtype)
         fixed = {name for name, s in flatten(spec(config)).items() if s.dtype is not None}
         flat = {n: leaf if n in fixed else _cast(leaf, dtype) for n, leaf in flat.items()}
     return unflatten(flat, config), config
+
+
+def _checked(path: pathlib.Path, params: Params, config: ModelConfig) -> dict[str, Any]:
+    """Parameters, or their shapes, by name.
+
+    Raises:
+      CheckpointMismatch: unless they are those of ``config``.
+    """
+    try:
+        return flat_params(params, config)
+    except ValueError as error:
+        raise CheckpointMismatch(f"{path}: {error}") from None
 
 
 def _cast(leaf: jax.Array | SefpTensor, dtype: Any) -> jax.Array | SefpTensor:

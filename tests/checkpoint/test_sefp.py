@@ -13,7 +13,7 @@ import jaxmoe
 import quant
 from jaxmoe import checkpoint
 from jaxmoe.config import ModelConfig
-from jaxmoe.errors import CheckpointMismatch
+from jaxmoe.errors import CheckpointCorrupt, CheckpointMismatch
 from jaxmoe.sharding import Rules, make_mesh, shardings_of
 from quant import SefpTensor
 
@@ -78,6 +78,35 @@ def test_what_is_no_such_directory_is_refused_in_one_line(tmp_path):
     assert checkpoint.load(tmp_path)[0]["lm_head"]["weight"].width == 4
     with pytest.raises(ValueError, match="width must be from 3 to the stored 4; got 5"):
         checkpoint.load(tmp_path, width=5)
+
+
+def test_damage_to_the_file_is_found_and_the_array_named(tmp_path):
+    path = checkpoint.save_sefp(tmp_path, stored(DENSE), DENSE)
+    whole = path.read_bytes()
+    for at, name in ((-1, "@plane7 does not match"), (100, "header")):
+        damaged = bytearray(whole)
+        damaged[at] ^= 4
+        path.write_bytes(damaged)
+        with pytest.raises(CheckpointCorrupt, match=name) as error:
+            checkpoint.load(tmp_path)
+        assert str(path) in str(error.value)
+    with pytest.raises(CheckpointCorrupt, match="header"):
+        checkpoint.load_config(tmp_path)
+
+
+def test_a_file_is_read_onto_a_mesh_by_parts(tmp_path, devices, monkeypatch):
+    """No device gets more of an array than is its own."""
+    checkpoint.save_sefp(tmp_path, stored(MOE), MOE)
+    mesh = make_mesh(expert=2, devices=devices[:2])
+    where = shardings_of(stored(MOE), MOE, mesh)
+    monkeypatch.delattr(jax, "device_put")  # of whole arrays
+    params, _ = checkpoint.load(tmp_path, mesh=mesh, width=4)
+    same(params, quant.at_width(stored(MOE), 4))
+    own = params["segments"][1][0]["moe"]["experts"]["down"].stored
+    expected = where["segments"][1][0]["moe"]["experts"]["down"].stored
+    for array, sharding in zip(jax.tree.leaves(own), jax.tree.leaves(expected), strict=False):
+        assert array.sharding == sharding
+        assert {shard.data.shape[1] for shard in array.addressable_shards} == {2}
 
 
 @pytest.mark.parametrize(

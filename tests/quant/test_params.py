@@ -24,6 +24,8 @@ def test_pinned_modules_keep_their_width_and_share_their_arrays(stored):
     assert widths == {"proj": 4, "lm_head": 6, "down": 4}
     every = {x.unsafe_buffer_pointer() for x in jax.tree.leaves(stored)}
     assert {x.unsafe_buffer_pointer() for x in jax.tree.leaves(pinned)} <= every
+    same = quant.pin_widths(stored, {"lm_head": 6, "lm_head/weight": 4, "weight": 4})
+    assert same["lm_head"]["weight"].width == 6  # the first that matches; the second does match
     one = quant.at_width(quant.pin_widths(stored, {"lm_head": 8}), 3)
     assert quant.nbytes(one) == quant.nbytes(stored, 3) + 64 * 6 * 5 // 8
 
@@ -33,6 +35,7 @@ def test_pinned_modules_keep_their_width_and_share_their_arrays(stored):
     [
         ({"attention": 8}, "'attention' matches no parameter in SEFP"),
         ({"norm": 8}, "'norm' matches no parameter in SEFP"),
+        ({"[": 8}, r"'\[' is not a regular expression"),
         ({"lm_head": 9}, "lm_head/weight: width must be from 3 to the stored 8; got 9"),
     ],
 )
