@@ -1,6 +1,6 @@
 """Checkpoints: Hugging Face safetensors both ways, native ones for training and recovery, and one file of every SEFP width."""
 
-from jaxmoe.checkpoint.directory import is_hf, load, load_config, locate
+from jaxmoe.checkpoint.directory import holds_sefp, is_hf, load, load_config, locate
 from jaxmoe.checkpoint.hf import load_hf, save_hf
 from jaxmoe.checkpoint.native import (
     Restored,
@@ -16,6 +16,7 @@ from jaxmoe.checkpoint.sefp import is_sefp, load_sefp, save_sefp
 
 __all__ = [
     "Restored",
+    "holds_sefp",
     "is_hf",
     "is_sefp",
     "latest_step",

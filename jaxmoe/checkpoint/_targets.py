@@ -68,9 +68,17 @@ def check_params(
 
 
 def placed(
-    state: _train_state.Targets, params: dict[str, jax.ShapeDtypeStruct], mesh: Mesh | None
+    state: _train_state.Targets,
+    config: ModelConfig,
+    mesh: Mesh | None,
+    rules: sharding_lib.Rules | None,
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """train_state targets, those without a sharding placed like the parameter they mirror."""
+    """train_state targets, those without a sharding placed like the parameter they mirror, or as that would be if it isn't in SEFP."""
+    placed = state.arrays()
+    if mesh is None:
+        return placed
+    where = sharding_lib.shardings(config, mesh, rules)
+    params = params_lib.flatten(params_lib.abstract_params(config, shardings=where))
 
     def follow(path: str, shape: tuple[int, ...]) -> Any:
         parts = path.split("/")
@@ -80,8 +88,7 @@ def placed(
                 return param.sharding
         return NamedSharding(mesh, PartitionSpec())
 
-    placed = state.arrays()
     for name, target in placed.items():
-        if mesh is not None and target.sharding is None and name not in state.on_host:
+        if target.sharding is None and name not in state.on_host:
             placed[name] = target.update(sharding=follow(state.paths[name], target.shape))
     return placed

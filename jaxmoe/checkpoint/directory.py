@@ -56,6 +56,14 @@ def load_config(directory: str | os.PathLike[str]) -> ModelConfig:
     return native.restore_config(path.parent, int(path.name))
 
 
+def holds_sefp(directory: str | os.PathLike[str]) -> bool:
+    """Whether a checkpoint of whatever kind has parameters in SEFP; reads no arrays. Argument and errors as of ``load``."""
+    path = locate(directory)
+    if is_hf(path) or sefp.is_sefp(path):
+        return not is_hf(path)
+    return native.holds_sefp(path.parent, int(path.name))
+
+
 def load(
     directory: str | os.PathLike[str],
     dtype: Any = jnp.float32,

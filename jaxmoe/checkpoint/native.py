@@ -66,8 +66,8 @@ class Restored(NamedTuple):
     train_state: Any = None
 
     def __repr__(self) -> str:
-        leaves = jax.tree.leaves(self.params)
-        size, nbytes = sum(x.size for x in leaves), sum(x.nbytes for x in leaves)
+        size = sum(x.size for x in params_lib.flatten(self.params).values())
+        nbytes = sum(x.nbytes for x in jax.tree.leaves(self.params))
         state = (
             "no"
             if self.train_state is None
@@ -132,15 +132,7 @@ def save(
       >>> directory.cleanup()
     """
     root = pathlib.Path(directory).absolute()
-    step = _steps.check_step(step)
-    if keep is not None and keep < 1:
-        raise ValueError(
-            f"keep must be at least 1 (the step being saved); got {keep}. Use None to keep all."
-        )
-    if not overwrite and step in _steps.steps(root):
-        raise ValueError(
-            f"step {step} already exists in {root}; pass overwrite=True, or another step."
-        )
+    step = _check_save(root, step, keep, overwrite)
     # numpy leaves go through device_put (no copy on CPU): Orbax chunks only jax arrays.
     flat, sefp = _sefp_leaves.apart(flat_params(params, config))
     flat = {name: x if isinstance(x, jax.Array) else jax.device_put(x) for name, x in flat.items()}
@@ -171,6 +163,20 @@ def save(
     if jax.process_count() > 1:
         ocp.multihost.sync_global_processes("jaxmoe:checkpoint:save")
     return root / str(step)
+
+
+def _check_save(root: pathlib.Path, step: Any, keep: int | None, overwrite: bool) -> int:
+    """The step to save; errors of ``save`` about it and ``keep``."""
+    step = _steps.check_step(step)
+    if keep is not None and keep < 1:
+        raise ValueError(
+            f"keep must be at least 1 (the step being saved); got {keep}. Use None to keep all."
+        )
+    if not overwrite and step in _steps.steps(root):
+        raise ValueError(
+            f"step {step} already exists in {root}; pass overwrite=True, or another step."
+        )
+    return step
 
 
 def latest_step(directory: str | os.PathLike[str]) -> int | None:
@@ -343,7 +349,7 @@ def restore(
     state = None
     if train_state is not None:
         state = _train_state.Targets(path, metadata["train_state"], train_state)
-        wanted |= _targets.placed(state, targets, mesh)
+        wanted |= _targets.placed(state, config, mesh, rules)
     arrays = _orbax_restore(path / _STATE, wanted)
     flat = {name: arrays.pop(_orbax_name(name)) for own in parts for name in own}
     if mesh is None:  # one leaf at a time: on CPU an unaligned one is copied
@@ -364,6 +370,12 @@ def restore_config(directory: str | os.PathLike[str], step: int | None = None) -
     """
     _, path = _steps.find(pathlib.Path(directory).absolute(), step)
     return ModelConfig.from_dict(read_metadata(path, _manifest.read(path))["config"])
+
+
+def holds_sefp(directory: str | os.PathLike[str], step: int | None = None) -> bool:
+    """Whether parameters of a saved step (default: the latest) are in SEFP; reads no arrays. Errors as of ``restore_config``."""
+    _, path = _steps.find(pathlib.Path(directory).absolute(), step)
+    return bool(read_metadata(path, _manifest.read(path)).get("sefp"))
 
 
 def restore_extra(directory: str | os.PathLike[str], step: int | None = None) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Finding and loading what the user names on the command line."""
 
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -52,6 +52,20 @@ def in_sefp(params: Params, module_widths: Mapping[str, int] | None = None) -> P
     return pin_widths(params, module_widths) if module_widths else params
 
 
-def load(name: str, dtype: Any = jnp.float32, *, mtp: bool = True) -> tuple[Params, ModelConfig]:
-    """Parameters and config of a checkpoint directory of either kind, as ``checkpoint.load`` gives them."""
-    return checkpoint.load(locate(name), dtype, mtp=mtp)
+def load(
+    name: str,
+    dtype: Any = jnp.float32,
+    *,
+    mtp: bool = True,
+    widths: Sequence[int] = (),
+    module_widths: Mapping[str, int] | None = None,
+) -> tuple[Params, ModelConfig]:
+    """Parameters and config of a checkpoint directory of any kind, as ``checkpoint.load`` gives them.
+
+    Of weights in SEFP only what ``widths``, and ``module_widths`` beside them, need is read; all if no ``widths`` are given.
+    """
+    path = locate(name)
+    widest = None
+    if widths and checkpoint.holds_sefp(path):
+        widest = max([*widths, *(module_widths or {}).values()])
+    return checkpoint.load(path, dtype, mtp=mtp, width=widest)

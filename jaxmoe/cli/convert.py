@@ -8,7 +8,7 @@ import rich.console
 import tyro
 
 from jaxmoe import checkpoint
-from jaxmoe.cli._models import dtype_of, in_sefp, load
+from jaxmoe.cli._models import dtype_of, in_sefp, load, locate
 from jaxmoe.params import param_count
 from jaxmoe.report import make_report, write_report
 
@@ -32,7 +32,7 @@ def convert(
     """Converts a checkpoint: Hugging Face safetensors to native, native to Hugging Face, or to one file of every SEFP width.
 
     Args:
-      source: Checkpoint directory of either kind.
+      source: Training run, native checkpoint or Hugging Face directory; with --to sefp also one in SEFP.
       target: Directory to write; must not exist or be empty.
       to: Kind to write; default: the other kind.
       dtype: Parameter dtype to write. fp8 checkpoints are dequantised.
@@ -45,7 +45,7 @@ def convert(
             f"target {target} exists and is not an empty directory; choose another, or remove it."
         )
     to = to or ("native" if checkpoint.is_hf(source) else "hf")
-    if to != "sefp" and checkpoint.is_sefp(source):
+    if to != "sefp" and checkpoint.holds_sefp(locate(str(source))):
         raise ValueError(
             f"source {source} is in SEFP, which is not undone here; convert the checkpoint that it was made from."
         )

@@ -90,7 +90,7 @@ def generate(
     """Continues a prompt, streaming the text to standard output.
 
     Args:
-      checkpoint: Training run, native checkpoint or Hugging Face directory.
+      checkpoint: Training run, native checkpoint, Hugging Face directory, or one with sefp.safetensors.
       prompt: Text to continue.
       max_new_tokens: How many tokens to add at most.
       temperature: 0 for greedy.
@@ -102,7 +102,8 @@ def generate(
       json: Also write a JSON report.
     """
     check_seed(seed)
-    params, config = load(checkpoint, dtype_of(dtype))
+    widths = () if width is None else (width,)
+    params, config = load(checkpoint, dtype_of(dtype), widths=widths, module_widths=module_widths)
     if width is not None or module_widths:
         params = in_sefp(params, module_widths)
     if width is not None:

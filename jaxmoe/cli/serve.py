@@ -14,7 +14,7 @@ import rich.console
 import tyro
 
 from jaxmoe import checkpoint
-from jaxmoe.cli._models import dtype_of, in_sefp, locate
+from jaxmoe.cli._models import dtype_of, in_sefp, load, locate
 from jaxmoe.config import ModelConfig
 from jaxmoe.elastic import Cluster, ClusterOptions, Weights
 from jaxmoe.elastic.cluster.programs import users_folder
@@ -77,7 +77,7 @@ def _engine(
         raise ValueError(f"--ranks must be at least 2 with {', '.join(given)}; got 1. Add --ranks.")
     by_width = (options.widths, options.width, options.draft_width, module_widths)
     wants_sefp = any(value is not None for value in by_width)
-    if ranks.ranks > 1 and (wants_sefp or (weights.path and checkpoint.is_sefp(weights.path))):
+    if ranks.ranks > 1 and (wants_sefp or (weights.path and checkpoint.holds_sefp(weights.path))):
         raise ValueError(
             f"--ranks must be 1 with weights in SEFP, which ranks do not share out yet; got {ranks.ranks}. Leave --ranks out."
         )
@@ -96,7 +96,13 @@ def _engine(
     if weights.path is None:
         params = init_params(config, jax.random.key(weights.seed), dtype=dtype_of(weights.dtype))
     else:
-        params, config = checkpoint.load(weights.path, dtype_of(weights.dtype), mtp=mtp)
+        params, config = load(
+            weights.path,
+            dtype_of(weights.dtype),
+            mtp=mtp,
+            widths=options.widths or (),
+            module_widths=module_widths,
+        )
     params = in_sefp(params, module_widths) if wants_sefp else params
     return Engine(params, config, tokenizer, options)
 
@@ -123,7 +129,7 @@ def serve(
     """Serves a model to OpenAI clients over HTTP, until SIGTERM.
 
     Args:
-      model: Training run, native checkpoint or Hugging Face directory; a preset with --random-weights.
+      model: Training run, native checkpoint, Hugging Face directory, or one with sefp.safetensors; a preset with --random-weights.
       api_key: Key that clients must show; default: $JAXMOE_API_KEY, which other users of the machine cannot see.
       model_name: Name that clients give as "model"; default: the last part of MODEL.
       random_weights: Serve a preset with random weights, for trials.

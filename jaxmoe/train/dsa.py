@@ -75,8 +75,12 @@ def initial_params(
       mesh: over which the parameters are split, as they are read; default one device.
 
     Raises:
-      ValueError: for parameters that the checkpoint lacks, has besides, or has in another shape.
+      ValueError: for parameters that the checkpoint lacks, has besides, or has in another shape; or in SEFP.
     """
+    if checkpoint.holds_sefp(source):
+        raise ValueError(
+            f"{os.fspath(source)} holds weights in SEFP, which are not trained on; name the checkpoint that they were made from."
+        )
     given, _ = checkpoint.load(source, mtp=config.num_nextn_predict_layers > 0, mesh=mesh)
     given = {path_name(p): x for p, x in jax.tree_util.tree_leaves_with_path(given)}
     abstract = jax.tree_util.tree_leaves_with_path(abstract_params(config))

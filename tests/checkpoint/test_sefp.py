@@ -2,19 +2,27 @@
 
 import functools
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from checkpoint import support
 from jax.sharding import PartitionSpec
 
 import jaxmoe
 import quant
 from jaxmoe import checkpoint
+from jaxmoe.cli._models import load
+from jaxmoe.cli.convert import convert
+from jaxmoe.cli.serve import _engine, _weights
 from jaxmoe.config import ModelConfig
+from jaxmoe.elastic import ClusterOptions
+from jaxmoe.engine import EngineOptions
 from jaxmoe.errors import CheckpointCorrupt, CheckpointMismatch
-from jaxmoe.sharding import Rules, make_mesh, shardings_of
+from jaxmoe.sharding import Rules, make_mesh, shardings, shardings_of
+from jaxmoe.train.dsa import initial_params
 from quant import SefpTensor
 
 # Groups and outputs divide by two; inputs of o are two axes.
@@ -107,6 +115,53 @@ def test_a_file_is_read_onto_a_mesh_by_parts(tmp_path, devices, monkeypatch):
     for array, sharding in zip(jax.tree.leaves(own), jax.tree.leaves(expected), strict=False):
         assert array.sharding == sharding
         assert {shard.data.shape[1] for shard in array.addressable_shards} == {2}
+
+
+def test_one_question_tells_which_checkpoints_hold_sefp(tmp_path):
+    """Of every kind; and who cannot use that asks it before anything is read."""
+    checkpoint.save(tmp_path / "native", stored(DENSE), DENSE, 1)
+    checkpoint.save_sefp(tmp_path / "file", stored(DENSE), DENSE)
+    checkpoint.save(tmp_path / "run" / "checkpoints", support.numbered_params(DENSE), DENSE, 1)
+    assert checkpoint.holds_sefp(tmp_path / "native") and checkpoint.holds_sefp(tmp_path / "file")
+    assert not checkpoint.holds_sefp(tmp_path / "run")
+    shutil.rmtree(tmp_path / "native" / "1" / "state")  # the arrays
+    for source in (tmp_path / "native", tmp_path / "file"):
+        with pytest.raises(ValueError, match="SEFP, which are not trained on"):
+            initial_params(DENSE, 0, source)
+        for to in ("hf", "native"):
+            with pytest.raises(ValueError, match="is in SEFP, which is not undone here"):
+                convert(source, tmp_path / "target", to)
+        weights = _weights(str(source), False, 0, "float32")
+        with pytest.raises(ValueError, match="--ranks must be 1 with weights in SEFP"):
+            _engine(str(source), weights, EngineOptions(), ClusterOptions(ranks=2))
+
+
+def test_the_command_line_reads_only_the_planes_that_it_needs(tmp_path):
+    checkpoint.save_sefp(tmp_path, stored(MOE), MOE)
+
+    def widths(**given):
+        params, _ = load(str(tmp_path), **given)
+        return {t.width for t in quant.tensors(params)}
+
+    assert widths() == {8} == widths(module_widths={"lm_head": 4})
+    assert widths(widths=(3,)) == {3} and widths(widths=(3, 5)) == {5}
+    assert widths(widths=(3,), module_widths={"lm_head": 6}) == {6}
+    weights = _weights(str(tmp_path), False, 0, "float32")
+    options = EngineOptions(max_running=1, max_length=64, widths=(3, 4))
+    with _engine(str(tmp_path), weights, options, ClusterOptions(ranks=1)) as engine:
+        assert engine._runner._params[4]["lm_head"]["weight"].width == 4
+
+
+def test_moments_follow_parameters_in_sefp_onto_a_mesh(tmp_path, devices):
+    moments = {"mu": support.numbered_params(DENSE), "count": 3}
+    checkpoint.save(tmp_path, stored(DENSE), DENSE, 1, train_state=moments)
+    mesh = make_mesh(tensor=2, devices=devices[:2])
+    target = jax.eval_shape(lambda: moments["mu"])
+    restored = checkpoint.restore(tmp_path, mesh, train_state={"mu": target, "count": 0})
+    same(restored.train_state["mu"], moments["mu"])
+    where = jax.tree.map(lambda x: x.sharding, restored.train_state["mu"])
+    assert where == shardings(DENSE, mesh)
+    assert f"{jaxmoe.param_count(DENSE):,} parameters" in repr(restored)
 
 
 @pytest.mark.parametrize(
