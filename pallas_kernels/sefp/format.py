@@ -34,6 +34,9 @@ BASE_WIDTH, MASTER_WIDTH = 3, 8
 LOWEST_EXPONENT, HIGHEST_EXPONENT = -14, 17
 LARGEST = 65504.0  # what an infinity counts as
 ROUNDINGS = ("truncate", "nearest", "nested")
+# Weight of E5M3's error in "nested", others' is 1. Of Gaussian weights E5M8 then keeps 23.6 dB, as much as E5M4 rounded to nearest, and
+# E5M3 17.2 dB, where rounding to nearest has 17.7 and cutting off 12.2; with weight 1 it is 26.9 and 16.1.
+NARROWEST = 4.0
 
 
 @jax.tree_util.register_dataclass
@@ -115,7 +118,7 @@ def magnitudes(
 
 
 def _nested(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """The code at the widest width whose cut-off values at all of them are closest to x: the least sum of squared errors.
+    """The code at the widest width whose cut-off values at all of them are closest to x: the least weighted sum of squared errors.
 
     Cutting off never rounds up, so a code that is to do so at some width has to stand on that width's grid: those points, and the
     nearest code, are all that can be the best. Of equal ones the nearest to x at the widest width.
@@ -123,7 +126,8 @@ def _nested(x: Float[Array, "..."]) -> Float[Array, "..."]:
     steps = [2.0**n for n in range(MASTER_WIDTH - BASE_WIDTH + 1)]
 
     def error(code: jax.Array) -> jax.Array:
-        return sum(jnp.square(jnp.floor(code / step) * step - x) for step in steps)
+        each = [jnp.square(jnp.floor(code / step) * step - x) for step in steps]
+        return sum(each[:-1], NARROWEST * each[-1])
 
     best = least = None
     for step in steps:
