@@ -99,7 +99,7 @@ def main() -> None:
         else:
             options.add_argument(name, type=type(default), default=default)
     options.add_argument("--output", type=pathlib.Path, default=pathlib.Path("runs/otaro"))
-    options.add_argument("--name", default="", help="directory of method otaro's runs, if another")
+    options.add_argument("--name", default="", help="added to the directories of method otaro's runs")
     options.add_argument(
         "--plot", type=pathlib.Path, help="also draw the first seed's results here"
     )
@@ -123,7 +123,7 @@ def main() -> None:
         )
         results = [score_source(source, MODEL, c, corpus)]
         for method in args.methods:
-            name = (args.name if method == "otaro" else "") or method.replace(":", "_")
+            name = method.replace(":", "_") + (args.name if method.startswith("otaro") else "")
             results.append(tune(source, method, MODEL, c, corpus, home / name, search=search))
         for result in results:
             found.setdefault(result.method, []).append(result)

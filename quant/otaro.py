@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from pallas_kernels import sefp
 from quant import bps, laa
 from quant.bps import BpsConfig
 from quant.fake_quant import fake_quantize
@@ -23,6 +24,7 @@ from quant.rules import DEFAULT_RULES, Rule
 
 OBJECTIVES = ("single", "joint")
 Loss = Callable[[Any, Any], Any]
+Quantize = Callable[[Any, Any], Any]  # (params, width) -> params as they are at that width
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +38,7 @@ class OtaroConfig:
       objective: "single": the loss at one width per step; "joint": the mean of the losses at all widths, which costs as many
         passes (Matryoshka-style, for comparison).
       rules: which parameters are quantised, as of ``quantize_params``.
+      rounding: how, as of ``sefp.encode``: "truncate" as the paper has it, or "nested".
     """
 
     steps: int = 1000
@@ -43,8 +46,10 @@ class OtaroConfig:
     laa: LaaConfig = LaaConfig()
     objective: str = "single"
     rules: tuple[Rule, ...] = DEFAULT_RULES
+    rounding: str = "truncate"
 
     def __post_init__(self):
+        sefp.check_rounding(self.rounding)
         if self.steps < 1:
             raise ValueError(f"steps must be at least 1; got {self.steps}.")
         if self.objective not in OBJECTIVES:
@@ -117,23 +122,23 @@ def _with_aux(loss: Loss, params: Any, batch: Any) -> tuple[jax.Array, Any]:
 
 
 def _gradient(
-    loss: Loss, rules: tuple[Rule, ...], params: Any, width: jax.Array, batch: Any
+    loss: Loss, quantize: Quantize, params: Any, width: jax.Array, batch: Any
 ) -> tuple[tuple[jax.Array, Any], Any]:
     """((loss, aux), gradient) at one width."""
 
     def at_width(params: Any) -> tuple[jax.Array, Any]:
-        return _with_aux(loss, fake_quantize(params, width, rules), batch)
+        return _with_aux(loss, quantize(params, width), batch)
 
     return jax.value_and_grad(at_width, has_aux=True)(params)
 
 
 def _joint_gradient(
-    loss: Loss, rules: tuple[Rule, ...], params: Any, widths: jax.Array, batch: Any
+    loss: Loss, quantize: Quantize, params: Any, widths: jax.Array, batch: Any
 ) -> tuple[tuple[jax.Array, Any], Any]:
     """The same of the mean over all widths, one after another; aux is the first width's."""
 
     def add(total: Any, width: jax.Array) -> tuple[Any, Any]:
-        (value, aux), grads = _gradient(loss, rules, params, width, batch)
+        (value, aux), grads = _gradient(loss, quantize, params, width, batch)
         share = 1.0 / len(widths)
         return jax.tree.map(lambda a, b: a + b * share, total, (value, grads)), aux
 
@@ -160,7 +165,7 @@ def _apply(
     return params if adjust is None else adjust(params, aux), opt_state
 
 
-_STATIC = ("loss", "optimizer", "adjust", "schedule", "rules", "laa_config", "joint")
+_STATIC = ("loss", "optimizer", "adjust", "schedule", "rules", "rounding", "laa_config", "joint")
 
 
 # Not a closure: runs with the same loss and optimiser share the program, whatever their widths.
@@ -175,13 +180,15 @@ def _step(
     adjust: Callable[[Any, Any], Any] | None,
     schedule: Callable[[jax.Array], jax.Array] | None,
     rules: tuple[Rule, ...],
+    rounding: str,
     laa_config: LaaConfig,
     joint: bool,
 ) -> tuple[tuple[Any, ...], dict[str, jax.Array]]:
     """One batch at ``width`` (with ``joint`` at each of [B]): (step, params, optimiser's and accumulation's state), figures."""
     step, params, opt_state, collected = carry
     of = _joint_gradient if joint else _gradient
-    (value, aux), grads = of(loss, rules, params, width, batch)
+    quantize = functools.partial(fake_quantize, rules=rules, rounding=rounding)
+    (value, aux), grads = of(loss, quantize, params, width, batch)
     norm = optax.tree_utils.tree_norm(grads)
     finite = jnp.isfinite(value) & jnp.isfinite(norm)
     applies, taken, after = laa.accumulate(laa_config, collected, width, grads)
@@ -270,6 +277,7 @@ def otaro_tune(
         "adjust": adjust,
         "schedule": schedule,
         "rules": tuple(config.rules),
+        "rounding": config.rounding,
         "laa_config": dataclasses.replace(
             config.laa, flush="drop"
         ),  # what the end does is no step's matter

@@ -28,6 +28,7 @@ from quant import BpsConfig, LaaConfig, OtaroConfig, TuneState, bps, otaro
 
 IDENTITY = "tune.json"
 METHODS = ("otaro", "uniform", "round_robin", "joint", "fixed:W", "ptq")
+NESTED = "+nested"  # after a method's name: weights are rounded so, in training and after it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,12 +87,16 @@ def otaro_config(
     """The run that a method's name stands for.
 
     otaro: path search and accumulation. uniform, round_robin: widths at random or in turn. joint: the mean loss of all widths.
-    fixed:W: one width; fixed:8 is tuning at the highest and truncating. ptq: no quantisation in training, rounding to nearest after.
+    fixed:W: one width; fixed:8 is tuning at the highest and truncating. ptq: no quantisation in training, rounding to nearest for each
+    width after it: six files. Each with "+nested" instead rounds to the code that serves all widths best (``sefp.encode``): one file.
 
     Raises:
       ValueError: for a name that there isn't.
     """
     plain = LaaConfig(low=())
+    if method.endswith(NESTED):
+        inner = otaro_config(method.removesuffix(NESTED), steps, search, seed)
+        return dataclasses.replace(inner, rounding="nested")
     if method == "otaro":
         s = search
         search_config = BpsConfig(
@@ -108,7 +113,7 @@ def otaro_config(
     fixed = re.fullmatch(r"fixed:([3-8])", method)
     if fixed is None:
         raise ValueError(
-            f"method must be one of {', '.join(METHODS)} with W from 3 to 8; got {method!r}."
+            f"method must be one of {', '.join(METHODS)} with W from 3 to 8, or one of them with {NESTED}; got {method!r}."
         )
     return OtaroConfig(steps, BpsConfig(widths=(int(fixed[1]),)), plain)
 
@@ -229,7 +234,7 @@ def tune(
     directory = pathlib.Path(directory)
     identity = {
         "method": method,
-        "search": dataclasses.asdict(search) if method == "otaro" else {},
+        "search": dataclasses.asdict(search) if method.startswith("otaro") else {},
         "training options": c.trajectory(),
         "corpus": corpus.fingerprint,
         "model config": config.to_dict(),
@@ -255,7 +260,7 @@ def tune(
         )
     seconds = time.perf_counter() - began
     visits = {int(w): n for w, n in _visits(directory).items()}
-    rounding = "nearest" if method == "ptq" else "truncate"
+    rounding = "nearest" if method == "ptq" else run.rounding
     scored = score(tuned.params, config, c, corpus, rounding)
     return Widths(method, *scored, visits, seconds, directory)
 
