@@ -99,7 +99,9 @@ def main() -> None:
         else:
             options.add_argument(name, type=type(default), default=default)
     options.add_argument("--output", type=pathlib.Path, default=pathlib.Path("runs/otaro"))
-    options.add_argument("--name", default="", help="added to the directories of method otaro's runs")
+    options.add_argument(
+        "--name", default="", help="added to the directories of method otaro's runs"
+    )
     options.add_argument(
         "--plot", type=pathlib.Path, help="also draw the first seed's results here"
     )

@@ -36,7 +36,7 @@ def fake_quantize(
       params: a tree of arrays.
       width: 1 to 8; may be traced, so that one program serves all widths (then it isn't checked).
       rules: which parameters, as of ``quantize_params``; a rule's own width wins.
-      rounding: "truncate" or "nearest".
+      rounding: "truncate", "nearest" or "nested".
 
     Returns:
       A tree like ``params``. Equal to decoding ``quantize_params(params, width, rules)``.

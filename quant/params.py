@@ -30,7 +30,7 @@ def quantize_params(
       rules: the first that matches a parameter's path decides. Put your own before: ``(Rule("lm_head"), *DEFAULT_RULES)`` leaves
         the head as it is.
       group: 64.
-      rounding: "truncate", or "nearest": closer at ``width`` itself, but not at those below it.
+      rounding: "truncate"; "nearest": closer at ``width`` itself, but not at those below it; or "nested": closest over all widths.
 
     Returns:
       A tree that ``jaxmoe.forward`` and ``jaxmoe.generate`` take.

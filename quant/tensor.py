@@ -133,7 +133,7 @@ class SefpTensor:
           group: 64; there is no other.
           width: 3 to 8.
           layout: which axes are contracted; default the last but one (of a vector: its own).
-          rounding: "truncate", so that dropping planes equals encoding at the lower width; or "nearest".
+          rounding: "truncate", "nearest" or "nested", as of ``pallas_kernels.sefp.encode``.
           pinned: see the class.
 
         Raises:

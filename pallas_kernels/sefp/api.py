@@ -72,7 +72,7 @@ def sefp_truncate(
       w: weights [..., K, N], or a ``Sefp``.
       width: 1 to 8; may be traced, so that one program serves all (then it isn't checked). Of a ``Sefp``: 3 to what it stores.
       axis: the contracted one, along which groups of 64 lie.
-      rounding: "truncate", or "nearest" (half to even).
+      rounding: "truncate", "nearest" (half to even) or "nested", as of ``encode``.
       implementation: None, "xla", "mosaic_gpu" (Hopper), "mosaic_tpu", "reference", or a sequence of these.
 
     Returns:

@@ -111,7 +111,7 @@ def magnitudes(
     """a as whole float32 numbers, exactly: |w| * 2^(width - E), rounded as ``encode`` says, at most 2^width - 1."""
     if rounding == "nested":
         whole = _nested(jnp.abs(finite(w)) * power_of_two(MASTER_WIDTH - exponent))
-        return jnp.floor(whole * power_of_two(width - MASTER_WIDTH))
+        return jnp.floor(whole * power_of_two(jnp.asarray(width, jnp.int32) - MASTER_WIDTH))
     scaled = jnp.abs(finite(w)) * power_of_two(width - exponent)
     whole = jnp.floor(scaled) if rounding == "truncate" else jnp.round(scaled)
     return jnp.minimum(whole, power_of_two(jnp.asarray(width, jnp.int32)) - 1.0)

@@ -371,8 +371,9 @@ def test_truncation_works_along_any_axis_with_ragged_groups_and_batches(rng):
     np.testing.assert_array_equal(truncated(w, 4), expected)
     turned = truncated(jnp.swapaxes(w, 1, 2), 4, axis=-1)
     np.testing.assert_array_equal(jnp.swapaxes(turned, 1, 2), expected)
-    nearest = decode(encode(w, width=4, rounding="nearest"), dtype=jnp.float32)
-    np.testing.assert_array_equal(truncated(w, 4, rounding="nearest"), nearest)
+    for rounding in ("nearest", "nested"):
+        stored = decode(encode(w, width=4, rounding=rounding), dtype=jnp.float32)
+        np.testing.assert_array_equal(truncated(w, 4, rounding=rounding), stored)
 
 
 def test_truncating_stored_weights_drops_planes():
