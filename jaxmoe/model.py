@@ -13,12 +13,14 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxmoe.config import LayerKind, ModelConfig
 from jaxmoe.layers import core_attention, sparse_attention
 from jaxmoe.layers.attention import Entries, Whole, gqa_sequence, mla_sequence
+from jaxmoe.layers.linear import PRODUCT as HEADS_PRODUCT
 from jaxmoe.layers.linear import Stacked, dense, embed, linear, matmul, merged_stack, transposed
 from jaxmoe.layers.mlp import mlp
 from jaxmoe.layers.norm import rms_norm
 from jaxmoe.layers.rope import Rotation, rotation
 from jaxmoe.moe import Experts, ExpertTables, MoeOptions, apply_experts, route
 from jaxmoe.moe.balance import sequence_balance_loss
+from jaxmoe.moe.experts import PRODUCT as EXPERTS_PRODUCT
 from jaxmoe.moe.route import expert_load
 from jaxmoe.params import Params
 from pallas_kernels.numerics import dot
@@ -27,6 +29,8 @@ from quant.tensor import SefpTensor
 ATTENTION_MODES = ("sparse", "dense")
 CORES = (None, "masked", "gathered")
 REMAT = ("none", "full", "core", "dots")
+# Of many matrices at once: each is several products to JAX, or none that it knows.
+PRODUCTS = (HEADS_PRODUCT, EXPERTS_PRODUCT)
 
 
 class LayerStats(NamedTuple):
@@ -222,7 +226,10 @@ def _remat(layer: Callable[..., Any], remat: str) -> Callable[..., Any]:
     keep = {
         "full": policies.nothing_saveable,
         "core": core,
-        "dots": policies.save_from_both_policies(core, policies.dots_with_no_batch_dims_saveable),
+        "dots": policies.save_from_both_policies(
+            policies.save_from_both_policies(core, policies.save_only_these_names(*PRODUCTS)),
+            policies.dots_with_no_batch_dims_saveable,
+        ),
     }[remat]
     return jax.checkpoint(layer, static_argnums=(1, 4), policy=keep)
 
@@ -419,6 +426,10 @@ def forward(
         )
     if options.core not in CORES:
         raise ValueError(f"options.core must be one of {CORES}; got {options.core!r}.")
+    for name, known in (("remat", REMAT), ("remat_moe", (None, *REMAT))):
+        given = getattr(options, name)
+        if given not in known:
+            raise ValueError(f"options.{name} must be one of {known}; got {given!r}.")
     tokens = check_tokens(tokens, config)
     if positions is not None and positions.shape != tokens.shape:
         raise ValueError(

@@ -5,7 +5,7 @@ import dataclasses
 import os
 import pathlib
 from collections.abc import Callable, Iterator
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax
 import rich.console
@@ -91,12 +91,18 @@ def fit_vocabulary(
     return config
 
 
-def check_memory(config: ModelConfig, train_config: TrainConfig) -> None:
-    """Raises ValueError if not even the state of training fits into this machine, before the system kills the process."""
+def check_memory(config: ModelConfig, train_config: TrainConfig, state: Any = None) -> None:
+    """Raises ValueError if not even the state of training fits into this machine, before the system kills the process.
+
+    Args:
+      config: the model.
+      train_config: the run.
+      state: its arrays' shapes; default: parameters and moments.
+    """
     if jax.default_backend() != "cpu" or not hasattr(os, "sysconf"):
         return
-    state = jax.tree.leaves(abstract_state(config, train_config))
-    needed = sum(x.size * x.dtype.itemsize for x in state)
+    state = abstract_state(config, train_config) if state is None else state
+    needed = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > memory:
         raise ValueError(

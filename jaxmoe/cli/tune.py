@@ -1,9 +1,11 @@
 """``jaxmoe tune``: one model for every SEFP width, beside the methods that it is compared with."""
 
 import dataclasses
+import functools
 import pathlib
 from typing import Annotated, Any
 
+import jax
 import rich.box
 import rich.console
 import rich.progress
@@ -12,9 +14,11 @@ import tyro
 
 from jaxmoe.cli._models import find_config, locate
 from jaxmoe.cli.train import check_memory
+from jaxmoe.params import abstract_params
 from jaxmoe.report import make_report, write_report
 from jaxmoe.train import TrainConfig
 from jaxmoe.train.data import DataOptions, load_corpus
+from jaxmoe.train.step import make_optimizer
 from jaxmoe.train.tune import (
     SearchOptions,
     Widths,
@@ -25,6 +29,7 @@ from jaxmoe.train.tune import (
 )
 from jaxmoe.train.tune import tune as run_tuning
 from quant import bps
+from quant.otaro import init_state
 
 _DEFAULTS = TrainConfig(steps=200, learning_rate=3e-4, warmup_steps=20, eval_bytes=131072)
 
@@ -115,11 +120,13 @@ def tune(
         raise ValueError(
             f"method must name at least one, and each once; got {' '.join(method) or 'none'}."
         )
-    for name in method:  # before anything is trained
-        otaro_config(name, options.steps, search)
+    # Before anything is read or trained.
+    runs = [otaro_config(name, options.steps, search) for name in method]
     check(options)
     config = find_config(str(locate(source)))
-    check_memory(config, options)
+    for run in runs:  # of which some collect gradients beside the moments
+        init = functools.partial(init_state, config=run, optimizer=make_optimizer(config, options))
+        check_memory(config, options, jax.eval_shape(init, abstract_params(config)))
     corpus = load_corpus(data)
     results = [score_source(source, config, options, corpus)]
     for name in method:

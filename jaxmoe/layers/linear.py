@@ -8,10 +8,13 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels import Sefp, grouped_matmul, native, sefp_matmul
 from pallas_kernels.numerics import dot, precision_of
 from quant.tensor import Layout, SefpTensor
+
+PRODUCT = "per_head"  # name of its results, for policies that keep products
 
 
 @struct.dataclass
@@ -166,7 +169,8 @@ def per_head(x: jax.Array, w: Weight) -> jax.Array:
     """Every head by its own matrix: x [B, T, H, N], w [H, N, C] -> [B, T, H, C] in x's dtype."""
     if not in_place(x, w):
         w = dense(w).astype(x.dtype)
-        return jnp.einsum("bthn,hnc->bthc", x, w, precision=precision_of(x.dtype))
+        y = jnp.einsum("bthn,hnc->bthc", x, w, precision=precision_of(x.dtype))
+        return checkpoint_name(y, PRODUCT)
     batch, tokens, heads, size = x.shape
     rows = x.transpose(2, 0, 1, 3).reshape(-1, size)
     stack = merged_stack(w.stack)

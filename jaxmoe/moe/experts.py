@@ -5,12 +5,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from jaxmoe.layers.mlp import gate
 from pallas_kernels import Sefp, grouped_matmul, grouped_matmul_fp8
 from pallas_kernels.numerics import precision_of
 from quant.tensor import SefpTensor
+
+PRODUCT = "experts"  # name of products with them, for policies that keep products
 
 
 @struct.dataclass
@@ -44,17 +47,13 @@ def grouped_experts(
     product = grouped_matmul_fp8 if fp8 else grouped_matmul
     hidden = experts.gate_up.shape[-1]
     gate_up, down = _matrices(experts.gate_up, rows.dtype), _matrices(experts.down, rows.dtype)
-    h = product(
-        rows, gate_up, group_sizes, group_offset=experts.offset, implementation=implementation
-    )
-    h = gate(h.reshape(-1, 2, hidden), activation)
-    return product(
-        h,
-        down,
-        group_sizes,
-        group_offset=experts.offset,
-        implementation=implementation,
-    )
+
+    def times(x: jax.Array, w: jax.Array | Sefp) -> jax.Array:
+        y = product(x, w, group_sizes, group_offset=experts.offset, implementation=implementation)
+        return checkpoint_name(y, PRODUCT)
+
+    h = gate(times(rows, gate_up).reshape(-1, 2, hidden), activation)
+    return times(h, down)
 
 
 def _matrices(w: jax.Array | SefpTensor, dtype: DTypeLike) -> jax.Array | Sefp:
@@ -86,6 +85,5 @@ def every_expert(experts: Experts, x: jax.Array, activation: str) -> jax.Array:
         preferred_element_type=jnp.float32,
     ).astype(x.dtype)
     h = gate(h.reshape(slots, -1, 2, hidden), activation)
-    return jnp.einsum(
-        "stf,sfd->std", h, down, precision=precision, preferred_element_type=jnp.float32
-    ).astype(x.dtype)
+    y = jnp.einsum("stf,sfd->std", h, down, precision=precision, preferred_element_type=jnp.float32)
+    return checkpoint_name(y.astype(x.dtype), PRODUCT)

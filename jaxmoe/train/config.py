@@ -176,6 +176,13 @@ class TrainConfig:
         return {k: v for k, v in self.to_dict().items() if k not in _BESIDE_THE_LOSSES}
 
 
+def trajectory_of(saved: dict[str, Any]) -> dict[str, Any]:
+    """What ``trajectory`` gave when a run was saved, in today's words: ``remat`` was true for core and false for none."""
+    words = {True: "core", False: "none"}
+    given = saved.get("remat")
+    return saved | {"remat": words[given]} if isinstance(given, bool) else saved
+
+
 def demo_config() -> tuple[ModelConfig, TrainConfig]:
     """Model and run of the demo: about three minutes of training on two cores.
 

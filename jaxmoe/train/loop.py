@@ -23,7 +23,7 @@ from jaxmoe.errors import JaxMoeError
 from jaxmoe.model import PassOptions, run, unembed
 from jaxmoe.moe import options_on
 from jaxmoe.params import Params
-from jaxmoe.train.config import TrainConfig
+from jaxmoe.train.config import TrainConfig, trajectory_of
 from jaxmoe.train.data import Batch, Corpus, DataOptions, Loader, evaluation_rows, load_corpus
 from jaxmoe.train.dsa import index_recall, note_origin, origin_of
 from jaxmoe.train.flops import peak_flops, step_flops
@@ -153,6 +153,7 @@ def _same_run(saved: dict[str, Any], ours: dict[str, Any], directory: pathlib.Pa
     """Raises if a checkpoint belongs to another run than the one asked for."""
     for name in ("training options", "corpus", "model config", "initial parameters"):
         old, new = saved.get(name) or {}, ours[name]
+        old = trajectory_of(old) if name == "training options" else old
         changed = sorted(k for k in {*old, *new} if old.get(k) != new.get(k))
         if changed:
             shown = ", ".join(f"{k}: {old.get(k)!r} -> {new.get(k)!r}" for k in changed[:4])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 
 import jax
 import numpy as np
@@ -11,6 +12,7 @@ from train.support import MODEL, RUN, records, write_corpus
 import jaxmoe
 import quant
 from jaxmoe import checkpoint
+from jaxmoe.cli import tune as cli
 from jaxmoe.config import ModelConfig
 from jaxmoe.train import load_corpus
 from jaxmoe.train import tune as tuning
@@ -118,3 +120,18 @@ def test_what_tuning_does_not_do_is_refused():
         tuning.check(dataclasses.replace(C, accumulate=2))
     with pytest.raises(ValueError, match="stage=dsa_warmup"):
         tuning.check(dataclasses.replace(C, stage="dsa_warmup"))
+
+
+def test_memory_is_counted_with_what_a_method_collects(source, monkeypatch):
+    """Of otaro the collected gradients too: 16 bytes per parameter, not 12."""
+    memory = {"SC_PAGE_SIZE": 14, "SC_PHYS_PAGES": jaxmoe.param_count(DENSE)}
+    monkeypatch.setattr(os, "sysconf", memory.__getitem__)
+
+    def reached(*_):
+        raise Interrupted
+
+    monkeypatch.setattr(cli, "load_corpus", reached)
+    with pytest.raises(Interrupted):
+        cli.tune(str(source), ("fixed:3",), options=C)
+    with pytest.raises(ValueError, match="needs at least"):
+        cli.tune(str(source), ("fixed:3", "otaro"), options=C)
