@@ -5,6 +5,7 @@ from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from fed.models import Params
@@ -16,6 +17,8 @@ class Aggregator(Protocol):
 
     Attributes:
       individual: whether the server sees each update (secure aggregation: it does not, so nothing that needs members may follow).
+
+    One that needs more than one update has an attribute ``minimum_replies`` besides: see the function of that name.
     """
 
     individual: bool
@@ -91,17 +94,32 @@ class Krum:
     keep: int = 1
     individual: bool = True
 
+    def __post_init__(self) -> None:
+        if self.malicious < 0 or self.keep < 1:
+            raise ValueError(
+                f"malicious must be at least 0 and keep at least 1; got {self.malicious} and {self.keep}."
+            )
+
+    @property
+    def minimum_replies(self) -> int:
+        """What the guarantee needs, K >= malicious + 3, and as many as are kept."""
+        return max(self.malicious + 3, self.keep)
+
     def combine(
         self, updates: Params, weights: Float[Array, " K"], clients: Int[Array, " K"], key: Array
     ) -> Params:
-        """The mean of the chosen updates; refuses too few replies for the guarantee, K >= malicious + 3."""
+        """The mean of the chosen updates.
+
+        Raises:
+          ValueError: for fewer than ``minimum_replies`` updates; a run skips such a round.
+        """
         count = weights.shape[0]
-        neighbours = count - self.malicious - 2
-        if neighbours < 1 or not 1 <= self.keep <= count:
+        if count < self.minimum_replies:
             raise ValueError(
                 f"Krum needs at least malicious + 3 = {self.malicious + 3} replies and keep={self.keep} among them; got "
                 f"{count}; raise the quorum or lower malicious."
             )
+        neighbours = count - self.malicious - 2
         flat = jnp.concatenate(
             [u.reshape(count, -1).astype(jnp.float32) for u in jax.tree.leaves(updates)], axis=1
         )
@@ -113,8 +131,56 @@ class Krum:
         return jax.tree.map(lambda u: jnp.mean(u[chosen], axis=0), updates)
 
 
+def minimum_replies(aggregator: Aggregator) -> int:
+    """The fewest updates of one architecture that ``aggregator`` combines."""
+    from fed.secure_aggregation import SecureMean
+
+    # Of two, each would learn the other's from the sum.
+    return 3 if isinstance(aggregator, SecureMean) else getattr(aggregator, "minimum_replies", 1)
+
+
+def check_clients(aggregator: Aggregator, sizes: np.ndarray, most: int) -> None:
+    """Refuses, before anybody trains, clients that ``aggregator`` could not combine.
+
+    Args:
+      aggregator: of the run.
+      sizes: examples of all clients, int [N].
+      most: clients of one architecture that may reply in a round.
+
+    Raises:
+      ValueError: for fewer clients than it needs; for secure aggregation, one with too many examples (named) or too many clients.
+    """
+    from fed.secure_aggregation import SecureMean
+
+    name, least = type(aggregator).__name__, minimum_replies(aggregator)
+    if most < least:
+        raise ValueError(
+            f"{name} needs {least} replies of an architecture; got at most {most} per round; raise participation or clients."
+        )
+    if not isinstance(aggregator, SecureMean):
+        return
+    config, largest = aggregator.config, int(np.argmax(sizes))
+    if sizes[largest] > config.weight_limit:
+        raise ValueError(
+            f"clients of {name} must have at most weight_limit={config.weight_limit} examples; client {largest} has "
+            f"{sizes[largest]}; raise the limit in SecureConfig."
+        )
+    if most > config.most_clients():
+        raise ValueError(
+            f"{name} must have at most {config.most_clients()} clients of an architecture in a round at levels={config.levels}; got "
+            f"up to {most}; lower participation or levels."
+        )
+
+
 def by_name(name: str) -> Aggregator:
-    """mean, median, trimmed[:SHARE], krum[:MALICIOUS[:KEEP]], secure, private:CLIP:NOISE:EXPECTED."""
+    """An aggregator as the command line names it.
+
+    Args:
+      name: mean, median, trimmed[:SHARE], krum[:MALICIOUS[:KEEP]], secure, or private:CLIP:NOISE:EXPECTED.
+
+    Raises:
+      ValueError: for another name, and for numbers that are none or out of range.
+    """
     from fed.privacy import GaussianMean
     from fed.secure_aggregation import SecureMean
 

@@ -1,4 +1,4 @@
-"""What KOALA is compared with, on the same splits, seeds, schedules and evaluation.
+"""What KOALA is compared with, on the same splits, seeds, clients' schedules and evaluation; see :mod:`fed.compare` for the server's.
 
 FedDF, FedMD and Fed-ET follow the public code that the specification cites (3.2 - 3.4); each docstring says where this one differs.
 """
@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array
 
 from fed import augment, distill, ensemble
+from fed.aggregate import Mean
 from fed.clients import make_optimizer, update_params
 from fed.cohort import Cohort
 from fed.data import Splits
@@ -21,18 +22,18 @@ from fed.distill import Distillation, Lesson, Merge
 from fed.driver import run
 from fed.history import History
 from fed.koala import teach
-from fed.models import Model
+from fed.models import Model, ModelLike, as_model, as_models, inputs_of
 from fed.partition import Partition
-from fed.rounds import Context, Method, RunOptions, State
+from fed.rounds import Context, Method, RunOptions, State, in_chunks, keep_personal, members
 from fed.trainable import Trainable
 
 
-def _list(models: Model | Sequence[Model]) -> list[Model]:
-    return [models] if isinstance(models, Model) else list(models)
+def _models(given: ModelLike | Sequence[ModelLike], data: Splits) -> list[Model]:
+    return as_models(given, inputs_of(data.train.inputs))
 
 
 def fedavg(
-    model: Model | Sequence[Model],
+    model: ModelLike | Sequence[ModelLike],
     data: Splits,
     partition: Partition,
     options: RunOptions = RunOptions(),
@@ -41,17 +42,20 @@ def fedavg(
     """Federated averaging (McMahan et al., 2017); several architectures are averaged each among its own clients.
 
     Args:
-      model: trained by every client; the small or the large one.
+      model: trained by every client, the small or the large one: a ``fed.Model``, a flax module or a pair (init, apply), or a list.
       data: splits; the proxy set is not used.
       partition: who holds what.
       options: of the run.
       more: assignment, directory, on_round, as in :func:`fed.run`.
+
+    Raises:
+      as :func:`fed.run`; TypeError for what is no model. So do the other methods here.
     """
-    return run(Method(_list(model)), data, partition, options, **more)
+    return run(Method(_models(model, data)), data, partition, options, **more)
 
 
 def fedprox(
-    model: Model | Sequence[Model],
+    model: ModelLike | Sequence[ModelLike],
     data: Splits,
     partition: Partition,
     options: RunOptions = RunOptions(),
@@ -60,45 +64,33 @@ def fedprox(
     **more: Any,
 ) -> History:
     """FedAvg with mu/2 * ||w - w_start||^2 in each client's loss (Li et al., 2020); arguments as in :func:`fedavg`."""
-    method = Method(_list(model))
+    method = Method(_models(model, data))
     method.name = "fedprox"
     local = dataclasses.replace(options.local, proximal=mu)
     return run(method, data, partition, dataclasses.replace(options, local=local), **more)
 
 
 class _LocalOnly(Method):
-    name, keep, personal, silent = "local-only", True, True, True
+    name, keep, averages, personal, silent = "local-only", True, False, True, True
 
     def update(self, state: State, replies: list[Cohort], context: Context, key: Array) -> Any:
         """Everybody keeps their own."""
-        return _personal(state, replies, context), {}
-
-
-def _personal(state: State, replies: list[Cohort], context: Context) -> State:
-    """Each accepted client's trained model in its own place."""
-    stacked = list(state.personal)
-    for a, cohort in enumerate(replies):
-        if cohort.accepted.any():
-            rows = context.rows[cohort.clients]
-            params, clients = ensemble.trained(stacked[a], cohort, rows)
-            at = context.rows[clients]
-            stacked[a] = jax.tree.map(lambda s, p, at=at: s.at[at].set(p), stacked[a], params)
-    return state.replace(personal=tuple(stacked))
+        return keep_personal(state, members(state, replies, context), context), {}
 
 
 def local_only(
-    model: Model | Sequence[Model],
+    model: ModelLike | Sequence[ModelLike],
     data: Splits,
     partition: Partition,
     options: RunOptions = RunOptions(),
     **more: Any,
 ) -> History:
     """Every client trains alone and nothing is sent; arguments as in :func:`fedavg`."""
-    return run(_LocalOnly(_list(model)), data, partition, options, **more)
+    return run(_LocalOnly(_models(model, data)), data, partition, options, **more)
 
 
 def centralised(
-    model: Model,
+    model: ModelLike,
     data: Splits,
     partition: Partition,
     options: RunOptions = RunOptions(),
@@ -106,13 +98,16 @@ def centralised(
 ) -> History:
     """All clients' examples in one place, as many epochs per round as a client makes; arguments as in :func:`fedavg`.
 
-    The optimiser's state begins anew each round, as the clients' does.
+    The optimiser's state begins anew each round, as the clients' does. Sampling, aggregator and uploads (so attacks too) are of clients and
+    have no part in it.
     """
-    method = Method([model])
+    method = Method(_models(model, data))
     method.name = "centralised"
     whole = Partition([partition.flat], partition.total, "one place")
     alone = dataclasses.replace(
         options,
+        aggregator=Mean(),
+        uploads=(),
         sampling=dataclasses.replace(
             options.sampling,
             participation=1.0,
@@ -132,7 +127,7 @@ class DfOptions:
 
     Attributes:
       distillation: into each architecture's averaged model. The published runs use up to 10,000 steps and stop early on labelled
-        validation data; here steps are fixed, so that every method gets the same.
+        validation data; here steps are fixed.
       merge: the published commands average logits, uniformly.
       augment: as in KOALA.
       copies: as in KOALA.
@@ -150,7 +145,7 @@ class _FedDf(Method):
     def __init__(self, models: Sequence[Model], server: Model | None, options: DfOptions):
         super().__init__(models, server)
         self.options = options
-        augment.check(options.augment, options.copies, models[0].inputs)
+        augment.check(options.augment, options.copies, self.models[0].inputs)
 
     def init(self, key: Array, context: Context) -> State:
         state = super().init(key, context)
@@ -196,19 +191,6 @@ class _FedDf(Method):
         return state, {}
 
 
-def _members(state: State, replies: list[Cohort], context: Context) -> list[Any]:
-    """Every accepted reply as a model."""
-    found: list[Any] = []
-    for a, cohort in enumerate(replies):
-        if not cohort.accepted.any():
-            found.append((None, cohort.clients[:0]))
-        elif state.personal is not None:
-            found.append(ensemble.trained(state.personal[a], cohort, context.rows[cohort.clients]))
-        else:
-            found.append(ensemble.trained(state.small[a], cohort))
-    return found
-
-
 def _consensus(
     models: Sequence[Model],
     state: State,
@@ -218,19 +200,19 @@ def _consensus(
     how: Merge,
     temperature: float,
 ) -> Array:
-    members = _members(state, replies, context)
-    answers = ensemble.of_clients(models, members, inputs, context.sizes, context.counts)
+    found = members(state, replies, context)
+    answers = ensemble.of_clients(models, found, inputs, context.sizes, context.counts)
     return distill.merge(answers.logits, answers.sizes, how, temperature, answers.counts)
 
 
 def feddf(
-    model: Model | Sequence[Model],
+    model: ModelLike | Sequence[ModelLike],
     data: Splits,
     partition: Partition,
     options: RunOptions = RunOptions(),
     df_options: DfOptions = DfOptions(),
     *,
-    server: Model | None = None,
+    server: ModelLike | None = None,
     **more: Any,
 ) -> History:
     """Ensemble distillation (Lin et al., 2020): all received models teach each architecture's averaged one.
@@ -244,7 +226,8 @@ def feddf(
       server: a large model as one more student; FedDF itself has none.
       more: as in :func:`fed.run`.
     """
-    return run(_FedDf(_list(model), server, df_options), data, partition, options, **more)
+    large = None if server is None else as_model(server, inputs_of(data.train.inputs))
+    return run(_FedDf(_models(model, data), large, df_options), data, partition, options, **more)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,15 +236,19 @@ class MdOptions:
 
     Attributes:
       digest: fitting the consensus; the loss is the mean absolute error of logits.
-      subset: proxy examples per round, drawn anew.
+      subset: proxy examples per round, drawn anew; as they are, since every party must hold the same.
     """
 
     digest: Distillation = Distillation(steps=100)
     subset: int = 512
 
+    def __post_init__(self) -> None:
+        if self.subset < 1:
+            raise ValueError(f"subset must be at least 1; got {self.subset}.")
+
 
 class _FedMd(Method):
-    name, keep, personal = "fedmd", True, True
+    name, keep, averages, personal = "fedmd", True, False, True
 
     def __init__(self, models: Sequence[Model], options: MdOptions):
         super().__init__(models)
@@ -273,18 +260,19 @@ class _FedMd(Method):
         count = min(self.options.subset, context.proxy.shape[0])
         chosen = jax.random.permutation(jax.random.fold_in(key, 0), context.proxy.shape[0])[:count]
         inputs = jnp.take(context.proxy, chosen, axis=0)
-        members = _members(state, replies, context)
-        answers = ensemble.of_clients(self.models, members, inputs, context.sizes, context.counts)
+        found = members(state, replies, context)
+        answers = ensemble.of_clients(self.models, found, inputs, context.sizes, context.counts)
         target = jnp.mean(answers.logits, axis=0)
-        stacked = list(state.personal)
         order = distill.orders(jax.random.fold_in(key, 1), count, how.steps, how.batch_size)
-        for a, (params, clients) in enumerate(members):
-            if not len(clients):
-                continue
-            taught = _digest(params, inputs, target, order, model=self.models[a], options=how)
-            at = context.rows[clients]
-            stacked[a] = jax.tree.map(lambda s, p, at=at: s.at[at].set(p), stacked[a], taught)
-        return state.replace(personal=tuple(stacked)), {}
+        taught, chunk = [], context.options.engine.chunk
+        for model, (params, clients) in zip(self.models, found, strict=True):
+            if len(clients):
+                fit = functools.partial(
+                    _digest, inputs=inputs, target=target, order=order, model=model, options=how
+                )
+                params = in_chunks(fit, params, np.arange(len(clients)), chunk)
+            taught.append((params, clients))
+        return keep_personal(state, taught, context), {}
 
     def transfer(self, context: Context) -> tuple[list[int], list[int]]:
         """Logits on the subset, up and down; the public set itself lies at the clients beforehand."""
@@ -316,7 +304,7 @@ def _digest(
 
 
 def fedmd(
-    model: Model | Sequence[Model],
+    model: ModelLike | Sequence[ModelLike],
     data: Splits,
     partition: Partition,
     options: RunOptions = RunOptions(),
@@ -325,7 +313,8 @@ def fedmd(
 ) -> History:
     """Communication by logits (Li and Wang, 2019): parties keep their own models and fit the mean of all parties' logits.
 
-    The original pre-trains parties on *labelled* public data; this proxy set has no labels, so that step is absent.
+    The original pre-trains parties on *labelled* public data; this proxy set has no labels, so that step is absent. Updates are never
+    combined, so an aggregator has no effect (the run says so), and one that hides updates is refused.
 
     Args:
       model: client architectures.
@@ -335,7 +324,7 @@ def fedmd(
       md_options: of the method.
       more: as in :func:`fed.run`.
     """
-    return run(_FedMd(_list(model), md_options), data, partition, options, **more)
+    return run(_FedMd(_models(model, data), md_options), data, partition, options, **more)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -361,7 +350,7 @@ class _FedEt(Method):
     def __init__(self, server: Model, models: Sequence[Model], options: EtOptions):
         super().__init__(models, server)
         self.options = options
-        augment.check(options.augment, options.copies, server.inputs)
+        augment.check(options.augment, options.copies, self.server.inputs)
 
     def init(self, key: Array, context: Context) -> State:
         state = super().init(key, context)
@@ -378,8 +367,8 @@ class _FedEt(Method):
             kind=self.options.augment,
             copies=self.options.copies,
         )
-        members = _members(state, replies, context)
-        answers = ensemble.of_clients(self.models, members, inputs, context.sizes, context.counts)
+        found = members(state, replies, context)
+        answers = ensemble.of_clients(self.models, found, inputs, context.sizes, context.counts)
         state = self.average(state, replies, context, jax.random.fold_in(key, 1))
         consensus, diversity = _diverse(answers.logits)
         order = distill.orders(
@@ -437,8 +426,8 @@ def _heads(models: Sequence[Model], state: State, server: Model) -> list[Any]:
 
 
 def fedet(
-    server: Model,
-    model: Model | Sequence[Model],
+    server: ModelLike,
+    model: ModelLike | Sequence[ModelLike],
     data: Splits,
     partition: Partition,
     options: RunOptions = RunOptions(),
@@ -456,4 +445,5 @@ def fedet(
       et_options: of the method.
       more: as in :func:`fed.run`.
     """
-    return run(_FedEt(server, _list(model), et_options), data, partition, options, **more)
+    large = as_model(server, inputs_of(data.train.inputs))
+    return run(_FedEt(large, _models(model, data), et_options), data, partition, options, **more)

@@ -54,10 +54,11 @@ class EngineOptions:
             raise ValueError(
                 f"chunk and buckets must be at least 1; got {self.chunk} and {self.buckets}."
             )
-        if not 0 <= self.devices <= len(jax.devices()):
-            raise ValueError(
-                f"devices must lie in [0, {len(jax.devices())}], what JAX has; got {self.devices}."
-            )
+        # How many there are is not asked here: that would start JAX's backends when this module is imported.
+        if self.devices < 0:
+            raise ValueError(f"devices must be at least 0, which is all; got {self.devices}.")
+        if not self.largest_norm > 0:
+            raise ValueError(f"largest_norm must be positive; got {self.largest_norm}.")
 
 
 @struct.dataclass
@@ -82,6 +83,7 @@ class Cohort:
       norm: of the updates [K].
       mean: weighted mean of the accepted updates; None if there is none.
       updates: each one's, stacked [K, ...], where they were kept.
+      ages: versions between what each began with and the newest [K]; None: all began with that.
     """
 
     clients: np.ndarray
@@ -93,6 +95,7 @@ class Cohort:
     norm: np.ndarray
     mean: Params | None
     updates: Params | None
+    ages: np.ndarray | None = None
 
     @property
     def rejected(self) -> list[int]:
@@ -100,11 +103,10 @@ class Cohort:
         return self.clients[~self.accepted].tolist()
 
 
-def _judge(update: Params, largest: float) -> tuple[Array, Array]:
-    """Whether an update is usable, and its norm."""
+def _norm(update: Params) -> Array:
+    """L2 norm; NaN or infinity where a value is."""
     squares = sum(jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(update))
-    norm = jnp.sqrt(squares)
-    return jnp.isfinite(norm) & (norm <= largest), norm
+    return jnp.sqrt(squares)
 
 
 def _finish(
@@ -117,11 +119,13 @@ def _finish(
 ) -> tuple[Params, Array, Array]:
     """One client's update as the server gets it, whether it is usable, its norm."""
     update = jax.tree.map(jnp.subtract, trained, start)
+    norm = _norm(update)
     for i, hook in enumerate(uploads):
         # Behind any step's key: steps fold in their number.
         update = hook.apply(update, client, jax.random.fold_in(key, 2**31 - 1 - i))
-    accepted, norm = _judge(update, largest)
-    return update, accepted, norm
+        # A codec may make a number of what was none, so what was not finite before a hook stays rejected.
+        norm = jnp.where(jnp.isfinite(norm), _norm(update), norm)
+    return update, jnp.isfinite(norm) & (norm <= largest), norm
 
 
 def _add(total: _Sum, updates: Params, weights: Array) -> _Sum:
@@ -201,7 +205,12 @@ def _program(mesh: Any, **static: Any) -> Any:
 
 @functools.cache
 def _mesh(devices: int) -> Any:
-    count = devices or len(jax.devices())
+    there = len(jax.devices())
+    if devices > there:
+        raise ValueError(
+            f"devices must be at most {there}, what JAX has; got {devices}; jax_num_cpu_devices gives more on CPU."
+        )
+    count = devices or there
     if count == 1:
         return None
     return jax.make_mesh(
@@ -248,7 +257,7 @@ def _collect(
     return total, update, accepted, norm
 
 
-def _row(params: Params, i: int) -> Params:
+def _row(params: Params, i: int | np.ndarray) -> Params:
     return jax.tree.map(lambda x: x[i], params)
 
 
@@ -320,8 +329,7 @@ def _vmapped(total, start, data, bucket, weights, key, static, engine, personal,
         part = _pad({k: v[at : at + real] for k, v in rows.items()}, size)
         origin = start
         if personal:
-            which = np.minimum(np.arange(at, at + size), count - 1)
-            origin = jax.tree.map(lambda x, which=which: x[which], start)
+            origin = _row(start, np.minimum(np.arange(at, at + size), count - 1))
         total, result = run(total, origin, data, part, key)
         out.append(jax.tree.map(lambda x, real=real: x[:real], result))
         at += real
@@ -359,23 +367,21 @@ def train_cohort(
 
     Returns:
       what came back, by ascending client number.
+
+    Raises:
+      ValueError: for backend "auto", and more devices than JAX has.
     """
     if engine.backend == "auto":
         raise ValueError(
-            "backend='auto' must be settled by fed.cohort.choose before a cohort trains."
+            "backend must be vmap or sequential here; got 'auto'; let fed.cohort.choose settle it."
         )
-    zero = jax.tree.map(
-        lambda x: jnp.zeros(x.shape if personal is None else x.shape[1:], jnp.float32), start
-    )
+    run, own = (_sequential if engine.backend == "sequential" else _vmapped), personal is not None
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape[1:] if own else x.shape, jnp.float32), start)
     total = _Sum(zero, jnp.float32(0.0))
     static = {"model": model, "options": options, "uploads": uploads}
     parts = []
     for bucket in buckets:
-        own = personal is not None
-        origin = start
-        if own:
-            origin = jax.tree.map(lambda x, rows=personal[bucket.clients]: x[rows], start)
-        run = _sequential if engine.backend == "sequential" else _vmapped
+        origin = _row(start, personal[bucket.clients]) if own else start
         given = weights[bucket.clients]
         total, out = run(total, origin, data, bucket, given, key, static, engine, own, keep)
         parts.append(out)
@@ -452,15 +458,27 @@ def _gather(
     )
 
 
-def join(cohorts: Sequence[Cohort]) -> Cohort:
-    """Cohorts of one architecture that began with different versions, as one."""
+def join(cohorts: Sequence[Cohort], ages: Sequence[int] = ()) -> Cohort:
+    """Cohorts of one architecture that began with different versions, as one.
+
+    Args:
+      cohorts: of clients who began alike.
+      ages: of the version that each began with; none: the newest.
+    """
+    if ages:
+        aged = zip(cohorts, ages, strict=True)
+        cohorts = [dataclasses.replace(c, ages=np.full(len(c.clients), age)) for c, age in aged]
     if len(cohorts) == 1:
         return cohorts[0]
     if not cohorts:
         return _gather([], [], _Sum(None, jnp.float32(0.0)), np.zeros(0, np.float32), False)
     order = np.argsort(np.concatenate([c.clients for c in cohorts]))
+
+    def column(name: str) -> np.ndarray:
+        return np.concatenate([getattr(c, name) for c in cohorts])[order]
+
     names = ("clients", "accepted", "weights", "loss", "steps", "examples", "norm")
-    columns = [np.concatenate([getattr(c, name) for c in cohorts])[order] for name in names]
+    columns = [column(name) for name in names]
     usable = [(c.mean, float(c.weights.sum())) for c in cohorts if c.mean is not None]
     mean = None
     if usable:
@@ -472,4 +490,4 @@ def join(cohorts: Sequence[Cohort]) -> Cohort:
     updates = None
     if cohorts[0].updates is not None:
         updates = jax.tree.map(lambda *x: jnp.concatenate(x)[order], *(c.updates for c in cohorts))
-    return Cohort(*columns, mean, updates)
+    return Cohort(*columns, mean, updates, column("ages") if ages else None)

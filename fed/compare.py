@@ -6,6 +6,7 @@ from typing import Any
 
 from fed import baselines
 from fed.data import Splits
+from fed.distill import Distillation
 from fed.history import History
 from fed.koala import KoalaOptions, koala
 from fed.models import Model
@@ -27,6 +28,20 @@ METHODS = (
 )
 
 
+def hides_too_much(method: str, options: RunOptions, architectures: int) -> bool:
+    """Whether a method reads single clients' models, which the run's aggregator hides; ``run_method`` refuses such a pair.
+
+    Args:
+      method: one of ``METHODS``.
+      options: of the run.
+      architectures: of the clients.
+    """
+    reads = method in ("koala-hete", "feddf", "fedmd", "fed-et")
+    return not options.aggregator.individual and (
+        reads or (method == "koala" and architectures > 1)
+    )
+
+
 def run_method(
     method: str,
     splits: Splits,
@@ -38,50 +53,71 @@ def run_method(
 ) -> History:
     """Runs a method by name.
 
+    Splits, clients, local training and evaluation are the same for all. Of KOALA's server the reverse steps go for every method that
+    distils, augmentation and copies for FedDF and Fed-ET. FedMD's clients fit as many steps, to a subset of 512 proxy inputs, drawn anew in
+    each round and not augmented, as its parties must hold them. Learning rates, batch sizes and temperatures are each method's own.
+
     Args:
       method: one of ``METHODS``.
       splits: the data.
       partition: who holds what.
-      models: the server's, and the clients' architectures; koala-homo and fedavg-small use the first.
+      models: the server's, and the clients' architectures; koala-homo, fedavg-small and fedprox use the first.
       options: of the run.
-      koala_options: of KOALA's server; its steps, augmentation and copies also go for every other method that distils.
+      koala_options: of KOALA's server, and of others' as said above.
       more: directory, on_round, assignment.
+
+    Raises:
+      ValueError: for another method, and as :func:`fed.run`.
+      BadUpdate: as :func:`fed.run`.
+      QuorumLost: as :func:`fed.run`.
     """
     large, small = models
-    how = koala_options
-    same = {"augment": how.augment, "copies": how.copies}
-    steps = how.reverse.steps
-    if method.startswith("koala"):
-        mode = (
-            "homo" if method == "koala-homo" or (method == "koala" and len(small) == 1) else "hete"
-        )
-        chosen = small[:1] if mode == "homo" else small
-        if mode == "homo":
-            how = dataclasses.replace(how, members="clusters", personal=False)
-        how = dataclasses.replace(how, mode=mode)
-        return koala(large, chosen, splits, partition, options, how, **more)
-    if method == "feddf":
-        df = baselines.DfOptions()
-        df = baselines.DfOptions(dataclasses.replace(df.distillation, steps=steps), **same)
-        return baselines.feddf(small, splits, partition, options, df, server=large, **more)
-    if method == "fedmd":
-        digest = dataclasses.replace(baselines.MdOptions().digest, steps=steps)
-        return baselines.fedmd(
-            small, splits, partition, options, baselines.MdOptions(digest), **more
-        )
-    if method == "fed-et":
-        et = baselines.EtOptions()
-        et = baselines.EtOptions(dataclasses.replace(et.distillation, steps=steps), **same)
-        return baselines.fedet(large, small, splits, partition, options, et, **more)
-    if method in ("fedavg-large", "centralised"):
-        run = baselines.fedavg if method == "fedavg-large" else baselines.centralised
-        return run(large, splits, partition, options, **more)
-    if method in ("fedavg-small", "fedprox", "local-only"):
-        run = {
-            "fedavg-small": baselines.fedavg,
-            "fedprox": baselines.fedprox,
-            "local-only": baselines.local_only,
-        }[method]
-        chosen = small if method == "local-only" else small[:1]
-        return run(chosen, splits, partition, options, **more)
+    run = (splits, partition, options)
+    if method.startswith("koala") and method in METHODS:
+        how = _koala_options(method, len(small), koala_options)
+        return koala(large, small[:1] if how.mode == "homo" else small, *run, how, **more)
+    if method in ("feddf", "fedmd", "fed-et"):
+        return _distilled(method, models, run, koala_options, more)
+    if method == "fedavg-large":
+        return baselines.fedavg(large, *run, **more)
+    if method == "centralised":
+        return baselines.centralised(large, *run, **more)
+    if method == "fedavg-small":
+        return baselines.fedavg(small[:1], *run, **more)
+    if method == "fedprox":
+        return baselines.fedprox(small[:1], *run, **more)
+    if method == "local-only":
+        return baselines.local_only(small, *run, **more)
     raise ValueError(f"method must be one of {', '.join(METHODS)}; got {method!r}.")
+
+
+def _koala_options(method: str, architectures: int, how: KoalaOptions) -> KoalaOptions:
+    """``how`` for the mode that the method's name says."""
+    if method == "koala-homo" or (method == "koala" and architectures == 1):
+        return dataclasses.replace(how, mode="homo", members="clusters", personal=False)
+    return dataclasses.replace(how, mode="hete")
+
+
+def _distilled(
+    method: str,
+    models: tuple[Model, Sequence[Model]],
+    run: tuple[Splits, Partition, RunOptions],
+    how: KoalaOptions,
+    more: dict[str, Any],
+) -> History:
+    """The baselines that distil, with the steps of KOALA's server."""
+    large, small = models
+    same = {"augment": how.augment, "copies": how.copies}
+
+    def stepped(given: Distillation) -> Distillation:
+        return dataclasses.replace(given, steps=how.reverse.steps)
+
+    if method == "feddf":
+        df = baselines.DfOptions(stepped(baselines.DfOptions().distillation), **same)
+        return baselines.feddf(small, *run, df, server=large, **more)
+    if method == "fedmd":
+        return baselines.fedmd(
+            small, *run, baselines.MdOptions(stepped(baselines.MdOptions().digest)), **more
+        )
+    et = baselines.EtOptions(stepped(baselines.EtOptions().distillation), **same)
+    return baselines.fedet(large, small, *run, et, **more)

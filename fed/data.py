@@ -181,6 +181,10 @@ def mnist(path: str | pathlib.Path) -> tuple[Dataset, Dataset]:
 
     Args:
       path: an ``.npz`` with train_x, train_y, test_x, test_y, or a folder with the four IDX files, gzipped or not.
+
+    Raises:
+      ValueError: for files that are missing or of another format.
+      OSError: for a path that cannot be read.
     """
     path = pathlib.Path(path)
     if path.is_dir():
@@ -198,7 +202,11 @@ def mnist(path: str | pathlib.Path) -> tuple[Dataset, Dataset]:
                     f"{path} must hold {', '.join(names)}; it lacks {', '.join(missing)}."
                 )
             train_x, train_y, test_x, test_y = (file[name] for name in names)
-    return _images(train_x, train_y, path.stem), _images(test_x, test_y, path.stem)
+    # Of both parts: a test part may lack a class.
+    classes = 1 + int(max(labels.max(initial=0) for labels in (train_y, test_y)))
+    return tuple(
+        _images(x, y, path.stem, classes) for x, y in ((train_x, train_y), (test_x, test_y))
+    )
 
 
 def cifar10(path: str | pathlib.Path) -> tuple[Dataset, Dataset]:
@@ -207,12 +215,17 @@ def cifar10(path: str | pathlib.Path) -> tuple[Dataset, Dataset]:
     Args:
       path: an ``.npz`` as for :func:`mnist`, a folder with the five ``data_batch_*.bin`` and ``test_batch.bin``, or one with
         ``train/CLASS/*`` and ``test/CLASS/*`` image files.
+
+    Raises:
+      ValueError: for files that are missing or of another format, and a class of the test part that the training part lacks.
+      OSError: for a path that cannot be read.
     """
     path = pathlib.Path(path)
     if not path.is_dir():
         return mnist(path)
     if (path / "train").is_dir():
-        return image_folder(path / "train"), image_folder(path / "test")
+        names = tuple(folder.name for folder in _folders(path / "train"))
+        return image_folder(path / "train"), image_folder(path / "test", names)
     parts = [sorted(path.glob("data_batch_*.bin")), sorted(path.glob("test_batch.bin"))]
     if not all(parts):
         raise ValueError(
@@ -220,18 +233,39 @@ def cifar10(path: str | pathlib.Path) -> tuple[Dataset, Dataset]:
         )
     found = []
     for files in parts:
-        rows = np.concatenate([np.fromfile(f, np.uint8).reshape(-1, 3073) for f in files])
+        raw = [np.fromfile(f, np.uint8) for f in files]
+        odd = [f for f, r in zip(files, raw, strict=True) if r.size % 3073]
+        if odd:
+            raise ValueError(
+                f"{odd[0]} must be rows of 3,073 bytes, a label and 32 x 32 x 3 pixels; got {odd[0].stat().st_size} bytes."
+            )
+        rows = np.concatenate([r.reshape(-1, 3073) for r in raw])
         images = rows[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-        found.append(_images(images, rows[:, 0], "cifar10"))
+        found.append(_images(images, rows[:, 0], "cifar10", 10))
     return found[0], found[1]
 
 
-def image_folder(path: str | pathlib.Path) -> Dataset:
-    """Images in one folder per class, all of one size, float32 [N, H, W] or [N, H, W, 3] in [0, 1]."""
+def image_folder(path: str | pathlib.Path, classes: tuple[str, ...] | None = None) -> Dataset:
+    """Images in one folder per class, all of one size, float32 [N, H, W] or [N, H, W, 3] in [0, 1].
+
+    Args:
+      path: of the folders.
+      classes: their names in the order of labels; default: those that are there, sorted. For a part that may lack one.
+
+    Raises:
+      ValueError: for no image, images of several sizes, and a folder that is none of ``classes``.
+      OSError: for a path or an image that cannot be read.
+    """
     image = need("PIL.Image", "fed")
     path = pathlib.Path(path)
-    classes = sorted(p for p in path.iterdir() if p.is_dir())
-    files = [(f, i) for i, folder in enumerate(classes) for f in sorted(folder.iterdir())]
+    folders = _folders(path)
+    names = tuple(folder.name for folder in folders) if classes is None else classes
+    unknown = [folder.name for folder in folders if folder.name not in names]
+    if unknown:
+        raise ValueError(
+            f"{path} must have folders of the classes {', '.join(names)} only; it has {unknown[0]}; add it to the training part."
+        )
+    files = [(f, names.index(folder.name)) for folder in folders for f in sorted(folder.iterdir())]
     if not files:
         raise ValueError(f"{path} must hold one folder of images per class; it has none.")
     pixels = []
@@ -242,7 +276,11 @@ def image_folder(path: str | pathlib.Path) -> Dataset:
             raise ValueError(
                 f"images must have one size, {pixels[0].shape}; {file} has {pixels[-1].shape}; resize it."
             )
-    return _images(np.stack(pixels), np.array([i for _, i in files]), path.name, len(classes))
+    return _images(np.stack(pixels), np.array([i for _, i in files]), path.name, len(names))
+
+
+def _folders(path: pathlib.Path) -> list[pathlib.Path]:
+    return sorted(p for p in path.iterdir() if p.is_dir())
 
 
 def speakers(path: str | pathlib.Path, length: int, *, minimum: int = 2000) -> Dataset:
@@ -314,6 +352,10 @@ def load(
       name: digits, mnist, fashion_mnist, cifar10, images, speakers or texts.
       path: file or folder; every name but digits needs it.
       length: tokens per example of speakers and texts.
+
+    Raises:
+      ValueError: for another name, a missing path, and files that do not hold such data.
+      OSError: for a path that cannot be read.
     """
     readers: dict[str, Any] = {
         "mnist": mnist,
@@ -332,13 +374,11 @@ def load(
     return readers[name](path)
 
 
-def _images(
-    pixels: np.ndarray, labels: np.ndarray, name: str, classes: int | None = None
-) -> Dataset:
+def _images(pixels: np.ndarray, labels: np.ndarray, name: str, classes: int) -> Dataset:
     """uint8 pixels and labels as a data set."""
     scaled: Float[np.ndarray, "N ..."] = pixels.astype(np.float32) / np.float32(255)
     whole: Int[np.ndarray, " N"] = labels.reshape(-1).astype(np.int32)
-    return Dataset(scaled, whole, int(whole.max()) + 1 if classes is None else classes, name)
+    return Dataset(scaled, whole, classes, name)
 
 
 def _idx(folder: pathlib.Path, name: str) -> np.ndarray:

@@ -45,6 +45,10 @@ class Merge:
             )
         if self.space not in ("probabilities", "logits"):
             raise ValueError(f"space must be probabilities or logits; got {self.space!r}.")
+        if self.space == "logits" and self.sharpen != 1.0:
+            raise ValueError(
+                f"sharpen must be 1 with space='logits', where nothing is sharpened; got {self.sharpen}; take space='probabilities'."
+            )
 
 
 def merge(
@@ -150,8 +154,12 @@ class Distillation:
             raise ValueError(
                 f"optimizer must be one of {', '.join(OPTIMIZERS)}; got {self.optimizer!r}."
             )
-        if not self.temperature > 0:
-            raise ValueError(f"temperature must be positive; got {self.temperature}.")
+        for name in ("temperature", "learning_rate"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive; got {getattr(self, name)}.")
+        for name in ("weight", "hard", "anchor", "features", "consensus"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must not be negative; got {getattr(self, name)}.")
 
 
 @struct.dataclass
@@ -205,6 +213,33 @@ def orders(key: Array, examples: int, steps: int, batch_size: int) -> Int[Array,
     return jnp.concatenate(drawn).reshape(-1, batch_size)[:steps].astype(jnp.int32)
 
 
+def _loss(
+    trained: tuple[Params, Any],
+    part: Lesson,
+    first: Params,
+    base: Params,
+    model: Model,
+    options: Distillation,
+    combine: Any,
+) -> Float[Array, ""]:
+    """L_rev or L_fwd on a batch of the lesson, for (params, projector); ``first``: params where the phase began."""
+    params, projector = trained
+    logits, features = model.forward(combine(params, base), part.inputs, None)
+    tau = options.temperature
+    total = options.weight * tau**2 * divergence(part.soft, logits / tau)
+    if options.hard:
+        chosen = jnp.argmax(part.soft, axis=-1).astype(jnp.int32)
+        total += options.hard * jnp.mean(cross_entropy(logits, chosen))
+    if options.consensus and part.consensus is not None:
+        total += options.consensus * tau**2 * divergence(part.consensus, logits / tau)
+    if options.features and part.features is not None:
+        total += options.features * jnp.mean(jnp.square(features @ projector - part.features))
+    if options.anchor:
+        moved = jax.tree.map(lambda a, b: jnp.sum(jnp.square(a - b)), params, first)
+        total += options.anchor * sum(jax.tree.leaves(moved))
+    return total
+
+
 @functools.partial(jax.jit, static_argnames=("model", "options", "combine"))
 def distill(
     student: Student,
@@ -234,22 +269,8 @@ def distill(
     first = student.params
 
     def loss(trained: tuple[Params, Any], index: Array) -> Array:
-        params, projector = trained
         part = jax.tree.map(lambda x: jnp.take(x, index, axis=0), lesson)
-        logits, features = model.forward(combine(params, base), part.inputs, None)
-        tau = options.temperature
-        total = options.weight * tau**2 * divergence(part.soft, logits / tau)
-        if options.hard:
-            chosen = jnp.argmax(part.soft, axis=-1).astype(jnp.int32)
-            total += options.hard * jnp.mean(cross_entropy(logits, chosen))
-        if options.consensus and part.consensus is not None:
-            total += options.consensus * tau**2 * divergence(part.consensus, logits / tau)
-        if options.features and part.features is not None:
-            total += options.features * jnp.mean(jnp.square(features @ projector - part.features))
-        if options.anchor:
-            moved = jax.tree.map(lambda a, b: jnp.sum(jnp.square(a - b)), params, first)
-            total += options.anchor * sum(jax.tree.leaves(moved))
-        return total
+        return _loss(trained, part, first, base, model, options, combine)
 
     def step(carry: Student, index: Array) -> tuple[Student, Array]:
         trained = (carry.params, carry.projector)

@@ -17,18 +17,20 @@ import numpy as np
 from jaxtyping import Array
 
 from fed import costs, sampling
-from fed.aggregate import Mean
+from fed.aggregate import Mean, check_clients, minimum_replies
 from fed.cohort import Cohort, EngineOptions, choose, join, train_cohort
 from fed.data import Dataset, Splits, Unlabelled
 from fed.errors import BadUpdate, QuorumLost
 from fed.evaluate import Evaluation, worst
 from fed.history import History
-from fed.models import check_same_task
+from fed.models import check_same_task, inputs_of
 from fed.partition import Partition
 from fed.rounds import Context, Method, RunOptions, State
 from fed.sampling import Fleet, Plan
 from fed.schedule import Bucket, buckets, steps_of
+from fed.secure_aggregation import QuorumNotMet
 from fed.store import Store
+from fed.uploads import Attack
 
 logger = logging.getLogger(__name__)
 
@@ -57,14 +59,18 @@ def run(
       on_round: called with each round's record.
 
     Raises:
-      ValueError: for data, partition and models that do not fit each other, and empty clients (named).
+      ValueError: for data, partition, models and aggregator that do not fit each other, and empty clients (named).
+      TypeError: for a proxy set with labels.
       BadUpdate: if ``bad_updates="raise"`` and a client sent one.
       QuorumLost: after ``most_skips`` skipped rounds in a row.
     """
     driver = Driver(method, data, partition, options, assignment)
     store = None if directory is None else Store(directory, driver.identity())
     state, records = driver.begin(store)
-    skipped = 0
+    # Of rounds before an interruption too.
+    skipped = len(records) - max(
+        (n + 1 for n, r in enumerate(records) if not r["skipped"]), default=0
+    )
     for number in range(len(records), options.rounds):
         state, record = driver.round(state, number)
         records.append(record)
@@ -77,8 +83,8 @@ def run(
             on_round(record)
         if skipped >= options.most_skips:
             raise QuorumLost(
-                f"the quorum of {options.sampling.quorum} usable replies failed in {skipped} rounds in a row; lower quorum "
-                "or dropout, or raise participation or deadline_s."
+                f"{skipped} rounds in a row were skipped, the last because {record['reason']}; lower quorum or dropout, or raise "
+                "participation or deadline_s."
             )
     return driver.history(state, records)
 
@@ -94,17 +100,11 @@ class Driver:
         options: RunOptions,
         assignment: Sequence[int] | None,
     ):
-        self.method, self.options, self.partition = method, options, partition
+        self.method, self.options, self.partition, self.splits = method, options, partition, data
+        chosen = _assigned(assignment, len(partition), len(method.models))
         _check(method, data, partition, options)
-        count = len(partition)
-        chosen = (
-            np.arange(count) % len(method.models) if assignment is None else np.asarray(assignment)
-        )
-        if chosen.shape != (count,) or not np.isin(chosen, range(len(method.models))).all():
-            raise ValueError(
-                f"assignment must give each of {count} clients an architecture below {len(method.models)}; got {chosen.tolist()}."
-            )
-        rows = np.zeros(count, np.int64)
+        _check_aggregator(method, partition, options, chosen)
+        rows = np.zeros(len(partition), np.int64)
         for a in range(len(method.models)):
             rows[chosen == a] = np.arange((chosen == a).sum())
         self.statistics = partition.statistics(data.train.labels, data.train.classes)
@@ -137,6 +137,10 @@ class Driver:
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must agree with to be gone on from; the number of rounds may grow."""
+        data = self.splits
+        arrays = [data.proxy.inputs]
+        for part in (data.train, data.validation, data.test):
+            arrays += [part.inputs, part.labels]
         return {
             "method": self.method.name,
             "models": [m.name for m in self.method.models],
@@ -145,13 +149,21 @@ class Driver:
                 dataclasses.replace(self.options, rounds=1, engine=EngineOptions(), save_every=1)
             ),
             "method_options": repr(getattr(self.method, "options", None)),
-            "partition": f"{self.partition!r} {zlib.crc32(self.partition.flat.tobytes()):08x}",
+            "partition": f"{self.partition!r} {_digest(self.partition.flat, self.partition.sizes)}",
+            "assignment": _digest(self.context.assignment),
+            "data": f"{data.train.name} {_digest(*arrays)}",
         }
 
     def begin(self, store: Store | None) -> tuple[State, list[dict[str, Any]]]:
         """The state to go on from, and the records before it."""
         state = self.method.init(jax.random.fold_in(self.key, 0), self.context)
-        return (state, []) if store is None else store.restore(state)
+        if store is None:
+            return state, []
+        state, records = store.restore(state)
+        for a, backend in enumerate(records[-1].get("backends", ()) if records else ()):
+            if backend is not None:  # what was measured holds for the rest of the run
+                self.engines[a] = dataclasses.replace(self.options.engine, backend=backend)
+        return state, records
 
     def round(self, state: State, number: int) -> tuple[State, dict[str, Any]]:
         """One round: (state after, record). A skipped round leaves the state as it was."""
@@ -171,19 +183,41 @@ class Driver:
     ) -> tuple[State, dict[str, Any]]:
         """What follows training, wherever that took place: checks, the method's part, evaluation."""
         self._complain(replies, number)
-        usable = int(sum(c.accepted.sum() for c in replies))
-        skipped = usable < self.options.sampling.quorum
-        record = self._account(plan, replies, number) | {"skipped": skipped}
-        if not skipped:
+        reason, metrics = self._too_few(replies), {}
+        if reason is None:
             key = jax.random.fold_in(jax.random.fold_in(self.key, 1), number)
-            state, metrics = self.method.update(state, replies, self.context, key)
-            if state.past:
-                state = state.replace(past=(state.small, *state.past[:-1]))
-            record |= {k: float(v) for k, v in metrics.items()}
+            try:
+                state, metrics = self.method.update(state, replies, self.context, key)
+            except QuorumNotMet as error:
+                reason = str(error)
+        if state.past:  # after a skipped round too: ages count rounds
+            state = state.replace(past=(state.small, *state.past[:-1]))
+        record = self._account(plan, replies, number) | {"skipped": reason is not None}
+        record |= {k: float(v) for k, v in metrics.items()}
+        if reason is not None:
+            logger.warning("round %d is skipped: %s", number, reason)
+            record["reason"] = reason
+        if self.options.engine.backend == "auto":
+            engines = [self.engines.get(a) for a in range(len(self.method.models))]
+            record["backends"] = [None if e is None else e.backend for e in engines]
         last = number + 1 == self.options.rounds
         if last or (number + 1) % self.options.evaluate_every == 0:
             record |= self._evaluate(state)
         return state, record
+
+    def _too_few(self, replies: list[Cohort]) -> str | None:
+        """Why a round with these replies must be skipped; None if it need not be."""
+        quorum, counts = self.options.sampling.quorum, [int(c.accepted.sum()) for c in replies]
+        if sum(counts) < quorum:
+            return f"{sum(counts)} usable replies came and the quorum is {quorum}"
+        if not self.method.averages:
+            return None
+        least = minimum_replies(self.options.aggregator)
+        for model, count in zip(self.method.models, counts, strict=True):
+            if 0 < count < least:
+                name = type(self.options.aggregator).__name__
+                return f"{count} usable replies of {model.name} came and {name} needs {least}"
+        return None
 
     def train(self, state: State, plan: Plan, number: int) -> list[Cohort]:
         """Phase (i) of a round, simulated: one cohort per architecture."""
@@ -193,8 +227,8 @@ class Driver:
         weights = self.context.sizes.astype(np.float32)
         architecture = self.context.assignment[plan.replied]
         for a, model in enumerate(self.method.models):
-            cohorts = []
-            for age in np.unique(plan.ages[architecture == a]):
+            cohorts, ages = [], np.unique(plan.ages[architecture == a]).tolist()
+            for age in ages:
                 here = (architecture == a) & (plan.ages == age)
                 schedule = buckets(
                     self.partition,
@@ -229,7 +263,7 @@ class Driver:
                         keep=keep,
                     )
                 )
-            out.append(join(cohorts))
+            out.append(join(cohorts, ages))
         return out
 
     def _engine(self, a: int, state: State, given: list[Bucket], key: Array) -> EngineOptions:
@@ -269,7 +303,9 @@ class Driver:
         steps = {int(k): int(n) for c in replies for k, n in zip(c.clients, c.steps, strict=True)}
         losses = np.concatenate([c.loss[c.accepted] for c in replies])
         flops = sum(n * self.flops[assignment[k]] for k, n in steps.items())
-        asked = assignment[plan.asked]
+        # A late reply comes all the same, unless everybody sends what there is at the deadline.
+        late = [] if self.options.sampling.partial_work else plan.late
+        sent = [*plan.replied, *late]
         return {
             "round": number,
             "asked": len(plan.asked),
@@ -278,8 +314,8 @@ class Driver:
             "late": plan.late.tolist(),
             "rejected": [k for c in replies for k in c.rejected],
             "loss": float(losses.mean()) if len(losses) else float("nan"),
-            "bytes_down": int(sum(self.down[a] for a in asked)),
-            "bytes_up": int(sum(self.up[a] for a in assignment[plan.replied])),
+            "bytes_down": int(sum(self.down[assignment[k]] for k in plan.asked)),
+            "bytes_up": int(sum(self.up[assignment[k]] for k in sent)),
             "client_flops": float(flops),
             "simulated_seconds": plan.seconds,
         }
@@ -331,6 +367,25 @@ class Driver:
         )
 
 
+def _assigned(assignment: Sequence[int] | None, clients: int, architectures: int) -> np.ndarray:
+    """Architecture of each client, int [N]."""
+    chosen = np.arange(clients) % architectures if assignment is None else np.asarray(assignment)
+    if chosen.shape != (clients,) or not np.isin(chosen, range(architectures)).all():
+        raise ValueError(
+            f"assignment must give each of {clients} clients an architecture below {architectures}; got {chosen.tolist()}."
+        )
+    return chosen
+
+
+def _digest(*arrays: np.ndarray) -> str:
+    """CRC-32 of arrays, their shapes and dtypes."""
+    found = 0
+    for array in arrays:
+        found = zlib.crc32(f"{array.shape} {array.dtype}".encode(), found)
+        found = zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8), found)
+    return f"{found:08x}"
+
+
 def _check(method: Method, data: Splits, partition: Partition, options: RunOptions) -> None:
     if not isinstance(data.proxy, Unlabelled):
         raise TypeError(
@@ -349,6 +404,37 @@ def _check(method: Method, data: Splits, partition: Partition, options: RunOptio
         )
     if len(empty) == len(partition):
         raise ValueError(f"a client must have examples; all {len(partition)} have none.")
+    wrong = [k for u in options.uploads if isinstance(u, Attack) for k in u.clients]
+    wrong = [k for k in wrong if not 0 <= k < len(partition)]
+    if wrong:
+        raise ValueError(
+            f"attacking clients must be among the {len(partition)}, counted from 0; got {wrong[0]}; name others."
+        )
+    _check_parts(data)
+    _check_models(method, data)
+    _note_single_class(partition, data.train)
+
+
+def _check_parts(data: Splits) -> None:
+    """A hand-made :class:`Splits` may hold anything."""
+    wanted, classes = inputs_of(data.train.inputs), data.train.classes
+    parts = {"proxy": data.proxy, "validation": data.validation, "test": data.test}
+    for name, part in parts.items():
+        if not len(part) and name != "validation":
+            raise ValueError(f"data.{name} must have examples; got none; give it a share in split.")
+        found = inputs_of(part.inputs)
+        if found != wanted:
+            raise ValueError(
+                f"data.{name} must have inputs as data.train has, {wanted.shape} {wanted.dtype}; got {found.shape} {found.dtype}; "
+                "convert them."
+            )
+        if isinstance(part, Dataset) and part.classes != classes:
+            raise ValueError(
+                f"data.{name} must have the classes of data.train, {classes}; got {part.classes}; number labels alike."
+            )
+
+
+def _check_models(method: Method, data: Splits) -> None:
     server = {} if method.server is None else {"the server's model": method.server}
     models = server | {f"client model {i}": m for i, m in enumerate(method.models)}
     check_same_task(models)
@@ -358,7 +444,30 @@ def _check(method: Method, data: Splits, partition: Partition, options: RunOptio
             f"models must take {data.train.shape} and tell {data.train.classes} classes; {first.name} takes {first.inputs.shape} "
             f"and tells {first.outputs[0].shape[-1]}."
         )
-    _note_single_class(partition, data.train)
+
+
+def _check_aggregator(
+    method: Method, partition: Partition, options: RunOptions, assignment: np.ndarray
+) -> None:
+    """What the aggregator's promise would not hold for, or what would end the run later."""
+    aggregator = options.aggregator
+    name = type(aggregator).__name__
+    if method.keep and not method.silent and not aggregator.individual:
+        raise ValueError(
+            f"aggregator must show each update to {method.name}, which reads single clients' models; got {name}, which hides them; "
+            "secure aggregation goes with mode='homo' and with averaging."
+        )
+    if not method.averages:
+        if not isinstance(aggregator, Mean):
+            logger.warning("%s combines no updates: aggregator %s has no effect", method.name, name)
+        return
+    able = partition.sizes > 0
+    most = int(np.bincount(assignment[able]).max())
+    if options.sampling.sampler != "poisson":
+        most = min(most, max(1, round(options.sampling.participation * int(able.sum()))))
+    if options.sampling.buffer:
+        most = min(int(np.bincount(assignment[able]).max()), options.sampling.buffer)
+    check_clients(aggregator, partition.sizes, most)
 
 
 def _note_single_class(partition: Partition, train: Dataset) -> None:

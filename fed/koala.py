@@ -22,9 +22,9 @@ from fed.data import Splits
 from fed.distill import Distillation, Lesson, Merge
 from fed.driver import OnRound, run
 from fed.history import History
-from fed.models import Model, Params
+from fed.models import Model, ModelLike, Params, as_model, as_models, inputs_of
 from fed.partition import Partition
-from fed.rounds import Context, Method, RunOptions, State
+from fed.rounds import Context, Method, RunOptions, State, in_chunks, keep_personal, members
 from fed.trainable import Trainable
 
 MODES = ("homo", "hete")
@@ -86,8 +86,9 @@ class Koala(Method):
         self.options = options
         self.name = f"koala-{options.mode}"
         self.personal = options.personal
+        self.averages = not options.personal
         self.keep = options.mode == "hete" and options.members == "clients"
-        augment.check(options.augment, options.copies, server.inputs)
+        augment.check(options.augment, options.copies, self.server.inputs)
         if options.mode == "homo" and len(self.models) != 1:
             raise ValueError(
                 f"mode='homo' needs one client architecture; got {len(self.models)}; choose mode='hete'."
@@ -129,48 +130,18 @@ class Koala(Method):
         inputs = augment.proxy_inputs(
             context.proxy, jax.random.fold_in(key, 0), kind=options.augment, copies=options.copies
         )
-        members = self._members(state, replies, context)
+        found = members(state, replies, context) if self.keep else []
         if self.personal:
-            state = self._keep_personal(state, members, context)
+            state = keep_personal(state, found, context)
         else:
             state = self.average(state, replies, context, jax.random.fold_in(key, 1))
         state = self._remember(state, replies, context)
-        answers = self._answers(state, members, inputs, context)
+        answers = self._answers(state, found, inputs, context)
         state, reverse = self._reverse(state, answers, inputs, jax.random.fold_in(key, 2))
         state, forward = self._forward(
             state, answers, inputs, replies, context, jax.random.fold_in(key, 3)
         )
         return state, {"reverse_loss": float(reverse), "forward_loss": float(forward)}
-
-    def _members(
-        self, state: State, replies: list[Cohort], context: Context
-    ) -> list[tuple[Params, np.ndarray]]:
-        """Each reply as a model, where the ensemble consists of clients."""
-        if not self.keep:
-            return []
-        found = []
-        for a, cohort in enumerate(replies):
-            if not cohort.accepted.any():
-                found.append((None, cohort.clients[:0]))
-            elif self.personal:
-                found.append(
-                    ensemble.trained(state.personal[a], cohort, context.rows[cohort.clients])
-                )
-            else:
-                found.append(ensemble.trained(state.small[a], cohort))
-        return found
-
-    def _keep_personal(
-        self, state: State, members: list[tuple[Params, np.ndarray]], context: Context
-    ) -> State:
-        stacked = list(state.personal)
-        for a, (params, clients) in enumerate(members):
-            if len(clients):
-                rows = context.rows[clients]
-                stacked[a] = jax.tree.map(
-                    lambda s, p, rows=rows: s.at[rows].set(p), stacked[a], params
-                )
-        return state.replace(personal=tuple(stacked))
 
     def _remember(self, state: State, replies: list[Cohort], context: Context) -> State:
         """Examples behind each architecture's model, from its latest replies."""
@@ -261,7 +232,14 @@ class Koala(Method):
                 if not len(rows):
                     continue
             small[a], projectors[a], loss = teach(
-                small[a], projectors[a], lesson, order, model, how, rows
+                small[a],
+                projectors[a],
+                lesson,
+                order,
+                model,
+                how,
+                rows,
+                context.options.engine.chunk,
             )
             losses.append(loss)
         extra = state.extra.replace(projectors=tuple(projectors))
@@ -280,8 +258,9 @@ def teach(
     model: Model,
     options: Distillation,
     rows: np.ndarray | None = None,
+    chunk: int = 64,
 ) -> tuple[Params, Array | None, Array]:
-    """Distils into one small model, or into ``rows`` of stacked ones: (params, projector, loss).
+    """Distils into one small model, or into ``rows`` of stacked ones, ``chunk`` at a time: (params, projector, loss).
 
     Stacked models share what they get as projector: its mean over them.
     """
@@ -296,15 +275,15 @@ def teach(
     if rows is None:
         taught, learned, loss = one(params)
     else:
-        new, learned, loss = jax.vmap(one)(jax.tree.map(lambda x: x[rows], params))
+        new, learned, loss = in_chunks(jax.vmap(one), params, rows, chunk)
         taught = jax.tree.map(lambda s, p: s.at[rows].set(p), params, new)
         learned, loss = (None if learned is None else jnp.mean(learned, axis=0)), jnp.mean(loss)
     return taught, projector if learned is None else learned, loss
 
 
 def koala(
-    server: Model,
-    clients: Model | Sequence[Model],
+    server: ModelLike,
+    clients: ModelLike | Sequence[ModelLike],
     data: Splits,
     partition: Partition,
     options: RunOptions = RunOptions(),
@@ -317,8 +296,8 @@ def koala(
     """Trains a large model that no client ever sees, from small ones that train on private data.
 
     Args:
-      server: the large model.
-      clients: the small architecture, or several for a heterogeneous fleet.
+      server: the large model; as each client's a ``fed.Model``, a flax module or a pair (init, apply).
+      clients: the small architecture, or a list of several for a heterogeneous fleet.
       data: ``data.train`` is what ``partition`` divides; ``data.proxy`` is the server's and has no labels.
       partition: who holds what.
       options: of the run.
@@ -332,11 +311,15 @@ def koala(
 
     Raises:
       ValueError: for models, data and options that do not fit each other.
+      TypeError: for what is no model.
+      BadUpdate: as :func:`fed.run`.
+      QuorumLost: as :func:`fed.run`.
     """
-    models = [clients] if isinstance(clients, Model) else list(clients)
+    inputs = inputs_of(data.train.inputs)
+    models = as_models(clients, inputs)
     if koala_options is None:
         koala_options = KoalaOptions(mode="homo" if len(models) == 1 else "hete")
-    method = Koala(server, models, koala_options)
+    method = Koala(as_model(server, inputs), models, koala_options)
     return run(
         method,
         data,

@@ -6,7 +6,7 @@ besides parameters (dropout's counters) is rebuilt at each call, so a client's w
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 Params = Any
+ModelLike = Any  # what as_model takes
 # (params, inputs, key or None) -> logits, features. A key means training: dropout draws from it.
 Forward = Callable[[Params, Array, Array | None], tuple[Array, Array]]
 
@@ -220,25 +221,63 @@ def from_jaxmoe(config: Any, length: int, *, name: str = "jaxmoe") -> Model:
     )
 
 
-def as_model(given: Any, inputs: Any = None) -> Model:
-    """A :class:`Model` from what a user has: a Model, a linen module, or a pair (init, apply); the last two need ``inputs``."""
+def as_model(given: ModelLike, inputs: Any = None) -> Model:
+    """A :class:`Model` from what a user has.
+
+    Args:
+      given: a Model; a linen module; an nnx module, which begins with its own values, or a function of nnx.Rngs that makes one (a
+        class); or a pair (init, apply).
+      inputs: shape of one example (float32), or shape and dtype; all but a Model need it.
+
+    Raises:
+      TypeError: for anything else, and without ``inputs``.
+      ValueError: for a module that keeps statistics of batches.
+    """
     if isinstance(given, Model):
         return given
     if inputs is None:
         raise TypeError(
             f"a model must be a fed.Model; got {type(given).__name__}; wrap it with fed.models.from_nnx, from_linen or from_functions."
         )
-    if isinstance(given, tuple) and len(given) == 2 and all(map(callable, given)):
+    if _is_pair(given):
         return from_functions(*given, inputs)
-    from flax import linen
+    from flax import linen, nnx
 
     if isinstance(given, linen.Module):
         return from_linen(given, inputs)
+    if isinstance(given, nnx.Module):
+        return from_nnx(lambda rngs: given, inputs, name=type(given).__name__)
     if callable(given):
         return from_nnx(given, inputs)
     raise TypeError(
         f"a model must be a fed.Model, a flax module or a pair (init, apply); got {type(given).__name__}."
     )
+
+
+def as_models(given: ModelLike | Sequence[ModelLike], inputs: Any = None) -> list[Model]:
+    """One architecture, or a list of them, as models; arguments and errors as of :func:`as_model`.
+
+    A tuple of two functions is one architecture, the pair (init, apply).
+    """
+    if isinstance(given, list | tuple) and not _is_pair(given):
+        return [as_model(one, inputs) for one in given]
+    return [as_model(given, inputs)]
+
+
+def inputs_of(inputs: Any) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of one example of ``inputs`` [N, ...] on the device."""
+    return jax.ShapeDtypeStruct(inputs.shape[1:], jax.dtypes.canonicalize_dtype(inputs.dtype))
+
+
+def _is_pair(given: Any) -> bool:
+    """Whether this is (init, apply), and not two modules or classes of them."""
+    from flax import linen, nnx
+
+    def plain(f: Any) -> bool:
+        f = f.func if isinstance(f, functools.partial) else f
+        return callable(f) and not isinstance(f, type | linen.Module | nnx.Module)
+
+    return isinstance(given, tuple) and len(given) == 2 and all(map(plain, given))
 
 
 def _example(inputs: tuple[int, ...] | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

@@ -169,6 +169,15 @@ def shards(labels: Labels, clients: int, classes_per_client: int, seed: int) -> 
     """Pathological skew: examples sorted by label, cut into equal shards, ``classes_per_client`` of them to each client.
 
     A shard that spans the border of two classes has both, as in the original procedure (McMahan et al., 2017).
+
+    Args:
+      labels: of all examples.
+      clients: how many.
+      classes_per_client: shards of each.
+      seed: of the deal.
+
+    Raises:
+      ValueError: for more shards than examples, or none.
     """
     _check(clients, len(labels))
     pieces = clients * classes_per_client
@@ -203,11 +212,19 @@ def quantity(
       law: "lognormal" (``spread`` is sigma) or "zipf" (size proportional to rank ** -spread).
       spread: 0 gives equal sizes.
       minimum: examples that every client has at least.
+
+    Raises:
+      ValueError: for another law, a spread that is negative or not finite, and a minimum that is negative or that there are not enough
+        examples for.
     """
     count = total if isinstance(total, int) else len(total)
     _check(clients, count)
-    if minimum * clients > count:
-        raise ValueError(f"minimum x clients must be at most {count}; got {minimum} x {clients}.")
+    if not 0 <= minimum * clients <= count:
+        raise ValueError(
+            f"minimum x clients must lie in [0, {count}]; got {minimum} x {clients}; lower one of them."
+        )
+    if not 0 <= spread < float("inf"):
+        raise ValueError(f"spread must be finite and not negative; got {spread}; 0 is equal sizes.")
     generator = _generator(seed, "quantity")
     if law == "lognormal":
         weights = generator.lognormal(0.0, spread, clients)
@@ -233,7 +250,12 @@ def natural(
       owners: whose each example is [N].
       minimum: owners with fewer examples are left out.
       clients: at most this many, the largest first.
+
+    Raises:
+      ValueError: for data without owners, clients below 1, and a minimum that no owner reaches.
     """
+    if clients is not None and clients < 1:
+        raise ValueError(f"clients must be at least 1, or None for all; got {clients}.")
     if owners is None:
         raise ValueError("owners must say whose each example is; this data set has none.")
     names, counts = np.unique(owners, return_counts=True)

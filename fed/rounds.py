@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -11,10 +11,11 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array
 
+from fed import ensemble
 from fed.aggregate import Aggregator, Mean
 from fed.clients import LocalOptions
 from fed.cohort import Cohort, EngineOptions
-from fed.models import Model, Params
+from fed.models import Model, Params, as_model
 from fed.sampling import Sampling
 from fed.uploads import Upload, upload_bytes
 
@@ -54,7 +55,7 @@ class RunOptions:
     most_skips: int = 10
 
     def __post_init__(self) -> None:
-        for name in ("rounds", "evaluate_every", "save_every"):
+        for name in ("rounds", "evaluate_every", "save_every", "most_skips"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}.")
         for name, allowed in (
@@ -116,18 +117,21 @@ class Method:
       name: in reports.
       models: architectures of the clients.
       server: the server's model, or None.
-      keep: the server needs each client's update, not only their mean.
+      keep: the server needs each client's update, not only their mean; so not with an aggregator that hides them.
+      averages: updates are combined by the run's aggregator.
       personal: clients begin a round with their own parameters.
       silent: nothing is communicated.
     """
 
     name = "fedavg"
     keep = False
+    averages = True
     personal = False
     silent = False
 
     def __init__(self, models: Sequence[Model], server: Model | None = None):
-        self.models, self.server = tuple(models), server
+        self.models = tuple(as_model(m) for m in models)
+        self.server = None if server is None else as_model(server)
 
     def init(self, key: Array, context: Context) -> State:
         """The state before the first round."""
@@ -168,6 +172,49 @@ class Method:
             return [0] * len(self.models), [0] * len(self.models)
         up = [upload_bytes(context.options.uploads, m.shapes) for m in self.models]
         return [m.nbytes for m in self.models], up
+
+
+def members(
+    state: State, replies: list[Cohort], context: Context
+) -> list[tuple[Params | None, np.ndarray]]:
+    """Every accepted reply as a model: what the client began with plus its update, kept.
+
+    Returns:
+      per architecture (parameters stacked [K, ...], numbers of the clients [K]); (None, none) where nobody replied.
+    """
+    found = []
+    for a, cohort in enumerate(replies):
+        if not cohort.accepted.any():
+            found.append((None, cohort.clients[:0]))
+        elif state.personal is not None:
+            found.append(ensemble.trained(state.personal[a], cohort, context.rows[cohort.clients]))
+        elif state.past and cohort.ages is not None:
+            versions = jax.tree.map(lambda *x: jnp.stack(x), *(past[a] for past in state.past))
+            found.append(ensemble.trained(versions, cohort, cohort.ages))
+        else:
+            found.append(ensemble.trained(state.small[a], cohort))
+    return found
+
+
+def keep_personal(
+    state: State, members: Sequence[tuple[Params | None, np.ndarray]], context: Context
+) -> State:
+    """Each member's model (of :func:`members`, or changed since) in its own place among the personal ones."""
+    stacked = list(state.personal)
+    for a, (params, clients) in enumerate(members):
+        if len(clients):
+            rows = context.rows[clients]
+            stacked[a] = jax.tree.map(lambda s, p, rows=rows: s.at[rows].set(p), stacked[a], params)
+    return state.replace(personal=tuple(stacked))
+
+
+def in_chunks(f: Callable[[Params], Any], stacked: Params, rows: np.ndarray, chunk: int) -> Any:
+    """``f`` of ``rows`` of stacked models, ``chunk`` at a time, which bounds its memory; its results [K, ...] as one."""
+    parts = [
+        f(jax.tree.map(lambda x, some=rows[at : at + chunk]: x[some], stacked))
+        for at in range(0, len(rows), chunk)
+    ]
+    return parts[0] if len(parts) == 1 else jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
 
 
 @jax.jit

@@ -50,6 +50,20 @@ class Sampling:
             raise ValueError(f"participation must lie in (0, 1]; got {self.participation}.")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must lie in [0, 1); got {self.dropout}.")
+        for name in ("device_gflops", "bandwidth_mbps"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive; got {getattr(self, name)}.")
+        for name, least in (("speed_spread", 0), ("quorum", 1), ("buffer", 0), ("staleness", 0)):
+            if not getattr(self, name) >= least:
+                raise ValueError(f"{name} must be at least {least}; got {getattr(self, name)}.")
+        if self.deadline_s is not None and not self.deadline_s > 0:
+            raise ValueError(
+                f"deadline_s must be positive, or None to wait; got {self.deadline_s}."
+            )
+        if 0 < self.buffer < self.quorum:
+            raise ValueError(
+                f"quorum must be at most buffer={self.buffer}, the replies that come; got {self.quorum}."
+            )
         if self.buffer and self.deadline_s is not None:
             raise ValueError(
                 f"buffer={self.buffer} has no rounds, so deadline_s must be None; got {self.deadline_s}."
@@ -63,7 +77,7 @@ class Plan:
     """What happens in one round.
 
     Attributes:
-      asked: clients that were sent a model.
+      asked: clients that were sent a model; asynchronously, since the last update, one as often as it was.
       replied: clients whose reply counts, ascending.
       limits: most steps that each of ``replied`` did.
       dropped: clients that never replied.
@@ -167,10 +181,10 @@ def asynchronous(sampling: Sampling, fleet: Fleet, seed: int, updates: int) -> l
     # (when it finishes, a number that breaks ties, client, version)
     running = [(lasts[k], i, int(k), 0) for i, k in enumerate(idle[:busy])]
     heapq.heapify(running)
+    asked = [client for _, _, client, _ in running]
     idle, number, plans, before = idle[busy:], busy, [], 0.0
     for version in range(updates):
-        arrived: dict[int, int] = {}
-        dropped, late = [], []
+        arrived, dropped, late = {}, [], []
         while len(arrived) < min(sampling.buffer, len(able)):
             now, _, client, began = heapq.heappop(running)
             if generator.random() < sampling.dropout:
@@ -185,11 +199,12 @@ def asynchronous(sampling: Sampling, fleet: Fleet, seed: int, updates: int) -> l
             following = int(free[generator.integers(len(free))])
             idle.remove(following)
             heapq.heappush(running, (now + lasts[following], number, following, version))
+            asked.append(following)
             number += 1
         clients = np.array(sorted(arrived))
         plans.append(
             Plan(
-                clients,
+                np.array(asked, np.int64),
                 clients,
                 fleet.steps[clients],
                 np.array(dropped, np.int64),
@@ -198,5 +213,5 @@ def asynchronous(sampling: Sampling, fleet: Fleet, seed: int, updates: int) -> l
                 float(now - before),
             )
         )
-        before = now
+        before, asked = now, []
     return plans

@@ -14,6 +14,7 @@ from fed.partition import Partition
 
 # Padded step counts: the number of compiled programs stays bounded, and less than a third of a bucket's steps is padding.
 _LADDER = sorted({*range(1, 9), *(m * 2**k for k in range(2, 20) for m in (2, 3))})
+_MOST_DRAWN = 2**21  # random numbers that exist at once: 16 MiB, a few times over
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -22,7 +23,7 @@ class Bucket:
 
     Attributes:
       clients: their numbers [K].
-      index: examples of each step [K, S, B]; 0 where padded.
+      index: examples of each step [K, S, B]; where padded one of the client's own, so that no other's can reach it.
       mask: which of them are real [K, S, B].
     """
 
@@ -69,7 +70,11 @@ def buckets(
       steps: this many full batches for everybody instead, going round the data as often as needed.
       limits: most steps that each of ``clients`` manages (stragglers' partial work); None: all.
       most: number of groups; fewer where clients are few, as each group is a program to compile.
+
+    Raises:
+      ValueError: for epochs, batch_size, steps or most below 1.
     """
+    _check_positive(epochs=epochs, batch_size=batch_size, steps=steps, most=most)
     chosen = np.asarray(clients, np.int64)
     order = np.argsort(chosen)
     chosen = chosen[order]
@@ -89,6 +94,12 @@ def buckets(
             batch_size=batch_size,
             wrap=steps is not None,
         )
+
+
+def _check_positive(**values: int | None) -> None:
+    for name, value in values.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1; got {value}.")
 
 
 def _groups(counts: np.ndarray, most: int) -> list[tuple[int, int]]:
@@ -138,16 +149,32 @@ def _schedule(
     slots = np.arange(padded * batch_size)
     epoch, position = np.divmod(slots[None, :], per_epoch[:, None])
     live = (slots[None, :] < counts[:, None] * batch_size) & (position < sizes[:, None])
-    order = _orders(sizes, int(epoch[live].max()) + 1, seed, round_number, clients)
-    position = np.where(live, position, 0)
-    within = order[np.arange(len(clients))[:, None], np.where(live, epoch, 0), position]
-    index = partition.flat[np.where(live, partition.offsets[clients][:, None] + within, 0)]
+    epoch, position = np.where(live, epoch, 0), np.where(live, position, 0)
+    within = np.empty_like(position)
+    for rows in _alike(sizes, len(slots)):
+        order = _orders(sizes[rows], int(epoch[rows].max()) + 1, seed, round_number, clients[rows])
+        within[rows] = order[np.arange(len(rows))[:, None], epoch[rows], position[rows]]
+    index = partition.flat[partition.offsets[clients][:, None] + within]
     shape = (len(clients), padded, batch_size)
     return Bucket(
         clients.astype(np.int32),
-        np.where(live, index, 0).astype(np.int32).reshape(shape),
+        index.astype(np.int32).reshape(shape),
         live.reshape(shape),
     )
+
+
+def _alike(sizes: np.ndarray, slots: int) -> Iterator[np.ndarray]:
+    """Rows of clients whose sizes differ by less than a factor of two, so few that their orders over ``slots`` examples stay small.
+
+    Together with one that has 500, a client of one example that goes 800 times round would get 800 x 500 numbers.
+    """
+    powers = np.frexp(sizes.astype(np.float64))[1]  # size in [2 ** (power - 1), 2 ** power)
+    for power in np.unique(powers).tolist():
+        rows = np.flatnonzero(powers == power)
+        # Epochs (at most slots / 2 ** (power - 1) + 1) times the largest size.
+        few = max(1, _MOST_DRAWN // (2 * slots + 2**power))
+        for at in range(0, len(rows), few):
+            yield rows[at : at + few]
 
 
 def _orders(

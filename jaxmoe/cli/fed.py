@@ -14,7 +14,7 @@ import tyro
 import fed
 from fed import architectures, report
 from fed.aggregate import by_name
-from fed.compare import METHODS, run_method
+from fed.compare import METHODS, hides_too_much, run_method
 from fed.compress import codec_named
 from jaxmoe.cli import fed_deploy, fed_text
 from jaxmoe.report import make_report, write_report
@@ -136,9 +136,7 @@ def _runs(
     console: rich.console.Console,
 ) -> tuple[dict[str, list[fed.History]], dict[str, float]]:
     """Every method on every seed's split; prints the split, shows progress."""
-    for name in methods:
-        if name not in METHODS:
-            raise ValueError(f"method must be one of {', '.join(METHODS)}; got {name!r}.")
+    methods = _possible(methods, fleet, _run_options(training, sampling, engine), console)
     found: dict[str, list[fed.History]] = {name: [] for name in methods}
     saved: dict[str, float] = {}
     for seed in seeds:
@@ -161,20 +159,35 @@ def _runs(
                 def update(record: dict[str, Any], bar=bar, task=task) -> None:
                     bar.update(task, completed=record["round"] + 1)
 
-                directory = None if output is None else output / f"{name}-seed{seed}"
+                more = {"directory": output and output / f"{name}-seed{seed}", "on_round": update}
+                pair = (models[0], models[1:])
                 found[name].append(
-                    run_method(
-                        name,
-                        splits,
-                        partition,
-                        (models[0], models[1:]),
-                        options,
-                        koala,
-                        directory=directory,
-                        on_round=update,
-                    )
+                    run_method(name, splits, partition, pair, options, koala, **more)
                 )
     return found, saved
+
+
+def _possible(
+    methods: Sequence[str],
+    fleet: FleetOptions,
+    options: fed.RunOptions,
+    console: rich.console.Console,
+) -> list[str]:
+    """The methods that can run with the aggregator; says which of several cannot."""
+    for name in methods:
+        if name not in METHODS:
+            raise ValueError(f"method must be one of {', '.join(METHODS)}; got {name!r}.")
+    out = [m for m in methods if hides_too_much(m, options, len(fleet.small))]
+    kind = type(options.aggregator).__name__
+    if out and len(out) == len(methods):
+        raise ValueError(
+            f"aggregator must show each client's update to {', '.join(out)}; got {kind}, which hides them; take koala-homo or fedavg-small."
+        )
+    if out:
+        console.print(
+            f"left out, as they read single clients' models and {kind} hides them: {', '.join(out)}"
+        )
+    return [m for m in methods if m not in out]
 
 
 def _finish(
@@ -259,7 +272,7 @@ def compare(
       training: Rounds and clients' training.
       sampling: Who takes part and replies.
       engine: How cohorts are computed.
-      koala: What KOALA's server does; its steps and its augmentation also go for the other methods that distil.
+      koala: What KOALA's server does; its reverse steps also go for the other methods that distil, its augmentation for feddf and fed-et.
       target: Also report the rounds to this accuracy.
       output: Directory for checkpoints and a plot; interrupted runs there go on.
       json: Also write a JSON report.

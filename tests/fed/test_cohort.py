@@ -1,7 +1,11 @@
 """Thousands of clients at once give what a plain loop over ragged clients gives, however they are grouped."""
 
+import dataclasses
 import functools
 import logging
+import os
+import subprocess
+import sys
 
 import fed_support as support
 import jax
@@ -12,6 +16,7 @@ import pytest
 
 import fed
 from fed import clients, cohort, schedule
+from fed.compress import Codec
 
 SIZES = [17, 0, 3, 40, 8, 1, 25, 33, 5, 12, 2, 21]
 EVERYBODY = range(len(SIZES))
@@ -213,6 +218,25 @@ def test_a_nan_update_is_rejected_and_leaves_no_trace(model, start, backend):
     assert support.largest_difference(found.mean, without.mean) < CLOSE
 
 
+@pytest.mark.parametrize("where", ["trained", "sent"])
+def test_a_codec_does_not_make_an_update_of_nan(model, start, where):
+    """SEFP stores NaN as 0: the client, or an attack before the codec, would be accepted with an update of zeros."""
+    inputs = ARRAYS[0].at[PART[3]].set(jnp.nan) if where == "trained" else ARRAYS[0]
+    attack = (fed.Attack((3,), "nan"),) if where == "sent" else ()
+    options = dataclasses.replace(SGD, epochs=1)
+    found = cohort.train_cohort(
+        model,
+        start,
+        (inputs, ARRAYS[1]),
+        buckets(options, which=[3, 10]),
+        KEY,
+        options,
+        weights=WEIGHTS,
+        uploads=(*attack, Codec("sefp", width=8)),
+    )
+    assert found.rejected == [3] and np.isnan(found.norm[0]) and found.norm[1] > 0
+
+
 def test_an_update_with_too_large_a_norm_is_rejected(model, start, usual):
     limit = float(np.sort(usual.norm)[-2])
     found = train(model, start, SGD, fed.EngineOptions(largest_norm=limit))
@@ -242,9 +266,35 @@ def test_nobody_with_data_gives_an_empty_cohort(model, start, caplog):
     [
         ({"backend": "ray"}, "backend must be one of auto, vmap, sequential; got 'ray'"),
         ({"chunk": 0}, "chunk and buckets must be at least 1"),
-        ({"devices": 99}, r"devices must lie in \[0, 8\]"),
+        ({"devices": -1}, "devices must be at least 0, which is all; got -1"),
+        ({"largest_norm": 0.0}, "largest_norm must be positive; got 0"),
     ],
 )
 def test_wrong_engines_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         fed.EngineOptions(**wrong)
+
+
+def test_more_devices_than_there_are_are_refused(model, start):
+    with pytest.raises(ValueError, match="devices must be at most 8, what JAX has; got 99"):
+        train(model, start, SGD, fed.EngineOptions(devices=99))
+
+
+def test_importing_the_package_leaves_jax_s_backends_to_the_user():
+    code = "import fed, jax; jax.config.update('jax_num_cpu_devices', 2); print(len(jax.devices('cpu')))"
+    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True
+    )
+    assert result.stdout.split()[-1] == "2"
+
+
+def test_a_joined_cohort_knows_what_each_client_began_with():
+    figures = [np.ones(1, np.float32)] * 5
+    one, two = (
+        fed.Cohort(np.array([k], np.int32), np.ones(1, bool), *figures, {"w": jnp.ones(2)}, None)
+        for k in (4, 2)
+    )
+    found = cohort.join([one, two], [0, 3])
+    assert found.clients.tolist() == [2, 4] and found.ages.tolist() == [3, 0]
+    assert cohort.join([one], [2]).ages.tolist() == [2]

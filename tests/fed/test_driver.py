@@ -5,12 +5,16 @@ import json
 import logging
 
 import fed_support as support
+import jax
 import numpy as np
 import pytest
 
 import fed
-from fed import sampling
+from fed import driver, rounds, sampling
+from fed.aggregate import by_name
+from fed.driver import Driver
 from fed.sampling import Fleet
+from fed.secure_aggregation import SecureConfig, SecureMean
 
 CUT = support.splits()
 SIZES = [40, 25, 60, 9, 30, 16]
@@ -60,9 +64,70 @@ def test_too_many_skipped_rounds_end_the_run():
         uploads=(fed.Attack((0,), "nan"),),
     )
     seen = []
-    with pytest.raises(fed.QuorumLost, match="quorum of 6 usable replies failed in 2 rounds"):
+    with pytest.raises(
+        fed.QuorumLost, match="2 rounds .* because 5 usable replies came and the quorum is 6"
+    ):
         fed.fedavg(MODEL, CUT, PART, run, on_round=seen.append)
     assert len(seen) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "needs"), [("krum", "Krum needs 4"), ("secure", "SecureMean needs 3")]
+)
+def test_too_few_replies_for_the_aggregator_skip_the_round(name, needs, caplog):
+    run = dataclasses.replace(
+        RUN,
+        rounds=1,
+        aggregator=by_name(name),
+        uploads=(fed.Attack((0, 1, 2, 4), "nan"),),
+        local=dataclasses.replace(LOCAL, epochs=1),
+    )
+    with caplog.at_level(logging.WARNING, logger="fed.driver"):
+        found = fed.fedavg(MODEL, CUT, PART, run)
+    assert found.rounds[0]["skipped"] and needs in found.rounds[0]["reason"]
+    assert f"round 0 is skipped: 2 usable replies of {MODEL.name} came" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"uploads": (fed.Attack((6,)),)},
+            "attacking clients must be among the 6, counted from 0; got 6",
+        ),
+        ({"aggregator": fed.Krum(4)}, "Krum needs 7 replies of an architecture; got at most 6"),
+        (
+            {"aggregator": by_name("secure"), "sampling": fed.Sampling(participation=0.3)},
+            "SecureMean needs 3 replies of an architecture; got at most 2",
+        ),
+        (
+            {"aggregator": SecureMean(SecureConfig(weight_limit=50))},
+            "at most weight_limit=50 examples; client 2 has 60",
+        ),
+        (
+            {"aggregator": SecureMean(SecureConfig(levels=2**30))},
+            "at most 3 clients of an architecture in a round",
+        ),
+    ],
+)
+def test_what_would_fail_after_training_is_refused_before(changes, message):
+    with pytest.raises(ValueError, match=message):
+        fed.fedavg(MODEL, CUT, PART, dataclasses.replace(RUN, **changes))
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [
+        ("proxy", {"inputs": CUT.proxy.inputs[:0]}, "data.proxy must have examples; got none"),
+        ("proxy", {"inputs": CUT.proxy.inputs[:, :3]}, r"has, \(6,\) float32; got \(3,\) float32"),
+        ("proxy", {"inputs": CUT.proxy.inputs.astype(np.int32)}, r"got \(6,\) int32; convert"),
+        ("test", {"classes": 5}, "data.test must have the classes of data.train, 4; got 5"),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused(part, change, message):
+    wrong = dataclasses.replace(getattr(CUT, part), **change)
+    with pytest.raises(ValueError, match=message):
+        fed.fedavg(MODEL, dataclasses.replace(CUT, **{part: wrong}), PART, RUN)
 
 
 def test_a_bad_update_is_named_and_rejected_or_ends_the_run(caplog):
@@ -160,6 +225,49 @@ def test_another_run_s_directory_is_refused(tmp_path):
         fed.fedavg(MODEL, CUT, PART, dataclasses.replace(run, seed=1), directory=tmp_path)
 
 
+def test_other_data_assignments_and_shards_are_another_run():
+    def identity(cut=CUT, part=PART, assignment=None):
+        return Driver(fed.Method([MODEL, MODEL]), cut, part, RUN, assignment).identity()
+
+    labels = CUT.train.labels.copy()
+    labels[0] = (labels[0] + 1) % support.CLASSES
+    other = dataclasses.replace(CUT, train=dataclasses.replace(CUT.train, labels=labels))
+    moved = fed.Partition(np.split(PART.flat, [39, *PART.offsets[2:-1]]), PART.total, "ragged")
+    usual = identity()
+    for name, found in (
+        ("data", identity(other)),
+        ("assignment", identity(assignment=[0, 0, 0, 1, 1, 1])),
+        ("partition", identity(part=moved)),
+    ):
+        assert [k for k in usual if found[k] != usual[k]] == [name]
+
+
+def test_a_run_that_goes_on_keeps_the_measured_backend(tmp_path, monkeypatch):
+    run = dataclasses.replace(RUN, rounds=1, engine=fed.EngineOptions("auto"))
+    measured = dataclasses.replace(run.engine, backend="vmap")
+    monkeypatch.setattr(driver, "choose", lambda *args: measured)
+    fed.fedavg(MODEL, CUT, PART, run, directory=tmp_path)
+    monkeypatch.delattr(driver, "choose")  # a second measurement might say otherwise
+    found = fed.fedavg(MODEL, CUT, PART, dataclasses.replace(run, rounds=2), directory=tmp_path)
+    assert [r["backends"] for r in found.rounds] == [["vmap"], ["vmap"]]
+
+
+def test_skips_before_an_interruption_count(tmp_path):
+    run = dataclasses.replace(
+        RUN,
+        rounds=1,
+        most_skips=2,
+        sampling=fed.Sampling(quorum=6),
+        uploads=(fed.Attack((0,), "nan"),),
+    )
+    fed.fedavg(MODEL, CUT, PART, run, directory=tmp_path)
+    seen = []
+    with pytest.raises(fed.QuorumLost, match="2 rounds in a row"):
+        more = {"directory": tmp_path, "on_round": seen.append}
+        fed.fedavg(MODEL, CUT, PART, dataclasses.replace(run, rounds=9), **more)
+    assert [r["round"] for r in seen] == [1]
+
+
 # -- who takes part --------------------------------------------------------------------------------
 
 
@@ -240,6 +348,63 @@ def test_asynchronous_replies_come_from_older_versions():
     assert not plans[0].ages.any()
 
 
+def test_every_model_that_is_sent_is_counted():
+    how = fed.Sampling(participation=0.3, buffer=4, speed_spread=2.0, dropout=0.3, staleness=1)
+    plans = sampling.asynchronous(how, fleet(), 0, 30)
+    ended = sum(len(p.replied) + len(p.dropped) + len(p.late) for p in plans)
+    assert all(sum(len(getattr(p, name)) for p in plans) for name in ("dropped", "late"))
+    assert sum(len(p.asked) for p in plans) == ended + 12  # who trains at the end
+
+
+def test_late_replies_are_counted_as_sent():
+    found = Driver(fed.Method([MODEL]), CUT, PART, options(deadline_s=1.0), None)
+    plan = found.plan(0)
+    plan = dataclasses.replace(plan, replied=plan.asked[:4], late=plan.asked[4:5])
+    record = found._account(plan, [fed.cohort.join([])], 0)
+    assert record["bytes_up"] == 5 * MODEL.nbytes and record["bytes_down"] == 6 * MODEL.nbytes
+
+
+class Seen(fed.Method):
+    """Averages, and notes every version and every reply as a model."""
+
+    keep = True
+
+    def __init__(self):
+        super().__init__([MODEL])
+        self.versions, self.members = [], []
+
+    def update(self, state, replies, context, key):
+        self.versions.append(state.small[0])
+        found = rounds.members(state, replies, context)[0][0]
+        self.members.append((found, replies[0].updates))
+        return super().update(state, replies, context, key)
+
+
+def test_late_replies_become_models_from_the_version_that_they_began_with():
+    method = Seen()
+    run = dataclasses.replace(options(buffer=2, speed_spread=1.0), rounds=5, evaluate_every=9)
+    plans = Driver(method, CUT, PART, run, None).plans
+    fed.run(method, CUT, PART, run)
+    assert any(p.ages.any() for p in plans)
+    for number, (plan, (found, updates)) in enumerate(zip(plans, method.members, strict=True)):
+        begun = [method.versions[number - age] for age in plan.ages]
+        for i, start in enumerate(begun):
+            expected = jax.tree.map(lambda p, u, i=i: p + u[i], start, updates)
+            assert support.equal(jax.tree.map(lambda x, i=i: x[i], found), expected)
+
+
+def test_a_skipped_update_is_a_version_too():
+    run = dataclasses.replace(options(buffer=2, staleness=2), rounds=9, evaluate_every=9)
+    found = Driver(fed.Method([MODEL]), CUT, PART, run, None)
+    state, _ = found.begin(None)
+    older = [(jax.tree.map(lambda x, n=n: x + n, state.small[0]),) for n in range(3)]
+    state = state.replace(past=tuple(older))
+    nobody = fed.cohort.join([])
+    after, record = found.finish(state, found.plan(0), [nobody], 0)
+    assert record["skipped"] and support.equal(after.small, state.small)
+    assert support.equal(after.past, (state.small, older[0], older[1]))
+
+
 def test_an_asynchronous_run_learns():
     found = fed.fedavg(
         MODEL, CUT, PART, dataclasses.replace(options(buffer=3, speed_spread=1.0), rounds=10)
@@ -256,6 +421,15 @@ def test_an_asynchronous_run_learns():
         ({"dropout": 1.0}, r"dropout must lie in \[0, 1\)"),
         ({"buffer": 3, "deadline_s": 1.0}, "has no rounds, so deadline_s must be None"),
         ({"partial_work": True}, "partial_work needs a deadline_s"),
+        ({"buffer": -1}, "buffer must be at least 0; got -1"),
+        ({"buffer": 4, "staleness": -1}, "staleness must be at least 0; got -1"),
+        ({"quorum": 0}, "quorum must be at least 1; got 0"),
+        ({"buffer": 2, "quorum": 3}, "quorum must be at most buffer=2"),
+        ({"bandwidth_mbps": 0.0}, "bandwidth_mbps must be positive; got 0"),
+        ({"device_gflops": 0.0}, "device_gflops must be positive; got 0"),
+        ({"device_gflops": float("nan")}, "device_gflops must be positive; got nan"),
+        ({"speed_spread": -1.0}, "speed_spread must be at least 0; got -1"),
+        ({"deadline_s": 0.0}, "deadline_s must be positive, or None to wait; got 0"),
     ],
 )
 def test_wrong_sampling_is_refused(wrong, message):

@@ -1,5 +1,7 @@
 """Schedules: each example in each epoch once, whoever else takes part."""
 
+import tracemalloc
+
 import fed_support as support
 import numpy as np
 import pytest
@@ -82,3 +84,38 @@ def test_more_buckets_pad_less():
 @pytest.mark.parametrize("count", [1, 5, 9, 13, 100, 1000])
 def test_padded_step_counts_waste_less_than_half(count):
     assert count <= schedule.round_up(count) < 1.5 * count + 1
+
+
+def test_what_is_padded_is_a_client_s_own():
+    for client, (index, _) in rows(made(range(8))).items():
+        assert set(index.reshape(-1).tolist()) <= set(PART[client].tolist())
+
+
+def test_one_large_client_does_not_blow_up_the_orders_of_small_ones(monkeypatch):
+    """A client of one example goes 800 times round; beside one of 500 that would be 3.2 GB for a thousand."""
+    sizes = [1] * 99 + [500]
+    part = support.ragged(600, sizes)
+
+    def found():
+        more = {"seed": 0, "round_number": 0, "epochs": 1, "batch_size": 16, "steps": 50, "most": 1}
+        return next(schedule.buckets(part, range(100), **more))
+
+    tracemalloc.start()
+    usual = found()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 64 * 2**20  # at once it would be 99 x 800 x 500 x 8 bytes = 317 MB, twice
+    monkeypatch.setattr(schedule, "_MOST_DRAWN", 1)  # each client by itself
+    assert np.array_equal(found().index, usual.index)
+    monkeypatch.setattr(schedule, "_alike", lambda sizes, slots: [np.arange(len(sizes))])
+    few = [0, 5, 99]
+    together = next(
+        schedule.buckets(part, few, seed=0, round_number=0, epochs=1, batch_size=16, steps=50)
+    )
+    assert np.array_equal(together.index, usual.index[few])
+
+
+@pytest.mark.parametrize("name", ["epochs", "batch_size", "steps", "most"])
+def test_numbers_below_one_are_refused(name):
+    with pytest.raises(ValueError, match=f"{name} must be at least 1; got -1"):
+        made(range(8), **{name: -1})
