@@ -19,7 +19,7 @@ from jaxmoe.engine.options import EngineOptions
 from jaxmoe.engine.pages import PagePool
 from jaxmoe.engine.requests import Chunk, Request, Result, SamplingParams, TokenLogprobs
 from jaxmoe.engine.runner import Change, ElasticRunner, Outcome, Runner
-from jaxmoe.engine.scheduler import Limits, Scheduler
+from jaxmoe.engine.scheduler import Scheduler
 from jaxmoe.engine.stats import EngineStats, Events, Smoothed
 from jaxmoe.engine.stream import Stream
 from jaxmoe.engine.widths import WidthPolicy, Widths
@@ -84,17 +84,12 @@ class Engine:
     ):
         self.config, self.options, self.cluster = config, options, cluster
         self.tokenizer = tokenizer if tokenizer is not None else ByteTokenizer()
-        self.max_length = options.max_length or min(config.max_position_embeddings, 8192)
-        if self.max_length > config.max_position_embeddings:
-            raise ValueError(
-                f"max_length ({self.max_length}) must be <= the model's max_position_embeddings "
-                f"({config.max_position_embeddings}); shorten it."
-            )
+        self.max_length = options.longest(config)
         sizes = options.sizes(self.max_length)
         widths = Widths(params, options.widths, options.width, options.draft_width, width_policy)
         self.widths = widths.served
         if cluster is None:
-            self._runner = Runner(widths.params, config, sizes, mesh)
+            self._runner = Runner(widths.params, config, sizes, mesh, widths.served)
         else:
             self._runner = cluster
             cluster.start(sizes)
@@ -102,13 +97,7 @@ class Engine:
             PagePool(sizes.pages, options.page_size, reuse=options.prefix_reuse)
             for _ in range(self._runner.ranks)
         ]
-        limits = Limits(
-            options.max_running,
-            options.max_step_tokens,
-            options.max_waiting,
-            options.draft_rows,
-        )
-        self._scheduler = Scheduler(pools, limits)
+        self._scheduler = Scheduler(pools, options.limits())
         self._admission = Admission(config, self.tokenizer, self.max_length, self.cancel, widths)
         self._requests: dict[str, Request] = {}
         self._lock = threading.RLock()

@@ -3,7 +3,9 @@
 import dataclasses
 from typing import Literal
 
+from jaxmoe.config import ModelConfig
 from jaxmoe.engine.runner import Sizes
+from jaxmoe.engine.scheduler import Limits
 from pallas_kernels import cache_rows
 
 DEFAULT_TOKENS_PER_REQUEST = 1024  # of the default cache: for max_running requests of this length
@@ -72,6 +74,29 @@ class EngineOptions:
         """Rows that making drafts writes behind a step's: the MTP module's first guess needs none of its own."""
         module = self.draft_width is None
         return max(self.speculative_tokens - 1, 0) if module else self.speculative_tokens
+
+    def longest(self, config: ModelConfig) -> int:
+        """Tokens that a request to a model may have.
+
+        Raises:
+          ValueError: if ``max_length`` is more than the model can take.
+        """
+        most = config.max_position_embeddings
+        if self.max_length is not None and self.max_length > most:
+            raise ValueError(
+                f"max_length ({self.max_length}) must be <= the model's max_position_embeddings ({most}); shorten it."
+            )
+        return self.max_length or min(most, 8192)
+
+    def limits(self) -> Limits:
+        """What a scheduler may plan."""
+        return Limits(
+            self.max_running,
+            self.max_step_tokens,
+            self.max_waiting,
+            self.draft_rows,
+            self.draft_width,
+        )
 
     def sizes(self, max_length: int) -> Sizes:
         """The shapes of a runner whose requests may have ``max_length`` tokens."""

@@ -3,7 +3,7 @@
 import contextlib
 import itertools
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -192,10 +192,11 @@ class Runner:
     step, which reads none of them, writes its own.
 
     Args:
-      params: parameters by the width of the requests that they are for.
+      params: parameters by width: of the requests that they are for, and of drafts.
       config: the model.
       sizes: shapes.
       mesh: ranks along its axis "expert", or None for one device.
+      served: widths that requests may have; default all of ``params``.
     """
 
     epoch = 0  # ranks of a mesh neither come nor go
@@ -206,6 +207,7 @@ class Runner:
         config: ModelConfig,
         sizes: Sizes,
         mesh: Mesh | None,
+        served: Sequence[int] | None = None,
     ):
         some = next(iter(params.values()))
         self._own_drafts = sizes.drafts > 0 and sizes.draft_width is None
@@ -229,6 +231,7 @@ class Runner:
             # Others are parts of the widest: nothing is moved twice.
             params = {w: widest if w is None else at_width(widest, w) for w in params}
         self._params = dict(params)
+        self._served = tuple(served or params)
         self._dtype = sizes.cache_dtype or some["embed"]["weight"].dtype
         self._entries, self._draft_entries = self._empty()
         self.load = np.zeros(
@@ -390,7 +393,7 @@ class Runner:
     def warm_up(self, size: int) -> set[tuple]:
         """Compiles everything that a step of ``size`` tokens may run; returns what that is, each executable once."""
         done: set[tuple] = set()
-        for width in self._params:
+        for width in self._served:
             batches = self._packing.idle(size)
             batch = _concatenate(batches)
             result = self.program.compute(self._params[width], self._entries, batch, None)

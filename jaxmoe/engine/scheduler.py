@@ -51,12 +51,14 @@ class Limits:
       max_step_tokens: tokens of one step, per rank.
       max_waiting: requests that may wait in all.
       draft_rows: rows that making drafts writes behind those of a request's step.
+      draft_width: at which drafts are made, for requests of higher ones; None: for all.
     """
 
     max_running: int = 32
     max_step_tokens: int = 256
     max_waiting: int = 1024
     draft_rows: int = 0
+    draft_width: int | None = None
 
 
 def _urgency(request: Request) -> tuple[int, int]:
@@ -165,11 +167,17 @@ class Scheduler:
                 drafts = drafts[:-1]
             budget -= len(drafts)
             extended.append(dataclasses.replace(work, drafts=drafts) if drafts else work)
-            if work.samples and self.limits.draft_rows:
+            if work.samples and self._drafts_follow(request):
                 # A draft is made from the row of the one before; without a page for that it is only a poor one.
                 ahead = work.stop + len(drafts) + self.limits.draft_rows
                 self._grow(request, min(ahead, request.most_tokens))
         return extended
+
+    def _drafts_follow(self, request: Request) -> bool:
+        """Whether drafts are made for a request: at a width of their own only for those above it."""
+        if self.limits.draft_rows == 0 or self.limits.draft_width is None:
+            return self.limits.draft_rows > 0
+        return request.width is not None and request.width > self.limits.draft_width
 
     def _add(
         self, works: list[Work], request: Request, count: int, budgets: list[int], rank: int

@@ -212,7 +212,9 @@ class Answer:
         firsts = results[:: self._job.n]
         prompt = sum(result.prompt_tokens for result in firsts)
         completion = sum(len(result.token_ids) for result in results)
-        width = {"width": results[0].width} if self._info.widths else {}
+        # A policy may have given prompts of one call different widths: then the sum has none.
+        widths = {result.width for result in results} if self._info.widths else set()
+        width = {"width": widths.pop()} if len(widths) == 1 else {}
         return {
             "prompt_tokens": prompt,
             "completion_tokens": completion,

@@ -464,3 +464,14 @@ def test_nobody_gives_way_to_drafts_on_the_last_page():
     works = [work for rank in scheduler.plan() for work in rank]
     assert [(work.request, work.size) for work in works] == [(first, 4), (second, 1)]
     assert works[0].drafts == (1, 2, 3) and scheduler.preemptions == 0
+
+
+def test_only_requests_whom_drafts_follow_get_pages_for_them():
+    """Of the width of the drafts, or below it, nobody is drafted for."""
+    for limits, widths in (({"draft_width": 4}, {8: 3, 4: 2, 3: 2}), ({}, {8: 3, None: 3})):
+        for width, pages in widths.items():
+            scheduler = _scheduler(size=4, draft_rows=1, **limits)
+            request = _at(width, prompt=8)
+            _submit(scheduler, request)
+            scheduler.plan()
+            assert len(request.pages) == pages

@@ -173,3 +173,6 @@ def test_drafts_need_no_module_and_their_programs_are_warm():
             engine.generate(random_prompts(count), exactly(9))
             engine.generate(random_prompts(count), exactly(9, temperature=1.0, seed=1))
         assert compiled(engine) == warm
+        # Nobody asks for the width of the drafts: it has no steps, only a token for each who runs.
+        sizes = {name[2] for name in engine._runner.warm_up(8) if name[:2] == ("compute", 3)}
+        assert sizes == {OPTIONS.max_running}

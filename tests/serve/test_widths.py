@@ -14,7 +14,7 @@ import quant  # noqa: E402
 from jaxmoe import checkpoint  # noqa: E402
 from jaxmoe.cli.serve import _ONE_DEVICE, _engine, _weights  # noqa: E402
 from jaxmoe.elastic import ClusterOptions  # noqa: E402
-from jaxmoe.engine import EngineOptions  # noqa: E402
+from jaxmoe.engine import Engine, EngineOptions  # noqa: E402
 
 OPTIONS = EngineOptions(max_running=2, max_step_tokens=16, max_length=128, widths=(3, 8), width=8)
 PROMPT, NEW = "def f(x):", 6
@@ -60,6 +60,19 @@ def test_a_request_gets_the_tokens_of_its_width(url, stored, width):
     known = [chr(t) if t < 128 else None for t in expected]
     given = answer["choices"][0]["logprobs"]["tokens"]
     assert [g for g, k in zip(given, known, strict=True) if k] == [k for k in known if k]
+
+
+def test_the_usage_of_prompts_to_which_a_policy_gave_other_widths_names_none(stored):
+    def policy(prompt, sampling):
+        return 3 if len(prompt) == 1 else 8
+
+    with Engine(stored, CONFIG, options=OPTIONS, width_policy=policy) as engine:
+        with serving(engine) as url:
+            usages = [
+                ask(url, prompt=prompts, max_tokens=1).json()["usage"]
+                for prompts in (["a", "b"], ["cd", "ef"], ["a", "cd"])
+            ]
+    assert [usage.get("width") for usage in usages] == [3, 8, None]
 
 
 def test_the_model_says_which_widths_there_are(url):
