@@ -4,10 +4,12 @@
 
 A byte model of 3.1 M parameters is pre-trained on Python's standard library, once per seed. From there each method tunes for the same
 steps on the same batches (``jaxmoe tune``), and is scored on held-out text at every width. Two peers are not one model for all widths:
-"fixed:3" is the model tuned for E5M3 alone, "ptq" has no quantisation in training and is rounded to nearest per width. A run that is
-there already is gone on with. Options of method otaro were chosen on seed 100 (``--seeds 100``), the figures are of the others.
+"fixed:3" is the model tuned for E5M3 alone, "ptq" has no quantisation in training and is rounded to nearest per width. "+nested" rounds
+to the code that serves all widths. A run that is there already is gone on with. Options of method otaro were chosen on seed 100
+(``--seeds 100 --name VARIANT``), the figures are of the others.
 """
 
+import argparse
 import dataclasses
 import pathlib
 import statistics
@@ -18,11 +20,20 @@ from bench import _harness
 from jaxmoe.presets import presets
 from jaxmoe.report import make_report, write_report
 from jaxmoe.train import TrainConfig, train
-from jaxmoe.train.data import DataOptions, load_corpus
-from jaxmoe.train.tune import SearchOptions, Widths, plot_widths, score_source, tune
+from jaxmoe.train.data import Corpus, DataOptions, load_corpus
+from jaxmoe.train.tune import (
+    SearchOptions,
+    Widths,
+    baselines,
+    compare,
+    plot_widths,
+    score_source,
+    tune,
+)
 
-METHODS = ("otaro", "uniform", "round_robin", "joint", "fixed:3", "fixed:8", "ptq")
-ONE_MODEL = ("otaro", "uniform", "round_robin", "joint", "fixed:3", "fixed:8")  # truncated
+PLAIN = ("otaro", "uniform", "joint", "fixed:3", "fixed:8", "ptq")
+METHODS = (*PLAIN, "otaro+nested", "uniform+nested", "ptq+nested")
+SEARCH = dataclasses.fields(SearchOptions)
 
 # 3.1 M parameters, attention over all keys: what is asked is about weights.
 MODEL = presets["tiny"].replace(
@@ -46,41 +57,52 @@ def pretrained(directory: pathlib.Path, steps: int, seed: int) -> pathlib.Path:
     return directory
 
 
-def summary(found: dict[str, list[Widths]]) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """Rows of mean and deviation over seeds per method and width; ratios of means."""
-    rows = []
+def mean_of(results: list[Widths]) -> Widths:
+    """A method's mean over seeds."""
+    losses = {w: statistics.mean(r.losses[w] for r in results) for w in results[0].losses}
+    plain = statistics.mean(r.unquantised for r in results)
+    return dataclasses.replace(results[0], losses=losses, unquantised=plain)
 
-    def row(method: str, what: str, values: list[float]) -> float:
-        mean = statistics.mean(values)
-        deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-        name = f"{method}, {what}"
-        rows.append(
-            {
-                "name": name,
-                "value": mean,
-                "unit": "nats/token",
-                "deviation": deviation,
-                "each": values,
-            }
-        )
-        return mean
 
-    means, at, plain = {}, {}, {}
-    for method, results in found.items():
-        for width in results[0].losses:
-            at[method, width] = row(method, f"E5M{width}", [r.losses[width] for r in results])
-        means[method] = row(method, "mean of widths", [r.mean for r in results])
-        plain[method] = row(method, "unquantised", [r.unquantised for r in results])
-    ratios = {
-        f"mean_otaro_over_{method}": means["otaro"] / means[method]
-        for method in means
-        if method != "otaro"
+def rows_of(results: list[Widths]) -> list[dict[str, Any]]:
+    """Mean and deviation over seeds of a method at each width, over all widths, and without quantisation."""
+    figures = {f"E5M{w}": [r.losses[w] for r in results] for w in results[0].losses}
+    figures |= {
+        "mean of widths": [r.mean for r in results],
+        "unquantised": [r.unquantised for r in results],
     }
-    if ("fixed:3", 3) in at:
-        ratios["m3_otaro_over_fixed:3"] = at["otaro", 3] / at["fixed:3", 3]
-    if "ptq" in plain:
-        ratios["m8_otaro_over_unquantised_tuning"] = at["otaro", 8] / plain["ptq"]
-    return rows, ratios
+    return [
+        {
+            "name": f"{results[0].method}, {what}",
+            "value": statistics.mean(values),
+            "unit": "nats/token",
+            "deviation": statistics.stdev(values) if len(values) > 1 else 0.0,
+            "each": values,
+        }
+        for what, values in figures.items()
+    ]
+
+
+def run_seed(args: argparse.Namespace, seed: int, corpus: Corpus) -> list[Widths]:
+    """Every method from the same pre-trained model."""
+    search = SearchOptions(**{f.name: getattr(args, f.name) for f in SEARCH})
+    search = dataclasses.replace(search, low_widths=tuple(search.low_widths))
+    home = args.output / f"seed_{seed}"
+    source = pretrained(home / "pretrain", args.pretrain_steps, seed)
+    c = TrainConfig(
+        steps=args.steps,
+        batch_size=8,
+        seq_len=128,
+        learning_rate=args.learning_rate,
+        warmup_steps=10,
+        eval_bytes=args.eval_bytes,
+        seed=seed,
+    )
+    results = [score_source(source, MODEL, c, corpus, r) for r in baselines(args.methods)]
+    for method in args.methods:
+        name = method.replace(":", "_") + (args.name if method.startswith("otaro") else "")
+        results.append(tune(source, method, MODEL, c, corpus, home / name, search=search))
+    return results
 
 
 def main() -> None:
@@ -92,54 +114,34 @@ def main() -> None:
     options.add_argument("--steps", type=int, default=200)
     options.add_argument("--learning-rate", type=float, default=1e-3)
     options.add_argument("--eval-bytes", type=int, default=65536)
-    for field in dataclasses.fields(SearchOptions):
+    for field in SEARCH:
         name, default = "--" + field.name.replace("_", "-"), field.default
         if field.name == "low_widths":
             options.add_argument(name, type=int, nargs="*", default=default)
         else:
             options.add_argument(name, type=type(default), default=default)
     options.add_argument("--output", type=pathlib.Path, default=pathlib.Path("runs/otaro"))
-    options.add_argument(
-        "--name", default="", help="added to the directories of method otaro's runs"
-    )
-    options.add_argument(
-        "--plot", type=pathlib.Path, help="also draw the first seed's results here"
-    )
+    options.add_argument("--name", default="", help="added to the directories of otaro's runs")
+    options.add_argument("--plot", type=pathlib.Path, help="draw the first seed's results here")
     args = options.parse_args()
-    given = vars(args)
-    search = SearchOptions(**{f.name: given[f.name] for f in dataclasses.fields(SearchOptions)})
-    search = dataclasses.replace(search, low_widths=tuple(search.low_widths))
     corpus = load_corpus(DataOptions())
     found: dict[str, list[Widths]] = {}
     for seed in args.seeds:
-        home = args.output / f"seed_{seed}"
-        source = pretrained(home / "pretrain", args.pretrain_steps, seed)
-        c = TrainConfig(
-            steps=args.steps,
-            batch_size=8,
-            seq_len=128,
-            learning_rate=args.learning_rate,
-            warmup_steps=10,
-            eval_bytes=args.eval_bytes,
-            seed=seed,
-        )
-        results = [score_source(source, MODEL, c, corpus)]
-        for method in args.methods:
-            name = method.replace(":", "_") + (args.name if method.startswith("otaro") else "")
-            results.append(tune(source, method, MODEL, c, corpus, home / name, search=search))
+        results = run_seed(args, seed, corpus)
         for result in results:
             found.setdefault(result.method, []).append(result)
             losses = " ".join(f"{loss:.4f}" for loss in result.losses.values())
-            print(f"seed {seed} {result.method:12} {losses}  mean {result.mean:.4f}", flush=True)
+            print(f"seed {seed} {result.method:18} {losses}  mean {result.mean:.4f}", flush=True)
         if args.plot and seed == args.seeds[0]:
             plot_widths(results, args.plot)
-    rows, ratios = summary(found)
-    report = make_report("otaro", rows, ratios)
-    shape = {"parameters": jaxmoe.param_count(MODEL), "one_model_methods": ONE_MODEL}
-    kept = {k: v for k, v in given.items() if k not in ("output", "json", "plot", "name")}
+    rows = [row for results in found.values() for row in rows_of(results)]
+    ratios = compare([mean_of(results) for results in found.values()])
     for name, value in ratios.items():
         print(f"{name}: {value:.4f}")
     if args.json:
+        kept = {k: v for k, v in vars(args).items() if k not in ("output", "json", "plot", "name")}
+        shape = {"parameters": jaxmoe.param_count(MODEL)}
+        report = make_report("otaro", rows, ratios)
         write_report(args.json, report | {"options": kept | shape})
 
 

@@ -22,7 +22,9 @@ from jaxmoe.train.step import make_optimizer
 from jaxmoe.train.tune import (
     SearchOptions,
     Widths,
+    baselines,
     check,
+    compare,
     otaro_config,
     plot_widths,
     score_source,
@@ -77,17 +79,8 @@ def report_rows(results: list[Widths]) -> tuple[list[dict[str, Any]], dict[str, 
         for r in results
         if r.directory is not None
     ]
-    named = {r.method: r for r in results}
     sizes = results[0].bytes
-    ratios = {"bytes_m3_over_m8": sizes[3] / sizes[8]}
-    if "otaro" in named:
-        ours = named.pop("otaro")
-        for name, other in named.items():
-            ratios[f"mean_otaro_over_{name}"] = ours.mean / other.mean
-        if "fixed:3" in named:
-            ratios["m3_otaro_over_fixed:3"] = ours.losses[3] / named["fixed:3"].losses[3]
-        if "ptq" in named:
-            ratios["m8_otaro_over_unquantised_tuning"] = ours.losses[8] / named["ptq"].unquantised
+    ratios = {"bytes_m3_over_m8": sizes[3] / sizes[8]} | compare(results)
     return rows, ratios
 
 
@@ -108,7 +101,8 @@ def tune(
       source: Run or checkpoint to start from.
       method: otaro (bit-width path search and accumulation), uniform or round_robin (widths at random or in turn), joint (all widths
         in each step), fixed:W (one width, 3 to 8; fixed:8 is tuning at the highest and truncating), ptq (no quantisation in
-        training, rounding to nearest after). Several are compared.
+        training, rounding to nearest after: a file per width). "+nested" after a name rounds, in training and after it, to the code
+        that serves all widths best instead of cutting off. Several are compared.
       output: Gets a directory per method, with checkpoints and metrics.jsonl, and widths.png.
       data: What to train on.
       options: Hyper-parameters.
@@ -128,7 +122,7 @@ def tune(
         init = functools.partial(init_state, config=run, optimizer=make_optimizer(config, options))
         check_memory(config, options, jax.eval_shape(init, abstract_params(config)))
     corpus = load_corpus(data)
-    results = [score_source(source, config, options, corpus)]
+    results = [score_source(source, config, options, corpus, r) for r in baselines(method)]
     for name in method:
         with rich.progress.Progress(console=console) as bar:
             task = bar.add_task(name, total=options.steps)

@@ -7,7 +7,7 @@ import os
 import pathlib
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -330,11 +330,39 @@ def score(
 
 
 def score_source(
-    source: str | os.PathLike[str], config: ModelConfig, train_config: TrainConfig, corpus: Corpus
+    source: str | os.PathLike[str],
+    config: ModelConfig,
+    train_config: TrainConfig,
+    corpus: Corpus,
+    rounding: str = "truncate",
 ) -> Widths:
-    """The model as it was before tuning, truncated."""
-    scored = score(initial_params(config, train_config.seed, source), config, train_config, corpus)
-    return Widths("untuned", *scored, {}, 0.0, None)
+    """The model as it was before tuning, rounded as ``sefp.encode`` says."""
+    params = initial_params(config, train_config.seed, source)
+    scored = score(params, config, train_config, corpus, rounding)
+    return Widths("untuned" + (NESTED if rounding == "nested" else ""), *scored, {}, 0.0, None)
+
+
+def baselines(methods: Sequence[str]) -> list[str]:
+    """Roundings of the untuned model that the methods should be seen beside."""
+    return ["truncate", "nested"] if any(m.endswith(NESTED) for m in methods) else ["truncate"]
+
+
+def compare(results: Sequence[Widths]) -> dict[str, float]:
+    """What is asked of method otaro, with and without "+nested": its mean over the widths against every other method's, its E5M3 against
+    the model tuned for E5M3 alone, its E5M8 against tuning without quantisation."""
+    named, ratios = {r.method: r for r in results}, {}
+    for ours in ("otaro", "otaro" + NESTED):
+        if ours not in named:
+            continue
+        for name, other in named.items():
+            if name != ours:
+                ratios[f"mean_{ours}_over_{name}"] = named[ours].mean / other.mean
+        if "fixed:3" in named:
+            ratios[f"m3_{ours}_over_fixed:3"] = named[ours].losses[3] / named["fixed:3"].losses[3]
+        if "ptq" in named:
+            plain = named["ptq"].unquantised
+            ratios[f"m8_{ours}_over_unquantised_tuning"] = named[ours].losses[8] / plain
+    return ratios
 
 
 def plot_widths(results: list[Widths], target: pathlib.Path) -> pathlib.Path:

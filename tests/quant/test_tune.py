@@ -91,27 +91,40 @@ def test_the_command_compares_methods_in_a_table_a_picture_and_a_report(tmp_path
     from jaxmoe.cli import main
 
     path, source = write_corpus(tmp_path / "text"), saved(tmp_path / "source", MODEL)
-    methods = ("otaro", "uniform", "joint", "fixed:3", "ptq")
+    methods = ("otaro", "uniform", "joint", "fixed:3", "ptq", "otaro+nested")
     numbers = {"steps": 6, "batch-size": 4, "seq-len": 32, "eval-bytes": 2048, "warmup-steps": 1}
     flags = [str(x) for k, v in numbers.items() for x in (f"--{k}", v)]
     outputs = ["--output", str(tmp_path / "out"), "--json", str(tmp_path / "r.json")]
     main(["tune", str(source), "--method", *methods, "--data", str(path), *flags, *outputs])
     shown = capsys.readouterr().out
-    assert all(name in shown for name in (*methods, "untuned", "E5M8", "E5M3", "mean", "float"))
+    assert all(
+        name in shown for name in (*methods, "untuned+nested", "E5M8", "E5M3", "mean", "float")
+    )
     assert (tmp_path / "out" / "widths.png").is_file()
     report = json.loads((tmp_path / "r.json").read_text())
     rows = {(r["method"], r["width"]): r for r in report["rows"] if "width" in r}
-    assert set(rows) == {(m, w) for m in (*methods, "untuned") for w in range(3, 9)}
+    untuned = ("untuned", "untuned+nested")
+    assert set(rows) == {(m, w) for m in (*methods, *untuned) for w in range(3, 9)}
     assert rows["fixed:3", 3]["steps"] == 6 and rows["otaro", 3]["bytes"] == rows["ptq", 3]["bytes"]
-    assert set(report["ratios"]) >= {"mean_otaro_over_uniform", "m3_otaro_over_fixed:3"}
+    asked = {
+        "mean_otaro_over_uniform",
+        "m3_otaro_over_fixed:3",
+        "m8_otaro+nested_over_unquantised_tuning",
+    }
+    assert set(report["ratios"]) >= asked
 
 
 def test_a_method_that_there_is_not_is_refused():
-    for name in ("fixed:9", "fixed:2", "fixed", "lora"):
+    for name in ("fixed:9", "fixed:2", "fixed", "lora", "otaro+rounded", "+nested"):
         with pytest.raises(ValueError, match="method must be one of"):
             otaro_config(name, 10)
     assert otaro_config("fixed:4", 10).bps.widths == (4,)
     assert otaro_config("ptq", 10).rules == ()
+    assert otaro_config("otaro", 10).rounding == "truncate"
+    nested = otaro_config("otaro+nested", 10, SearchOptions(low_steps=3))
+    assert nested == dataclasses.replace(
+        otaro_config("otaro", 10, SearchOptions(low_steps=3)), rounding="nested"
+    )
     assert otaro_config("otaro", 10, SearchOptions(low_steps=3)).laa.every == 3
 
 
