@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import fed
-from fed.aggregate import by_name
+from fed.aggregate import by_name, minimum_replies
 
 GENERATOR = np.random.default_rng(0)
 HONEST = GENERATOR.normal(1.0, 0.1, (7, 3, 2)).astype(np.float32)
@@ -86,7 +86,14 @@ def test_aggregators_have_names(name, aggregator):
     assert by_name(name) == aggregator
 
 
-@pytest.mark.parametrize("name", ["best", "krum:a", "mean:1", "trimmed:0.5"])
+@pytest.mark.parametrize(
+    ("aggregator", "least"), [("mean", 1), ("krum", 4), ("krum:2:6", 6), ("secure", 3)]
+)
+def test_aggregators_say_how_many_replies_they_need(aggregator, least):
+    assert minimum_replies(by_name(aggregator)) == least
+
+
+@pytest.mark.parametrize("name", ["best", "krum:a", "mean:1", "trimmed:0.5", "krum:-1", "krum:1:0"])
 def test_wrong_names_are_refused(name):
     with pytest.raises(ValueError, match="aggregator|share must lie"):
         by_name(name)

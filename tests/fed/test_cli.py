@@ -46,6 +46,15 @@ def test_compare_prints_a_table_and_writes_a_report(capsys, tmp_path):
     assert (tmp_path / "runs" / "koala-homo-seed0" / "rounds.jsonl").exists()
 
 
+def test_compare_leaves_out_what_the_aggregator_hides(capsys):
+    hidden = ["--aggregator", "private:1:0:5", "--rounds", "1"]
+    main(["fed", "compare", "fedavg-small", "feddf", "fedmd", *SMALL, *hidden])
+    out = capsys.readouterr().out
+    assert "models and GaussianMean hides them: feddf, fedmd" in out
+    table = out.split("test accuracy in %")[1]
+    assert "fedavg-small" in table and "feddf" not in table
+
+
 def test_run_reads_the_user_s_file(capsys, tmp_path):
     generator = np.random.default_rng(0)
     arrays = {
@@ -68,6 +77,11 @@ def test_run_reads_the_user_s_file(capsys, tmp_path):
         (["run", "--alpha", "0"], "alpha must be positive"),
         (["run", "--partition", "natural"], "owners must say whose"),
         (["run", "--aggregator", "best"], "aggregator must be mean"),
+        (["run", "feddf", "--aggregator", "secure"], "must show each client's update to feddf"),
+        (
+            ["run", "fedavg-small", "--clients", "5", "--poisoned", "5"],
+            "among the 5, counted from 0",
+        ),
         (["run", "--data", "mnist:/nowhere.npz"], "/nowhere.npz: No such file"),
     ],
 )

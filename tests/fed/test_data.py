@@ -99,6 +99,26 @@ def test_cifar_batches_are_channels_last(tmp_path):
     train, test = data.cifar10(tmp_path)
     assert train.inputs.shape == (3, 32, 32, 3) and test.labels.tolist() == [2]
     assert train.inputs[0, 0, 1, 2] == np.float32(rows[0, 1 + 2 * 1024 + 1]) / np.float32(255)
+    assert train.classes == test.classes == 10
+    (tmp_path / "test_batch.bin").write_bytes(b"cut")
+    with pytest.raises(ValueError, match=r"test_batch\.bin must be rows of 3,073 bytes"):
+        data.cifar10(tmp_path)
+
+
+def test_a_test_part_that_lacks_a_class_keeps_the_numbers_of_the_others(tmp_path, pixels):
+    image = pytest.importorskip("PIL.Image")
+    for name in ("train/ant", "train/cat", "train/dog", "test/cat", "test/dog"):
+        (tmp_path / name).mkdir(parents=True)
+        image.fromarray(np.zeros((4, 4), np.uint8)).save(tmp_path / name / "0.png")
+    train, test = data.cifar10(tmp_path)
+    assert train.labels.tolist() == [0, 1, 2] and test.labels.tolist() == [1, 2]
+    assert train.classes == test.classes == 3
+    (tmp_path / "test" / "emu").mkdir()
+    with pytest.raises(ValueError, match="classes ant, cat, dog only; it has emu"):
+        data.cifar10(tmp_path)
+    x, y = pixels["t10k"]
+    np.savez(tmp_path / "m.npz", train_x=x, train_y=y, test_x=x[:3], test_y=y[:3])
+    assert [part.classes for part in data.mnist(tmp_path / "m.npz")] == [10, 10]
 
 
 def test_image_folders_are_classes(tmp_path):

@@ -186,3 +186,19 @@ def test_tokens_are_not_augmented():
 def test_wrong_options_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("make", "wrong", "message"),
+    [
+        (fed.Distillation, {"learning_rate": 0.0}, "learning_rate must be positive; got 0"),
+        (fed.Distillation, {"temperature": -1.0}, "temperature must be positive; got -1"),
+        (fed.Distillation, {"weight": -1.0}, "weight must not be negative; got -1"),
+        (fed.Distillation, {"features": float("nan")}, "features must not be negative; got nan"),
+        (fed.Distillation, {"steps": -1}, "steps must not be negative"),
+        (fed.Merge, {"sharpen": 0.5, "space": "logits"}, "sharpen must be 1 with space='logits'"),
+    ],
+)
+def test_wrong_numbers_are_refused(make, wrong, message):
+    with pytest.raises(ValueError, match=message):
+        make(**wrong)

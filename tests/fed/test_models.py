@@ -1,5 +1,6 @@
 """Models: convolutions that are matrix products, every architecture, and what users bring."""
 
+import fed_support as support
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -133,6 +134,61 @@ def test_a_user_s_flax_module_is_a_model(given):
     assert np.array_equal(model.apply(params, x), model.apply(params, x))
     one, same, other = (model.apply(params, x, jax.random.key(k)) for k in (1, 1, 2))
     assert np.array_equal(one, same) and not np.array_equal(one, other)
+
+
+def test_an_nnx_module_begins_with_its_own_values():
+    given = Nnx(nnx.Rngs(3))
+    model = models.as_model(given, (6,))
+    params = model.init(jax.random.key(7))
+    assert model.name == "Nnx"
+    assert np.array_equal(params["head"]["kernel"], given.head.kernel[...])
+    given.eval()
+    x = jnp.ones((3, 6))
+    np.testing.assert_allclose(model.apply(params, x), given(x), atol=1e-6)
+
+
+def pair():
+    def init(key):
+        return {"head": 0.1 * jax.random.normal(key, (6, 4))}
+
+    return init, lambda p, x: x @ p["head"]
+
+
+@pytest.mark.parametrize(
+    ("given", "names"),
+    [
+        (Nnx, ["Nnx"]),
+        (Linen(), ["Linen"]),
+        (pair(), ["functions"]),
+        ((Nnx, Nnx), ["Nnx", "Nnx"]),
+        ((Linen(), Linen()), ["Linen", "Linen"]),
+        ([pair(), Linen()], ["functions", "Linen"]),
+    ],
+)
+def test_one_architecture_or_a_list_of_them(given, names):
+    assert [m.name for m in models.as_models(given, (6,))] == names
+
+
+@pytest.mark.parametrize("given", [Nnx, Linen(), pair()])
+def test_what_a_user_has_runs_in_a_federation(given):
+    cut = support.splits(200)
+    part = support.ragged(len(cut.train), [10, 10])
+    run = fed.RunOptions(rounds=1, local=fed.LocalOptions(batch_size=10))
+    step = fed.Distillation(steps=1, batch_size=16)
+    how = fed.KoalaOptions(reverse=step, forward=step)
+    found = fed.koala(given, given, cut, part, run, how)
+    assert 0 <= found.final["large_accuracy"] <= 1
+    assert 0 <= fed.fedavg([given], cut, part, run).final["small_accuracy"] <= 1
+
+
+@pytest.mark.misuse
+def test_what_is_no_model_is_refused_where_it_enters():
+    cut = support.splits(200)
+    part = support.ragged(len(cut.train), [10, 10])
+    with pytest.raises(TypeError, match="a flax module or a pair .* got int"):
+        fed.fedavg(3, cut, part)
+    with pytest.raises(TypeError, match="must be a fed.Model; got Linen"):
+        fed.Method([Linen()])
 
 
 def test_dropout_layers_of_a_module_draw_apart():

@@ -96,3 +96,24 @@ def test_statistics_name_empty_and_single_class_clients():
     found = made.statistics(labels)
     assert found.distance == 0.5 and found.classes_held == 1.0
     assert "single-class 2, empty 1" in str(found)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: partition.quantity(20, 4, 0, minimum=-1),
+            r"minimum x clients must lie in \[0, 20\]",
+        ),
+        (
+            lambda: partition.quantity(20, 4, 0, spread=-1.0),
+            "spread must be finite and not negative",
+        ),
+        (lambda: partition.quantity(20, 4, 0, law="even"), "law must be lognormal or zipf"),
+        (lambda: partition.natural(np.array([1, 2]), clients=0), "clients must be at least 1"),
+        (lambda: partition.shards(LABELS, 20, 0, 0), "clients x classes_per_client must lie"),
+    ],
+)
+def test_impossible_rules_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
