@@ -179,6 +179,12 @@ def main() -> None:
     )
     args = options.parse_args()
     config, dtype = presets[args.preset], jnp.dtype(args.dtype)
+    heads = (config.num_attention_heads, config.index_n_heads)
+    if args.divide_heads < 1 or any(n % args.divide_heads for n in heads):
+        options.error(
+            f"--divide-heads must divide {args.preset}'s {heads[0]} heads and {heads[1]} of the indexer; got {args.divide_heads}. Use a "
+            "power of two."
+        )
     config = config.replace(
         index_topk=args.topk or config.index_topk,
         num_attention_heads=config.num_attention_heads // args.divide_heads,

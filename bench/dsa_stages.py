@@ -78,7 +78,11 @@ def rows_of(name: str, record: dict[str, Any], **shape: Any) -> list[dict[str, A
     if "index_recall" in record:
         layers = record["index_recall_layers"]
         value = record["index_recall"]
-        more = {"layers": layers, "at_most": record["index_recall_at_most"], **shape}
+        more = {
+            "layers": layers,
+            "at_most": record.get("index_recall_at_most"),
+            **shape,
+        }  # runs from before lack it
         rows.append({"name": f"{name}, recall", "value": value, "unit": "share", **more})
     return rows
 

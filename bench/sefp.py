@@ -8,6 +8,7 @@ One sequence (--batch 1), one run, taking turns; a switch's price is that of goi
 
 import dataclasses
 import functools
+import gc
 import time
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +20,7 @@ import numpy as np
 import jaxmoe
 import quant
 from bench import _harness
+from jaxmoe import checkpoint
 from jaxmoe.cli._models import load
 from jaxmoe.engine import Engine, EngineOptions, SamplingParams
 from jaxmoe.generate import _decode, _fill
@@ -111,6 +113,12 @@ def _encoding(args: Any) -> list[dict]:
     return [*rows, median_row("dropping planes of one matrix", [s * 1e3 for s in micros], "us")]
 
 
+def _live_bytes() -> int:
+    """Of all arrays that anything holds."""
+    gc.collect()
+    return sum(x.nbytes for x in jax.live_arrays())
+
+
 def _switching(stored: Any, config: Any, args: Any) -> tuple[list[dict], dict]:
     """Requests one after another at two widths in turn, beside as many at each."""
     tokens = _harness.prompts(config, 1, args.prompt, args.seed)
@@ -127,19 +135,16 @@ def _switching(stored: Any, config: Any, args: Any) -> tuple[list[dict], dict]:
     measures = {"staying": requests((low, low, high, high)), "switching": requests((low, high) * 2)}
     for measure in measures.values():
         measure()
-    programs = _decode._cache_size() + _fill._cache_size()
+    programs, before = _decode._cache_size() + _fill._cache_size(), _live_bytes()
     found = _harness.interleave(measures, rounds=args.rounds, warmup=1)
     compiled = _decode._cache_size() + _fill._cache_size() - programs
     pairs = zip(found["switching"], found["staying"], strict=True)
     cost = [(a - b) / 2 * 1e3 for a, b in pairs]  # three switches instead of one
-    arrays = {x.unsafe_buffer_pointer() for x in jax.tree.leaves(stored)}
-    copied = sum(
-        x.nbytes for x in jax.tree.leaves(trees) if x.unsafe_buffer_pointer() not in arrays
-    )
+    kept = _live_bytes() - before
     rows = [
         median_row("a switch between requests", cost, "ms", widths=[low, high]),
         {"name": "programs compiled by switches", "value": compiled, "unit": "programs"},
-        {"name": "bytes copied by switches", "value": copied, "unit": "bytes"},
+        {"name": "bytes kept by switches", "value": kept, "unit": "bytes"},
     ]
     medians = {name: float(np.median(values)) for name, values in found.items()}
     return rows, {"switching over staying, time": medians["switching"] / medians["staying"]}
@@ -198,6 +203,10 @@ def main() -> None:
     args = options.parse_args()
     if args.model:
         args.preset = args.model
+        if checkpoint.holds_sefp(args.model):
+            options.error(
+                f"--model must hold weights that are not in SEFP, to compare with; got {args.model}. Name what it was made from."
+            )
         plain, config = load(args.model, mtp=False)
     else:
         plain, config = _harness.weights(args.preset, args.seed, dense=args.dense)
