@@ -3,7 +3,12 @@
 A round: every client trains on its own texts; it says what it expects at each position of the public texts, as the k most probable tokens;
 the server brings that into its own vocabulary (``fed.vocabulary``), chooses by quality whom to believe for which text, and trains on the
 public texts; it answers in the same way, and each client chooses between itself and the server, and trains. Neither texts
-nor parameters of a client are sent.
+nor parameters of a client are sent, but for ``average``.
+
+Three things differ from FedMKT. A party that believes itself is not distilled from its own answers, which are from before the phase and would
+hold it there: it has the language-model loss alone. It chooses anew at every epoch, so that it can become better than whom it
+believed. And quality is what the receiver finds in the answers, not what the sender says, less the advantage that a party has on texts that
+it has trained on: some public texts are held out for that.
 
 Models are jaxmoe's. A client's may be held at its device's SEFP width: it is trained through the rounding, and everything that it says is said by
 the rounded weights (``quant``).
@@ -20,6 +25,7 @@ import numpy as np
 from jaxtyping import Float
 
 import jaxmoe
+import quant
 from fed.compress import TopLogits, logits_nbytes
 from fed.language_model import (
     Answers,
@@ -29,6 +35,7 @@ from fed.language_model import (
     answers,
     batches,
     bits_per_byte,
+    losses_of,
     optimizer,
     rows_of,
     some,
@@ -55,9 +62,10 @@ class TransferOptions:
       k: tokens per position that are sent.
       selection: "greater" (of own and others', the distribution of highest quality exp(-CE), per text) or "weighted_mean" (softmax of the
         qualities).
-      own_share: of the language-model loss; the rest is the distillation loss.
+      own_share: of the language-model loss where others are believed; the rest is the distillation loss.
       temperature: of the distillation.
-      direction: "both", "to_server", "to_clients", or "none": the same training without any transfer.
+      held_out: share of the public texts that nobody trains on and by which quality is corrected (``corrected``); 0: by what all train on, as FedMKT.
+      direction: "both", "to_server", "to_clients", or "none": the same training without any transfer, with all public texts.
       average: average the clients' parameters at the end of a round (homogeneous clients).
       align: bring other vocabularies into one's own; without it they must be the same.
       cache: directory of vocabulary tables.
@@ -74,6 +82,7 @@ class TransferOptions:
     own_share: float = 0.9
     temperature: float = 1.0
     direction: str = "both"
+    held_out: float = 0.125
     average: bool = False
     align: bool = True
     cache: str | None = None
@@ -89,6 +98,8 @@ class TransferOptions:
             raise ValueError(
                 f"own_share must lie in [0, 1] and temperature be positive; got {self.own_share} and {self.temperature}."
             )
+        if not 0 <= self.held_out < 1:
+            raise ValueError(f"held_out must lie in [0, 1); got {self.held_out}.")
         if min(self.rounds, self.batch_size, self.k) < 1:
             raise ValueError(
                 f"rounds, batch_size and k must be at least 1; got {self.rounds}, {self.batch_size} and {self.k}."
@@ -99,33 +110,64 @@ class TransferOptions:
 
 
 def select(losses: Float[np.ndarray, "P N"], how: str) -> Float[np.ndarray, "N P"]:
-    """How much each party counts for each text, by quality exp(-loss).
+    """How much each party counts for each text, by quality exp(-loss); a loss that is NaN is the worst.
+
+    Args:
+      losses: nats per byte of each party on each text.
+      how: "greater" or "weighted_mean" (``TransferOptions.selection``).
 
     Example:
       >>> select(np.array([[1.0, 2.0], [1.5, 0.5]], np.float32), "greater").tolist()
       [[1.0, 0.0], [0.0, 1.0]]
     """
-    quality = np.exp(-losses.astype(np.float64)).T
+    known = np.where(np.isnan(losses), np.inf, losses).astype(np.float64)
     if how == "greater":
-        chosen = np.eye(len(losses))[quality.argmax(1)]
+        chosen = np.eye(len(losses))[known.argmin(0)]
     else:
-        grown = np.exp(quality - quality.max(1, keepdims=True))
+        values = np.exp(-known).T
+        grown = np.exp(values - values.max(1, keepdims=True))
         chosen = grown / grown.sum(1, keepdims=True)
     return chosen.astype(np.float32)
 
 
-def lesson(own: Answers, others: Sequence[Answers], how: str) -> Lesson:
-    """What a party is to learn: its own distributions first, then others', already in its vocabulary."""
-    every = [own, *others]
-    k = max(a.top.k for a in every)
+def corrected(losses: Float[np.ndarray, " N"], trained: int) -> Float[np.ndarray, " M"]:
+    """Losses of the ``trained`` first texts, plus what the mean loss of the others, which are held out, exceeds theirs.
+
+    Who has learnt the public texts by heart would else be believed for each of them.
+
+    Example:
+      >>> corrected(np.array([0.1, 0.3, 1.2], np.float32), 2).round(3).tolist()
+      [1.1, 1.3]
+    """
+    if trained == len(losses):
+        return losses
+    return losses[:trained] + (losses[trained:].mean() - losses[:trained].mean())
+
+
+def lesson(own: Float[np.ndarray, " N"], others: Sequence[Answers], how: str) -> Lesson:
+    """What a party is to learn from others' answers.
+
+    Args:
+      own: its own loss on each text, nats per byte.
+      others: answers in its vocabulary, of the same texts.
+      how: see ``select``.
+    """
+    k = max(a.top.k for a in others)
 
     def padded(array: Any, fill: float) -> np.ndarray:
         more = k - array.shape[-1]
         return np.pad(np.asarray(array), ((0, 0), (0, 0), (0, more)), constant_values=fill)
 
-    values = np.stack([padded(a.top.log_probs, -np.inf) for a in every], axis=1)
-    ids = np.stack([padded(a.top.ids, 0) for a in every], axis=1)
-    return Lesson(values, ids, select(np.stack([a.loss for a in every]), how))
+    values = np.stack([padded(a.top.log_probs, -np.inf) for a in others], axis=1)
+    ids = np.stack([padded(a.top.ids, 0) for a in others], axis=1)
+    return Lesson(values, ids, _believed(own, others, how))
+
+
+def _believed(
+    own: Float[np.ndarray, " N"], others: Sequence[Answers], how: str
+) -> Float[np.ndarray, "N P"]:
+    """How much each of the others counts for each text."""
+    return select(np.stack([own, *(a.loss for a in others)]), how)[:, 1:]
 
 
 # -- training --------------------------------------------------------------------------------------
@@ -133,41 +175,71 @@ def lesson(own: Answers, others: Sequence[Answers], how: str) -> Lesson:
 
 @dataclasses.dataclass(eq=False)
 class _Learner:
-    """A party in training."""
+    """A party in training; of ``public`` it trains on the first ``trained`` texts."""
 
     party: Party
     params: Any
     moments: Any
     public: Rows
+    trained: int
     private: Rows | None = None
 
-    def train(
-        self,
-        rows: Rows,
-        epochs: int,
-        seed: Sequence[int],
-        o: TransferOptions,
-        taught: Lesson | None = None,
-    ) -> float:
-        """Epochs over rows; the mean loss of the steps."""
-        losses = []
-        size = min(o.batch_size, len(rows.inputs))
-        for epoch in range(epochs):
-            order = np.random.default_rng([*seed, epoch]).permutation(len(rows.inputs))
-            for index, real in batches(len(order), size, order):
-                chosen = None if taught is None else Lesson(*(x[index] for x in taught))
-                self.params, self.moments, loss = step(
-                    self.params, self.moments, some(rows, index, real), chosen,
-                    self.party.config, self.party.width, o.learning_rate, o.own_share, o.temperature,
-                )  # fmt: skip
-                losses.append(loss)
+    def train(self, rows: Rows, epochs: int, seed: Sequence[int], o: TransferOptions) -> float:
+        """Epochs over rows, for itself; the mean loss of the steps."""
+        losses = [x for epoch in range(epochs) for x in self._epoch(rows, [*seed, epoch], o, None)]
         return float(np.mean(jax.device_get(losses))) if losses else float("nan")
 
-    def answer(self, k: int) -> Answers:
+    def learn(
+        self, others: Sequence[Answers], seed: Sequence[int], o: TransferOptions
+    ) -> tuple[float, float]:
+        """Epochs over the public texts, with what others say of them: (mean loss of the steps, mean share in which others were believed)."""
+        rows = Rows(*(x[: self.trained] for x in self.public))
+        if not others:
+            return self.train(rows, o.public_epochs, seed, o), 0.0
+        losses, believed = [], []
+        taught = lesson(self.own_losses(), others, o.selection)
+        for epoch in range(o.public_epochs):
+            if epoch:
+                taught = taught._replace(weights=_believed(self.own_losses(), others, o.selection))
+            losses += self._epoch(rows, [*seed, epoch], o, taught)
+            believed.append(taught.weights.sum(1).mean())
+        mean = float(np.mean(jax.device_get(losses))) if losses else float("nan")
+        return mean, float(np.mean(believed)) if believed else 0.0
+
+    def _epoch(
+        self, rows: Rows, seed: Sequence[int], o: TransferOptions, taught: Lesson | None
+    ) -> list[Any]:
+        """Losses of an epoch's steps."""
+        losses = []
+        order = np.random.default_rng(seed).permutation(len(rows.inputs))
+        for index, real in batches(len(order), min(o.batch_size, len(order)), order):
+            chosen = None if taught is None else Lesson(*(x[index] for x in taught))
+            self.params, self.moments, loss = step(
+                self.params, self.moments, some(rows, index, real), chosen,
+                self.party.config, self.party.width, o.learning_rate, o.own_share, o.temperature,
+            )  # fmt: skip
+            losses.append(loss)
+        return losses
+
+    def own_losses(self) -> Float[np.ndarray, " M"]:
+        """As it is now, on the texts that it trains on, corrected."""
+        losses = answers(self.party, self.params, self.public, 1).loss
+        return corrected(losses, self.trained)
+
+    def answer(self, k: int) -> TopLogits:
         """What it says about the public texts, as it arrives: through the payload's bytes."""
-        said = answers(self.party, self.params, self.public, k)
-        top = TopLogits.decode(said.top.encode(), said.top.ids.shape, said.top.vocab_size)
-        return Answers(top, said.loss)
+        said = answers(self.party, self.params, self.public, k).top
+        return TopLogits.decode(said.encode(), said.ids.shape, said.vocab_size)
+
+    def usable(self, said: TopLogits) -> bool:
+        """Whether what it said is log-probabilities; else it is named in the log and not heard."""
+        fine = bool((np.asarray(said.log_probs) <= 0).all())  # false of NaN too
+        if not fine:
+            logger.warning(
+                "answer of %s has log-probabilities that are NaN or above zero; left out",
+                self.party.name,
+            )
+        return fine
 
 
 class _Bridge(NamedTuple):
@@ -176,16 +248,14 @@ class _Bridge(NamedTuple):
     positions: np.ndarray
     table: np.ndarray
 
-    def carried(self, said: Answers, base: _Learner) -> Answers:
-        top = _carried(
-            said.top, self.positions, self.table, base.public.targets, base.party.config.vocab_size
-        )
-        return Answers(
-            TopLogits(np.asarray(top.log_probs), np.asarray(top.ids), top.vocab_size), said.loss
-        )
-
-
-_carried = jax.jit(carry, static_argnums=4)
+    def carried(self, said: TopLogits, other: _Learner, base: _Learner) -> Answers:
+        """The answers of ``other`` for ``base``, on the texts that it trains on, with the quality that they show."""
+        n = base.trained
+        loss = corrected(losses_of(said, other.public), n)
+        cut = TopLogits(said.log_probs[:n], said.ids[:n], said.vocab_size)
+        targets, size = base.public.targets[:n], base.party.config.vocab_size
+        top = carry(cut, self.positions[:n], self.table, targets, size)
+        return Answers(TopLogits(np.asarray(top.log_probs), np.asarray(top.ids), size), loss)
 
 
 def _bridge(base: _Learner, other: _Learner, options: TransferOptions) -> _Bridge:
@@ -207,7 +277,9 @@ class LanguageHistory:
     """The course of a transfer.
 
     Attributes:
-      rounds: a record per round: bits per byte of "server" and of each client by name on the test texts, bytes up and down, losses.
+      rounds: a record per round: bits per byte of "server" and of each client by name on the test texts, bytes up and down (payloads, and
+        parameters where they are averaged), losses, the share in which the server believed clients and clients the server, clients
+        whose answers were "rejected".
       server: parameters.
       clients: parameters of each.
       aligned: of each client, the share of the server's public tokens at which its distribution is carried over.
@@ -222,12 +294,29 @@ class LanguageHistory:
 
 
 def _learner(
-    party: Party, public: Sequence[str], private: Sequence[str] | None, o: TransferOptions, tag: int
+    party: Party,
+    public: Sequence[str],
+    trained: int,
+    private: Sequence[str] | None,
+    o: TransferOptions,
+    tag: int,
 ) -> _Learner:
     params = jaxmoe.init_params(party.config, jax.random.fold_in(jax.random.key(o.seed), tag))
     own = None if private is None else rows_of(private, party)
     moments = optimizer(o.learning_rate).init(params)
-    return _Learner(party, params, moments, rows_of(public, party), own)
+    return _Learner(party, params, moments, rows_of(public, party), trained, own)
+
+
+def _trained(count: int, o: TransferOptions) -> int:
+    """How many of ``count`` public texts are trained on: all, where nothing is transferred or held out."""
+    if o.direction == "none" or not o.held_out:
+        return count
+    held = max(1, round(o.held_out * count))
+    if held >= count:
+        raise ValueError(
+            f"public must have texts beside those held out; got {count} with held_out={o.held_out:g}. Give more, or set held_out=0."
+        )
+    return count - held
 
 
 def transfer(
@@ -259,34 +348,27 @@ def transfer(
             f"private must have the texts of each of {len(clients)} clients, one at least; got {len(private)}."
         )
     _check_average(clients, o)
-    main = _learner(server, public, None, o, 0)
+    # Texts may be in the order of their sources; those held out are to be like the others.
+    public = [public[i] for i in np.random.default_rng([o.seed, 0xB1]).permutation(len(public))]
+    trained = _trained(len(public), o)
+    main = _learner(server, public, trained, None, o, 0)
     learners = [
-        _learner(c, public, texts, o, 1 + i)
+        _learner(c, public, trained, texts, o, 1 + i)
         for i, (c, texts) in enumerate(zip(clients, private, strict=True))
     ]
-    ups, downs = [], []
-    if o.direction != "none":
-        ups = [_bridge(main, learner, o) for learner in learners]
-        downs = [_bridge(learner, main, o) for learner in learners]
+    federation = _Federation(main, learners, o)
     tests = [rows_of(test, p) for p in (server, *clients)]
     records = []
     for number in range(o.rounds):
-        record = _round(main, learners, ups, downs, o, number)
-        names = [server.name, *(c.name for c in clients)]
-        for name, learner, rows in zip(names, (main, *learners), tests, strict=True):
-            record[f"bits_per_byte_{name}"] = bits_per_byte(learner.party, learner.params, rows)
+        record = federation.round(number)
+        for learner, rows in zip((main, *learners), tests, strict=True):
+            bits = bits_per_byte(learner.party, learner.params, rows)
+            record[f"bits_per_byte_{learner.party.name}"] = bits
         records.append(record)
         logger.info("round=%d %s", number, record)
         if on_round is not None:
             on_round(record)
-    real = main.public.lengths.sum()
-    return LanguageHistory(
-        records,
-        main.params,
-        [x.params for x in learners],
-        [float((b.positions >= 0).sum() / real) for b in ups],
-        [x.party.nbytes(x.params) for x in learners],
-    )
+    return federation.history(records)
 
 
 def _check_average(clients: Sequence[Party], o: TransferOptions) -> None:
@@ -300,52 +382,87 @@ def _check_average(clients: Sequence[Party], o: TransferOptions) -> None:
         check_same_vocabulary(clients[0].vocabulary, client.vocabulary, client.name)
 
 
-def _round(
-    main: _Learner,
-    learners: list[_Learner],
-    ups: list[_Bridge],
-    downs: list[_Bridge],
-    o: TransferOptions,
-    number: int,
-) -> dict[str, Any]:
-    """One round of FedMKT; with direction "none" the same training, each party for itself."""
-    seed = [o.seed, number]
-    record: dict[str, Any] = {"round": number, "bytes_up": 0, "bytes_down": 0}
-    private = [
-        x.train(x.private, o.private_epochs, [*seed, 1 + i], o) for i, x in enumerate(learners)
-    ]
-    taught = None
-    if o.direction in ("both", "to_server"):
-        said = [x.answer(o.k) for x in learners]
-        record["bytes_up"] = sum(_sent(a) for a in said)
-        others = [bridge.carried(a, main) for bridge, a in zip(ups, said, strict=True)]
-        taught = lesson(answers(main.party, main.params, main.public, o.k), others, o.selection)
-        record["clients_believed"] = float(1 - taught.weights[:, 0].mean())
-    record["server_loss"] = main.train(main.public, o.public_epochs, [*seed, 0], o, taught)
-    said = main.answer(o.k) if o.direction in ("both", "to_clients") else None
-    record["bytes_down"] = 0 if said is None else _sent(said) * len(learners)
-    believed = []
-    for i, learner in enumerate(learners):
-        taught = None
-        if said is not None:
-            own = answers(learner.party, learner.params, learner.public, o.k)
-            taught = lesson(own, [downs[i].carried(said, learner)], o.selection)
-            believed.append(float(taught.weights[:, 1].mean()))
-        learner.train(learner.public, o.public_epochs, [*seed, 1000 + i], o, taught)
-    if believed:
-        record["server_believed"] = float(np.mean(believed))
-    if o.average:
-        _average(learners)
-    return record | {"private_loss": float(np.mean(private))}
+class _Federation:
+    """A server, its clients, and how each one's words are the other's."""
+
+    def __init__(self, main: _Learner, learners: list[_Learner], options: TransferOptions):
+        self.main, self.learners, self.options = main, learners, options
+        self.ups: list[_Bridge] = []
+        self.downs: list[_Bridge] = []
+        if options.direction != "none":
+            self.ups = [_bridge(main, learner, options) for learner in learners]
+            self.downs = [_bridge(learner, main, options) for learner in learners]
+
+    def round(self, number: int) -> dict[str, Any]:
+        """One round; with direction "none" the same training, each party for itself."""
+        o, seed = self.options, [self.options.seed, number]
+        private = [
+            x.train(x.private, o.private_epochs, [*seed, 1 + i], o)
+            for i, x in enumerate(self.learners)
+        ]
+        record = {"round": number, "bytes_up": 0, "bytes_down": 0}
+        record |= self._up(seed) | self._down(seed)
+        if o.average:
+            sent = _average(self.learners)
+            record["bytes_up"] += sent
+            record["bytes_down"] += sent
+        return record | {"private_loss": float(np.mean(private))}
+
+    def _up(self, seed: Sequence[int]) -> dict[str, Any]:
+        """Clients answer and the server learns."""
+        o, others, record = self.options, [], {}
+        if o.direction in ("both", "to_server"):
+            said = [x.answer(o.k) for x in self.learners]
+            record = {"bytes_up": sum(map(_sent, said)), "rejected": []}
+            for client, top, bridge in zip(self.learners, said, self.ups, strict=True):
+                if client.usable(top):
+                    others.append(bridge.carried(top, client, self.main))
+                else:
+                    record["rejected"].append(client.party.name)
+        loss, believed = self.main.learn(others, [*seed, 0], o)
+        if o.direction in ("both", "to_server"):
+            record["clients_believed"] = believed
+        return record | {"server_loss": loss}
+
+    def _down(self, seed: Sequence[int]) -> dict[str, Any]:
+        """The server answers and clients learn."""
+        o, said, record = self.options, None, {}
+        if o.direction in ("both", "to_clients"):
+            said = self.main.answer(o.k)
+            record["bytes_down"] = _sent(said) * len(self.learners)
+            said = said if self.main.usable(said) else None
+        believed = []
+        for i, client in enumerate(self.learners):
+            others = [] if said is None else [self.downs[i].carried(said, self.main, client)]
+            believed.append(client.learn(others, [*seed, 1000 + i], o)[1])
+        if o.direction in ("both", "to_clients"):
+            record["server_believed"] = float(np.mean(believed))
+        return record
+
+    def history(self, records: list[dict[str, Any]]) -> LanguageHistory:
+        """The result."""
+        real = self.main.public.lengths.sum()
+        return LanguageHistory(
+            records,
+            self.main.params,
+            [x.params for x in self.learners],
+            [float((b.positions >= 0).sum() / real) for b in self.ups],
+            [x.party.nbytes(x.params) for x in self.learners],
+        )
 
 
-def _sent(said: Answers) -> int:
-    """Bytes of an answer: the payload, and a float32 of quality per text."""
-    return logits_nbytes(said.top.ids.shape, said.top.vocab_size) + 4 * len(said.loss)
+def _sent(said: TopLogits) -> int:
+    """Bytes of an answer. Its quality isn't sent: the receiver finds it in the answer."""
+    return logits_nbytes(said.ids.shape, said.vocab_size)
 
 
-def _average(learners: list[_Learner]) -> None:
-    """FedMKT's homogeneous variant weights by the length of the public set, which all have: a plain mean."""
+def _average(learners: list[_Learner]) -> int:
+    """Everybody gets the mean; bytes up, and as many down.
+
+    FedMKT's homogeneous variant weights by the length of the public set, which all have: a plain mean. What travels is what is trained, in
+    full precision.
+    """
     mean = jax.tree.map(lambda *x: sum(x[1:], x[0]) / len(x), *(x.params for x in learners))
     for learner in learners:
         learner.params = jax.tree.map(jnp.copy, mean)
+    return quant.nbytes(mean) * len(learners)

@@ -102,7 +102,7 @@ class Answers(NamedTuple):
 
     Attributes:
       top: [N, T, k].
-      loss: float32 [N], mean cross-entropy of each text in nats per token; exp(-loss) is its quality.
+      loss: float32 [N], cross-entropy of each text in nats per byte, so that tokenizers can be compared; exp(-loss) is its quality.
     """
 
     top: TopLogits
@@ -127,7 +127,16 @@ def _text_losses(
 
 
 @functools.partial(jax.jit, static_argnames=("config", "width", "k"))
-def _answer(params, inputs, targets, lengths, config, width, k):
+def _answer(
+    params: Any,
+    inputs: Int[Array | np.ndarray, "B T"],
+    targets: Int[Array | np.ndarray, "B T"],
+    lengths: Int[Array | np.ndarray, " B"],
+    config: jaxmoe.ModelConfig,
+    width: int | None,
+    k: int,
+) -> tuple[TopLogits, Float[Array, " B"]]:
+    """(the k most probable tokens [B, T, k], mean cross-entropy of each text in nats per token)."""
     logits = jaxmoe.forward(_seen(params, width), config, inputs)
     losses = _text_losses(jax.nn.log_softmax(logits, axis=-1), targets, lengths)
     return top_logits(logits, k), losses
@@ -155,26 +164,47 @@ def answers(party: Party, params: Any, rows: Rows, k: int, batch_size: int = 32)
         parts.append((np.asarray(top.log_probs)[:real], np.asarray(top.ids)[:real]))
         losses.append(np.asarray(loss)[:real])
     values, ids = (np.concatenate(x) for x in zip(*parts, strict=True))
-    return Answers(TopLogits(values, ids, party.config.vocab_size), np.concatenate(losses))
+    loss = np.concatenate(losses) * (rows.lengths / rows.nbytes).astype(np.float32)
+    return Answers(TopLogits(values, ids, party.config.vocab_size), loss)
+
+
+def losses_of(top: TopLogits, rows: Rows) -> Float[np.ndarray, " N"]:
+    """Nats per byte of each text by the distributions that were sent: their receiver need not take the sender's word for their quality.
+
+    Args:
+      top: [N, T, k], position t the distribution of token t.
+      rows: the texts in the sender's vocabulary.
+
+    Returns:
+      float32 [N]. A token that wasn't sent has an even share of what is left to one.
+    """
+    values, ids = np.asarray(top.log_probs, np.float32), np.asarray(top.ids)
+    mass = np.logaddexp.reduce(values, axis=-1)
+    # Values travel as bfloat16, so what is left to one is known to about a thousandth.
+    rest = np.log(np.maximum(-np.expm1(np.minimum(mass, 0.0)), 1e-3))
+    sent = np.where(ids == rows.targets[..., None], values, -np.inf).max(-1)
+    sent = np.where(np.isfinite(sent), sent, rest - np.log(max(top.vocab_size - top.k, 1)))
+    real = np.arange(ids.shape[1]) < rows.lengths[:, None]
+    nats = np.where(real, np.maximum(mass, 0.0) - sent, 0.0).sum(1)
+    return (nats / rows.nbytes).astype(np.float32)
 
 
 def bits_per_byte(party: Party, params: Any, rows: Rows, batch_size: int = 32) -> float:
     """Of the model on texts, whatever its vocabulary."""
-    losses = answers(party, params, rows, 1, batch_size).loss
-    nats = (losses.astype(np.float64) * rows.lengths).sum()
-    return float(nats / np.log(2) / rows.nbytes.sum())
+    losses = answers(party, params, rows, 1, batch_size).loss.astype(np.float64)
+    return float((losses * rows.nbytes).sum() / np.log(2) / rows.nbytes.sum())
 
 
 # -- learning ----------------------------------------------------------------------------------------
 
 
 class Lesson(NamedTuple):
-    """Distributions of P parties at every position, and how much each counts for a text.
+    """Distributions of P other parties at every position, and how much each counts for a text.
 
     Attributes:
       log_probs: float32 [N, P, T, k].
       ids: int32 [N, P, T, k].
-      weights: float32 [N, P], adding up to one.
+      weights: float32 [N, P], adding up to at most one; what is left to one is the party's trust in itself.
     """
 
     log_probs: np.ndarray
@@ -216,35 +246,70 @@ def optimizer(learning_rate: float) -> optax.GradientTransformation:
     )
 
 
+def _lesson_loss(
+    logits: Float[Array, "B T V"],
+    own: Float[Array, " B"],
+    targets: Int[Array, "B T"],
+    lengths: Int[Array, " B"],
+    taught: Lesson,
+    own_share: float,
+    temperature: float,
+) -> Float[Array, " B"]:
+    """Of each text own_share * LM + (1 - own_share) * distillation as far as others are believed, and LM alone for the rest.
+
+    FedMKT distils a party that believes itself from its own answers. Those are from before the phase and would hold it there.
+    """
+    soft = jax.nn.log_softmax(logits / temperature, axis=-1)
+    parties = jax.vmap(soft_cross_entropy, (None, 1, 1, None), out_axes=1)
+    each = parties(soft, taught.log_probs, taught.ids, temperature)
+    text = jnp.where(_mask(targets, lengths)[:, None], each, 0.0).sum(2)
+    text = text / jnp.maximum(lengths, 1).astype(jnp.float32)[:, None]
+    distilled = (taught.weights * text).sum(1) * temperature**2
+    others = (1 - own_share) * taught.weights.sum(1)
+    return (1 - others) * own + (1 - own_share) * distilled
+
+
 @functools.partial(
     jax.jit,
     static_argnames=("config", "width", "learning_rate", "own_share", "temperature"),
     donate_argnames=("params", "moments"),
 )
-def step(params, moments, batch, taught, config, width, learning_rate, own_share, temperature):
-    """One step on a batch (``some``): own_share * LM + (1 - own_share) * distillation of ``taught``, or LM alone where that is None.
+def step(
+    params: Any,
+    moments: Any,
+    batch: tuple[Any, Any, Any],
+    taught: Lesson | None,
+    config: jaxmoe.ModelConfig,
+    width: int | None,
+    learning_rate: float,
+    own_share: float,
+    temperature: float,
+) -> tuple[Any, Any, Float[Array, ""]]:
+    """One step on a batch; the first two arguments are donated.
+
+    Args:
+      params: of the model.
+      moments: the optimiser's state.
+      batch: inputs int32 [B, T], targets int32 [B, T], lengths int32 [B], as of ``some``.
+      taught: what others say about these B texts, or None: the language-model loss alone.
+      config: of the model.
+      width: SEFP width that it is trained through, or None.
+      learning_rate: of ``optimizer``.
+      own_share: of the language-model loss, where others are believed.
+      temperature: of the distillation.
 
     Returns:
-      (params, moments, loss); the first two arguments are donated.
+      (params, moments, mean loss of the real texts, float32).
     """
     inputs, targets, lengths = batch
 
     def loss(p: Any) -> Array:
         logits = jaxmoe.forward(_seen(p, width), config, inputs)
-        real = (lengths > 0).sum().astype(jnp.float32)
-        own = _text_losses(jax.nn.log_softmax(logits, axis=-1), targets, lengths)
-        own = own.sum() / jnp.maximum(real, 1.0)
-        if taught is None:
-            return own
-        soft = jax.nn.log_softmax(logits / temperature, axis=-1)
-        mask = _mask(targets, lengths)
-        parties = jax.vmap(soft_cross_entropy, (None, 1, 1, None), out_axes=1)
-        each = parties(soft, taught.log_probs, taught.ids, temperature)
-        text = jnp.where(mask[:, None], each, 0.0).sum(2)
-        text = text / jnp.maximum(lengths, 1).astype(jnp.float32)[:, None]
-        distilled = (taught.weights * text).sum()
-        distilled = distilled * temperature**2 / jnp.maximum(real, 1.0)
-        return own_share * own + (1 - own_share) * distilled
+        each = _text_losses(jax.nn.log_softmax(logits, axis=-1), targets, lengths)
+        if taught is not None:
+            each = _lesson_loss(logits, each, targets, lengths, taught, own_share, temperature)
+        real = lengths > 0
+        return jnp.where(real, each, 0.0).sum() / jnp.maximum(real.sum(), 1).astype(jnp.float32)
 
     value, gradient = jax.value_and_grad(loss)(params)
     params, moments = update_params(optimizer(learning_rate), gradient, moments, params)

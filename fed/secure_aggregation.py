@@ -10,7 +10,7 @@ HKDF), the generator of masks (ChaCha20) and sealing of shares (ChaCha20-Poly130
 ``pycryptodome``'s; nothing here invents a primitive. The server is taken as honest but curious: it follows the stages.
 
 Homogeneous mode only: a heterogeneous ensemble needs each member's own outputs, and so does any rule that looks at single updates
-(median, trimmed mean, Krum); ``check_supported`` refuses them before a round begins. ``SecureMean`` is a run's aggregator.
+(median, trimmed mean, Krum). ``SecureMean`` is a run's aggregator; ``fed.Driver`` refuses it with a method that reads single models.
 """
 
 import dataclasses
@@ -26,6 +26,8 @@ from fed.errors import need
 from jaxmoe.errors import JaxMoeError
 
 MODULUS_BITS = 32
+_LARGEST = 2 ** (MODULUS_BITS - 1) - 1  # of a sum
+_LEAST = 3  # clients in a sum
 _SEED_BYTES = 32
 _HALF = 16  # bytes of one secret of pycryptodome's Shamir
 
@@ -43,10 +45,12 @@ class SecureConfig:
     """Numbers that all parties agree on before a round.
 
     Attributes:
-      threshold: of the clients that shared keys, the least fraction (above 1/2, at most 1) that must stay until the end.
+      threshold: of the clients that shared keys, the least fraction (above 1/2, at most 1) that must stay until the end; never fewer
+        than three, as of two each learns the other's update from the sum.
       clip: values of an update are limited to [-clip, clip]; in the units of the update.
       levels: steps between -clip and clip (Flower: 2^22).
-      weight_limit: the largest weight of a client (its number of examples); larger ones are refused.
+      weight_limit: the largest weight of a client (its number of examples); larger ones are refused. The larger it is, the fewer clients'
+        sums fit (``most_clients``), and the coarser are the steps of those with few examples.
 
     Raises:
       ValueError: for numbers out of range.
@@ -70,32 +74,19 @@ class SecureConfig:
             raise ValueError(
                 f"levels must be from 2 to 2^{MODULUS_BITS - 2}; got {self.levels}. Flower takes 2^22."
             )
+        if self.most_clients() < _LEAST:
+            raise ValueError(
+                f"weight_limit must be at most {_LARGEST // _LEAST}, so that the weights of {_LEAST} clients add up within 32 bits; got "
+                f"{self.weight_limit}. Count examples in tens or hundreds."
+            )
 
     def most_clients(self) -> int:
-        """How many clients' sums fit into 32 bits."""
-        return 2**MODULUS_BITS // self.levels - 1
+        """How many clients' sums fit into 32 bits, with their signs: of values, and of weights."""
+        return min(2**MODULUS_BITS // self.levels - 1, _LARGEST // self.weight_limit)
 
     def needed(self, clients: int) -> int:
         """How many of ``clients`` must stay."""
-        return int(np.ceil(self.threshold * clients))
-
-
-def check_supported(mode: str, aggregation: str = "mean") -> None:
-    """Raises ValueError for what cannot run on a sum alone.
-
-    Args:
-      mode: "homo" or "hete".
-      aggregation: how updates are combined: only "mean" is a sum.
-    """
-    if mode != "homo":
-        raise ValueError(
-            f"secure aggregation reveals only a sum, and mode {mode!r} refines each member's outputs; use mode='homo', or leave it out."
-        )
-    if aggregation != "mean":
-        raise ValueError(
-            f"secure aggregation reveals only a sum, and aggregation {aggregation!r} compares single updates; use 'mean', or leave it "
-            "out."
-        )
+        return max(_LEAST, int(np.ceil(self.threshold * clients)))
 
 
 # -- numbers ---------------------------------------------------------------------------------------
@@ -219,10 +210,10 @@ class SecureClient:
             raise ValueError(
                 f"keys must have those of client {self.client} itself; the server changed them."
             )
-        if not 3 <= len(keys) <= self.config.most_clients():
+        if not _LEAST <= len(keys) <= self.config.most_clients():
             raise ValueError(
-                f"secure aggregation needs from 3 to {self.config.most_clients()} clients at {self.config.levels} levels; got "
-                f"{len(keys)}. Sample more clients, or take fewer levels for more."
+                f"secure aggregation needs from {_LEAST} to {self.config.most_clients()} clients at {self.config.levels} levels and "
+                f"weight_limit={self.config.weight_limit}; got {len(keys)}. Sample more clients; for more, lower levels or weight_limit."
             )
         self._keys = dict(keys)
         order, needed = sorted(keys), self.config.needed(len(keys))
@@ -246,6 +237,9 @@ class SecureClient:
 
         Returns:
           uint32 [n + 1].
+
+        Raises:
+          ValueError: for a weight out of range, NaN or infinity.
         """
         self._sealed = dict(sealed)
         vector = _ring(quantize(values, weight, self.config))
@@ -316,6 +310,7 @@ def unmask(
 
     Raises:
       QuorumNotMet: if too few clients arrived or answered; the round is to be skipped.
+      ValueError: if the shares of a dropped client don't give its key.
     """
     needed = config.needed(len(keys))
     for what, count in (("arrived", len(masked)), ("revealed shares", len(revealed))):
@@ -385,7 +380,7 @@ def secure_mean(
       dropped: clients that share keys and are then not heard of again.
 
     Raises:
-      QuorumNotMet: if fewer than ``threshold`` are left.
+      QuorumNotMet: if fewer than ``SecureConfig.needed`` are left.
       ValueError: for too few clients, a NaN (the client is named), or weights out of range.
     """
     clients = {k: SecureClient(k, config) for k in sorted(trees)}
@@ -445,7 +440,12 @@ class SecureMean:
     def combine(
         self, updates: Any, weights: Float[Array, " K"], clients: Int[Array, " K"], key: Array
     ) -> Any:
-        """The weighted mean, within half a step of quantisation per client; masks are drawn from the system, not from ``key``."""
+        """The weighted mean, within half a step of quantisation per client; masks are drawn from the system, not from ``key``.
+
+        Raises:
+          QuorumNotMet: if the clients have no examples.
+          ValueError: for fewer than three clients or too many, NaN, or weights out of range.
+        """
         del key
         numbers, host = np.asarray(clients).tolist(), jax.device_get(updates)
         trees = {k: jax.tree.map(lambda x, i=i: x[i], host) for i, k in enumerate(numbers)}

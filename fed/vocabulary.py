@@ -16,15 +16,16 @@ import os
 import pathlib
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, Shaped
+from jaxtyping import Array, Float, Int, Shaped
 
 from fed.compress import TopLogits
 from fed.errors import need
 
 _MARKERS = ("▁", "Ġ")  # what SentencePiece and byte-level BPE write for a space
-_CHUNK = 4_000_000  # distances that are held at once
+_CHUNK = 4_000_000  # distances, or numbers of other kinds, that are held at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +142,7 @@ def vocabulary_map(
 ) -> Int[np.ndarray, " V1"]:
     """For each id of ``source``, the id of ``target`` that is its text, or is nearest to it by edit distance.
 
-    The lowest id wins among equals. Special tokens go to those of the same role, or to none (-1), as unused ids do. Remembered in this process
+    Among equals one with which the source begins wins (what a model says of a position begins there), then the lowest id. Special tokens go to those of the same role, or to none (-1), as unused ids do. Remembered in this process
     for each ordered pair.
 
     Args:
@@ -156,9 +157,9 @@ def vocabulary_map(
       ValueError: if a cached file is another pair's, or damaged.
 
     Example:
-      >>> a, b = Vocabulary(("the", " cat", "dog")), Vocabulary((" cats", "the", "dog", "x"))
+      >>> a, b = Vocabulary(("the", " cat", "dog")), Vocabulary((" cats", "the", "o", "d"))
       >>> vocabulary_map(a, b).tolist(), vocabulary_map(a, a).tolist()
-      ([1, 0, 2], [0, 1, 2])
+      ([1, 0, 3], [0, 1, 2])
     """
     key = (source.fingerprint, target.fingerprint)
     if key not in _kept:
@@ -215,7 +216,10 @@ def _make_table(source: Vocabulary, target: Vocabulary) -> np.ndarray:
     for begin in range(0, len(left), step):
         some = left[begin : begin + step]
         distances = edit_distances([source.tokens[i] for i in some], names)
-        table[some] = numbers[distances.argmin(1)]
+        for i, row in zip(some, distances, strict=True):
+            ties = np.flatnonzero(row == row.min())
+            begins = [j for j in ties if source.tokens[i].startswith(names[j])]
+            table[i] = numbers[begins[0] if begins else ties[0]]
     return table
 
 
@@ -337,8 +341,25 @@ def align(
         end = base.shape[1] if lengths1 is None else np.asarray(lengths1)[:, None]
         return np.where(place < end, place, -1) * np.ones((len(base), 1), np.int32)
     table = vocabulary_map(other_vocabulary, base_vocabulary, cache=cache)
-    costs = token_costs(base, other, base_vocabulary, other_vocabulary)
-    _, i, j = warp(costs, lengths1, lengths2)
+    vocabularies = (base_vocabulary, other_vocabulary)
+    size = max(1, _CHUNK // max(base.shape[1] * other.shape[1], 1))
+    found = np.full(base.shape, -1, np.int32)
+    for begin in range(0, len(base), size):
+        block = slice(begin, begin + size)
+        lengths = [None if x is None else np.asarray(x)[block] for x in (lengths1, lengths2)]
+        found[block] = _align(base[block], other[block], table, vocabularies, lengths)
+    return found
+
+
+def _align(
+    base: Int[np.ndarray, "B T1"],
+    other: Int[np.ndarray, "B T2"],
+    table: Int[np.ndarray, " V2"],
+    vocabularies: tuple[Vocabulary, Vocabulary],
+    lengths: list[np.ndarray | None],
+) -> Int[np.ndarray, "B T1"]:
+    """A block of texts of ``align``; its costs [B, T1, T2] exist at once."""
+    _, i, j = warp(token_costs(base, other, *vocabularies), *lengths)
     rows, on = np.nonzero(i >= 0)
     i, j = i[rows, on], j[rows, on]
     uses1, uses2 = np.zeros(base.shape, np.int32), np.zeros(other.shape, np.int32)
@@ -369,18 +390,35 @@ def carry(
     Returns:
       [B, T1, k]. Tokens that the table makes one have the sum of their probabilities.
     """
-    at = jnp.maximum(jnp.asarray(positions), 0)[..., None]
-    ids = jnp.asarray(table)[jnp.take_along_axis(top.ids, at, axis=1)]
-    values = jnp.take_along_axis(top.log_probs, at, axis=1)
+    size = max(1, _CHUNK // max(np.shape(positions)[1] * top.k**2, 1))
+    parts = []
+    for begin in range(0, len(top.ids), size):
+        x = [a[begin : begin + size] for a in (top.log_probs, top.ids, positions, targets)]
+        parts.append(_carry(*map(jnp.asarray, x), jnp.asarray(table)))
+    values, ids = (jnp.concatenate(x) for x in zip(*parts, strict=True))
+    return TopLogits(values, ids, vocab_size)
+
+
+@jax.jit
+def _carry(
+    log_probs: Float[Array, "B T2 k"],
+    theirs: Int[Array, "B T2 k"],
+    positions: Int[Array, "B T1"],
+    targets: Int[Array, "B T1"],
+    table: Int[Array, " V2"],
+) -> tuple[Float[Array, "B T1 k"], Int[Array, "B T1 k"]]:
+    """A block of texts of ``carry``, whose pairs of tokens [B, T1, k, k] exist at once: (log-probabilities, ids)."""
+    at = jnp.maximum(positions, 0)[..., None]
+    ids = table[jnp.take_along_axis(theirs, at, axis=1)]
+    values = jnp.take_along_axis(log_probs, at, axis=1)
     probs = jnp.where(ids >= 0, jnp.exp(values), 0.0)
     same = (ids[..., :, None] == ids[..., None, :]) & (ids >= 0)[..., None, :]
-    k = top.k
+    k = ids.shape[-1]
     earlier = jnp.tril(jnp.ones((1, 1, k, k), bool), -1)
     first = ~(same & earlier).any(-1) & (ids >= 0)
     merged = jnp.where(first, jnp.where(same, probs[..., None, :], 0.0).sum(-1), 0.0)
     alone = jnp.zeros((1, 1, k), jnp.float32).at[..., 0].set(1.0)
-    none = (jnp.asarray(positions) < 0)[..., None]
-    ids = jnp.where(none, jnp.asarray(targets)[..., None], jnp.maximum(ids, 0))
-    probs = jnp.where(none, alone, merged)
+    none = (positions < 0)[..., None]
+    ids = jnp.where(none, targets[..., None], jnp.maximum(ids, 0))
     # log(0) only where nothing is sent; the gradient isn't needed here.
-    return TopLogits(jnp.log(probs), ids.astype(jnp.int32), vocab_size)
+    return jnp.log(jnp.where(none, alone, merged)), ids.astype(jnp.int32)

@@ -9,13 +9,17 @@ pytest.importorskip("rapidfuzz")
 
 import jaxmoe
 import quant
+from fed import language
 from fed.compress import TopLogits, top_logits
 from fed.language import TransferOptions, lesson, select, transfer
 from fed.language_model import (
     Answers,
+    Lesson,
     Party,
+    _lesson_loss,
     answers,
     bits_per_byte,
+    losses_of,
     rows_of,
     soft_cross_entropy,
 )
@@ -93,20 +97,91 @@ def test_of_all_answers_the_best_one_is_believed_text_by_text():
     soft = np.exp(quality) / np.exp(quality).sum(1, keepdims=True)
     np.testing.assert_allclose(select(losses, "weighted_mean"), soft, rtol=1e-5)
 
+    # What has diverged is believed by nobody.
+    losses = np.array([[np.nan, 3.0], [2.0, np.nan]], np.float32)
+    for how in ("greater", "weighted_mean"):
+        assert (select(losses, how).argmax(1) == [1, 0]).all()
+
 
 def test_answers_of_fewer_tokens_are_filled_with_nothing(rng):
     a, b = (top_logits(jnp.asarray(rng.standard_normal((1, 2, 9)), jnp.float32), k) for k in (3, 5))
-    got = lesson(
-        Answers(a, np.ones(1, np.float32)), [Answers(b, np.zeros(1, np.float32))], "greater"
-    )
+    losses = np.array([1.0, 0.0], np.float32)
+    others = [Answers(top, losses[i : i + 1]) for i, top in enumerate((a, b))]
+    got = lesson(np.full(1, 0.5, np.float32), others, "greater")
     assert got.ids.shape == (1, 2, 2, 5) and (got.log_probs[:, 0, :, 3:] == -np.inf).all()
+    assert got.weights.tolist() == [[0.0, 1.0]]
     back = TopLogits(got.log_probs[:, 0], got.ids[:, 0], 9).dense()
     np.testing.assert_allclose(back, a.dense(), atol=1e-5)
 
 
+def test_quality_is_found_in_what_was_sent(party, rng):
+    rows = rows_of(TEXTS, party)
+    # Mostly the right tokens, so that few of them are among what isn't sent.
+    logits = rng.standard_normal((*rows.targets.shape, 320)).astype(np.float32)
+    np.put_along_axis(
+        logits, rows.targets[..., None], rng.normal(7, 2, (*rows.targets.shape, 1)), 2
+    )
+    full = jax.nn.log_softmax(jnp.asarray(logits))
+    picked = np.take_along_axis(np.asarray(full), rows.targets[..., None], 2)[..., 0]
+    real = np.arange(picked.shape[1]) < rows.lengths[:, None]
+    wanted = np.where(real, -picked, 0).sum(1) / [len(t) for t in TEXTS]
+    np.testing.assert_allclose(losses_of(top_logits(full, 320), rows), wanted, rtol=1e-4)
+    few = top_logits(full, 4)
+    through = TopLogits.decode(few.encode(), few.ids.shape, 320)
+    np.testing.assert_allclose(losses_of(through, rows), wanted, rtol=0.1)
+    # Who claims every token for certain gets no more than an even share of it.
+    liar = TopLogits(np.zeros((3, 24, 8), np.float32), np.tile(np.arange(96, 104), (3, 24, 1)), 320)
+    assert (losses_of(liar, rows) >= np.log(8)).all()
+
+
+def test_who_believes_himself_has_the_language_model_loss_alone(rng):
+    top = top_logits(jnp.asarray(rng.standard_normal((3, 1, 4, 9)), jnp.float32), 5)
+    logits = jnp.asarray(rng.standard_normal((3, 4, 9)), jnp.float32)
+    own, targets = jnp.array([1.0, 2.0, 3.0]), jnp.zeros((3, 4), jnp.int32)
+    weights = jnp.array([[0.0], [1.0], [0.5]])
+    taught = Lesson(top.log_probs, top.ids, weights)
+    lengths = jnp.full(3, 4, jnp.int32)
+    loss = jax.jit(_lesson_loss, static_argnums=(5, 6))
+    got = loss(logits, own, targets, lengths, taught, 0.25, 1.0)
+    soft = soft_cross_entropy(
+        jax.nn.log_softmax(logits), top.log_probs[:, 0], top.ids[:, 0], 1.0
+    ).mean(1)
+    believed = 0.25 * own + 0.75 * soft
+    np.testing.assert_allclose(got[:2], [own[0], believed[1]], rtol=1e-5)
+    assert float(got[2]) == pytest.approx(float(own[2] + believed[2]) / 2, rel=1e-5)
+
+
+def test_a_client_that_says_nan_is_left_out_and_named(party, caplog):
+    clients = [Party(name, SMALL, ByteTokenizer()) for name in ("one", "two")]
+    options = TransferOptions(public_epochs=0, k=4)
+    main, *learners = (
+        language._learner(p, TEXTS, 2, None, options, i) for i, p in enumerate((party, *clients))
+    )
+    learners[0].params = jax.tree.map(lambda x: x * jnp.nan, learners[0].params)
+    federation = language._Federation(main, learners, options)
+    assert federation._up([0, 0])["rejected"] == ["one"]
+    assert "answer of one" in caplog.text and "two" not in caplog.text
+
+
+def test_parameters_that_are_averaged_count_as_sent(party):
+    rows, values = rows_of(TEXTS, party), (jnp.ones(3), 2 * jnp.ones(3))
+    learners = [language._Learner(party, {"w": x}, None, rows, 3) for x in values]
+    assert language._average(learners) == 2 * 3 * 4
+    assert all((x.params["w"] == 1.5).all() for x in learners)
+
+
+def test_some_public_texts_are_held_out_for_quality():
+    losses = np.array([0.1, 0.3, 1.2], np.float32)  # the first two are known by heart
+    np.testing.assert_allclose(language.corrected(losses, 2), [1.1, 1.3], rtol=1e-5)
+    both, none = TransferOptions(held_out=0.25), TransferOptions(held_out=0.25, direction="none")
+    assert language._trained(8, both) == 6 and language._trained(8, none) == 8
+    with pytest.raises(ValueError, match="beside those held out; got 1 with held_out=0.25"):
+        language._trained(1, both)
+
+
 @pytest.fixture(scope="module")
 def runs():
-    """A server and two clients of which one has much text of the kind that the test is about; with and without transfer."""
+    """A larger server, and two clients of five bits of which one has much text of the kind that the test is about; with and without transfer."""
     words = [
         f"{a} {b} {c}. "
         for a in ("the", "a")
@@ -115,8 +190,8 @@ def runs():
     ]
     rng = np.random.default_rng(0)
     made = ["".join(rng.choice(words, 3)) for _ in range(56)]
-    # One shape for all: few programs to compile.
-    server, *parties = (Party(name, SMALL, ByteTokenizer()) for name in ("server", "one", "two"))
+    parties = [Party(name, SMALL, ByteTokenizer(), width=5) for name in ("one", "two")]
+    server = Party("server", SMALL.replace(hidden_size=48, num_hidden_layers=2), ByteTokenizer())
     found = {}
     for direction in ("both", "none"):
         options = TransferOptions(
@@ -124,29 +199,30 @@ def runs():
             direction=direction,
         )  # fmt: skip
         found[direction] = transfer(
-            server, parties, [made[:40], made[:2]], made[40:42], made[48:], options
+            server, parties, [made[:40], made[:2]], made[40:48], made[48:], options
         )
     return found
 
 
 def test_the_bytes_of_a_transfer_are_those_of_its_payloads(runs):
     last = runs["both"].rounds[-1]
-    # Of two clients: a header, 2 qualities, and at each position 16 tokens of 2 + 2 bytes.
-    positions = (last["bytes_up"] / 2 - 16 - 2 * 4) / (16 * 4)
-    assert positions % (2 * 8) == 0 and 2 * 33 <= positions <= 2 * 48
+    # Of two clients: a header, and at each position 16 tokens of 2 + 2 bytes.
+    positions = (last["bytes_up"] / 2 - 16) / (16 * 4)
+    assert positions % (8 * 8) == 0 and 8 * 33 <= positions <= 8 * 48
     assert last["bytes_down"] == last["bytes_up"]
     assert runs["none"].rounds[-1]["bytes_up"] == runs["none"].rounds[-1]["bytes_down"] == 0
     assert all(share == 1.0 for share in runs["both"].aligned)
     assert last["clients_believed"] > 0
 
 
-def test_parties_with_few_texts_learn_from_a_client_with_many(runs):
+def test_a_larger_server_and_quantised_clients_help_each_other(runs):
     # Public texts say less of what may stand in a word's place than the distributions of who has read forty others.
-    for name in ("server", "two"):
-        last, alone = (
-            runs[direction].rounds[-1][f"bits_per_byte_{name}"] for direction in ("both", "none")
-        )
-        assert last < 0.9 * alone, name
+    for name in ("server", "one", "two"):
+        key = f"bits_per_byte_{name}"
+        last, *alone = (runs["both"].rounds[-1][key], *(r[key] for r in runs["none"].rounds))
+        assert last < 0.9 * alone[-1], name
+        # Alone a party of few texts is best before it knows the public ones by heart: better than that, too.
+        assert name == "one" or last < 0.95 * min(alone), name
 
 
 def test_what_does_not_fit_is_refused(party):

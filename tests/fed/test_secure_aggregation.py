@@ -13,7 +13,6 @@ from fed.secure_aggregation import (
     QuorumNotMet,
     SecureClient,
     SecureConfig,
-    check_supported,
     quantize,
     secure_mean,
     unmask,
@@ -130,12 +129,23 @@ def test_a_nan_names_the_client(trees):
         secure_mean(trees, WEIGHTS)
 
 
-def test_what_needs_single_updates_is_refused_before_a_round():
-    check_supported("homo")
-    with pytest.raises(ValueError, match="mode 'hete' refines each member"):
-        check_supported("hete")
-    with pytest.raises(ValueError, match="'median' compares single updates"):
-        check_supported("homo", "median")
+def test_two_never_are_a_sum(trees):
+    # Each of them would learn the other's update from it.
+    three = {k: trees[k] for k in CLIENTS[:3]}
+    assert SecureConfig().needed(3) == SecureConfig().needed(4) == 3
+    with pytest.raises(QuorumNotMet, match="2 of 3 clients arrived and secure aggregation needs 3"):
+        secure_mean(three, WEIGHTS, dropped=CLIENTS[:1])
+
+
+def test_weights_that_could_wrap_are_refused_before_a_round(trees):
+    most = SecureConfig(weight_limit=2**29)
+    assert most.most_clients() == 3 and SecureConfig(weight_limit=4_000_000).most_clients() == 536
+    with pytest.raises(ValueError, match="from 3 to 3 clients"):
+        secure_mean(trees, WEIGHTS, most)
+    largest = {k: trees[k] for k in CLIENTS[:3]}
+    assert secure_mean(largest, dict.fromkeys(largest, 2**29), most).weight == 3 * 2**29
+    with pytest.raises(ValueError, match="weight_limit must be at most 715827882"):
+        SecureConfig(weight_limit=2**30)
 
 
 def test_numbers_out_of_range_are_refused(trees):

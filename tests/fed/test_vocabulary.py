@@ -113,8 +113,10 @@ def test_other_tokens_map_to_the_nearest_by_edit_distance(trained):
     table = vocabulary_map(bpe, byte)
     for i, token in enumerate(bpe.tokens):
         if len(token) > 1 and not token.startswith("<"):
-            assert byte.tokens[table[i]] in token  # one of its own bytes: distance len - 1
-            assert table[i] == min(ord(c) for c in token)  # the lowest id among equals
+            assert chr(table[i]) == token[0]  # each of its bytes is as near; the first is where it begins
+    one, two = Vocabulary(("the", "xx")), Vocabulary(("e", "t", "th", "the"), (("bos", 3),))
+    # A longer beginning is nearer; without one the lowest id among equals.
+    assert vocabulary_map(one, two).tolist() == [2, 0]
 
 
 def test_tables_are_kept_on_disk_and_read_again(trained, tmp_path):
@@ -162,6 +164,33 @@ def test_what_is_carried_is_the_other_models_distribution_on_the_base_tokens(rng
         # What had no counterpart is spread over the tokens that nothing was said of.
         np.testing.assert_allclose(dense[0, i, [1, 3, 5]], p[3] / 3, rtol=1e-3)
     np.testing.assert_allclose(dense[0, 1], np.eye(6)[3], atol=1e-6)
+
+
+def test_many_texts_are_aligned_and_carried_in_blocks(trained, rng, monkeypatch):
+    byte, bpe = ByteTokenizer(), trained["bytes"]
+    v1, v2 = Vocabulary.of(byte), Vocabulary.of(bpe)
+    rows = [[t.encode(text) for text in TEXTS] for t in (byte, bpe)]
+    lengths = [np.array([len(ids) for ids in x]) for x in rows]
+    base, other = (
+        np.array([ids + [0] * (n.max() - len(ids)) for ids in x])
+        for x, n in zip(rows, lengths, strict=True)
+    )
+    top = top_logits(jnp.asarray(rng.standard_normal((*other.shape, len(v2))), jnp.float32), 3)
+
+    def both():
+        positions = align(base, other, v1, v2, *lengths)
+        return positions, carry(top, positions, vocabulary_map(v2, v1), base, len(v1))
+
+    positions, carried = both()
+    assert (positions >= 0).any()
+    warped = []
+    monkeypatch.setattr(vocabulary, "_CHUNK", 2 * base.shape[1] * 3**2)  # two texts of carry, one of align
+    monkeypatch.setattr(vocabulary, "warp", lambda c, *n: warped.append(len(c)) or warp(c, *n))
+    again, in_blocks = both()
+    assert warped == [1, 1, 1]
+    np.testing.assert_array_equal(again, positions)
+    np.testing.assert_array_equal(in_blocks.ids, carried.ids)
+    np.testing.assert_allclose(in_blocks.log_probs, carried.log_probs, rtol=1e-6)
 
 
 def test_the_identity_table_carries_everything_unchanged(rng):
