@@ -6,6 +6,7 @@ parts, maps the device ids on the way. Where that fails, on a JAX that has chang
 such: recovery is slower then, not wrong.
 """
 
+import contextlib
 import dataclasses
 import io
 import logging
@@ -13,12 +14,13 @@ import os
 import pathlib
 import pickle
 import threading
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import serialize_executable
+from jax.experimental.compilation_cache import compilation_cache
 
 logger = logging.getLogger(__name__)
 
@@ -101,6 +103,28 @@ def load(portable: Portable, devices: Sequence[jax.Device]) -> jax.stages.Compil
     return jax.stages.Compiled(program.load(), [], arguments, results, no_kwargs=no_kwargs)
 
 
+_cache_lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def compilation_cache_off() -> Iterator[None]:
+    """Compiles in truth: what XLA's CPU client wrote, read, and is asked to write again lacks its functions."""
+    with _cache_lock:
+        if (
+            jax.config.jax_compilation_cache_dir is None
+            or not jax.config.jax_enable_compilation_cache
+        ):
+            yield
+            return
+        jax.config.update("jax_enable_compilation_cache", False)
+        compilation_cache.reset_cache()  # whether there is one is looked up once
+        try:
+            yield
+        finally:
+            jax.config.update("jax_enable_compilation_cache", True)
+            compilation_cache.reset_cache()
+
+
 @dataclasses.dataclass
 class Counters:
     """How programs came about: compiled here, loaded for new devices, found ready; and why loading had to be given up."""
@@ -164,13 +188,15 @@ class Executables:
             except Exception as error:  # private API: whatever it raises, there is the public way
                 self._fall_back(f"compiled {name} for want of loading it", error)
         if program is None:
-            program = lower().compile()
+            lowered = lower()
+            with compilation_cache_off():
+                program = lowered.compile()
             self.counters.compiled += 1
             if portable is None:
                 try:
                     self._keep(name, export(program, devices))
                 except jax.errors.JaxRuntimeError as error:
-                    # XLA writes no sort that has run, and JAX may have found this one compiled already.
+                    # XLA writes no sort that has run, and this process may have had the program already.
                     self._fall_back(f"{name} is for this process only", error)
         self._ready[name, ids] = program
         return program

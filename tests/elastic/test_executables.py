@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxmoe.elastic import executables
@@ -42,7 +43,8 @@ def _run(program, arguments):
 def test_every_order_of_every_set_of_devices_gives_the_same(devices):
     step, arguments = _program(devices[:3])
     expected = _run(step, arguments)
-    portable = export(step.lower(*arguments).compile(), devices[:3])
+    with executables.compilation_cache_off():
+        portable = export(step.lower(*arguments).compile(), devices[:3])
     for chosen in itertools.islice(itertools.permutations(devices[:5], 3), 0, 60, 7):
         _, own = _program(chosen)
         got = load(portable, chosen)(*own)
@@ -73,6 +75,29 @@ def test_another_process_finds_it_on_disk(devices, tmp_path):
     program = other.get("step", devices[3:5], lambda: pytest.fail("compiled again"))
     np.testing.assert_array_equal(program(*own)["y"], own_step(*own)["y"])
     assert (other.counters.compiled, other.counters.loaded) == (0, 1)
+
+
+def test_a_program_that_jax_has_in_its_own_cache_is_compiled_all_the_same(devices, tmp_path):
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = [getattr(jax.config, name) for name in names]
+    try:
+        for name, value in zip(names, (str(tmp_path / "jax"), 0.0), strict=True):
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        step, arguments = _program(devices[:2])
+        step.lower(*arguments).compile()  # now it is there
+        assert any((tmp_path / "jax").iterdir())
+        jax.clear_caches()
+        expected = np.asarray(_program(devices[:2])[0](*arguments)["y"])
+        Executables(tmp_path).get("step", devices[:2], lambda: step.lower(*arguments))
+        other, own = Executables(tmp_path), _program(devices[3:5])[1]
+        program = other.get("step", devices[3:5], lambda: pytest.fail("compiled again"))
+        np.testing.assert_array_equal(program(*own)["y"], expected)
+        assert jax.config.jax_enable_compilation_cache
+    finally:
+        for name, value in zip(names, before, strict=True):
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
 
 
 def test_a_jax_that_has_changed_costs_a_compilation_and_says_so(devices, monkeypatch):
