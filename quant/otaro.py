@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from pallas_kernels import sefp
+from pallas_kernels.sefp.format import check_rounding
 from quant import bps, laa
 from quant.bps import BpsConfig
 from quant.fake_quant import fake_quantize
@@ -49,7 +49,7 @@ class OtaroConfig:
     rounding: str = "truncate"
 
     def __post_init__(self):
-        sefp.check_rounding(self.rounding)
+        check_rounding(self.rounding)
         if self.steps < 1:
             raise ValueError(f"steps must be at least 1; got {self.steps}.")
         if self.objective not in OBJECTIVES:
