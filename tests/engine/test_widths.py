@@ -13,6 +13,7 @@ import jaxmoe
 import quant
 from jaxmoe.engine import Engine, EngineOptions, SamplingParams
 from jaxmoe.params import path_name
+from jaxmoe.sharding import make_mesh
 
 WIDTHS = (3, 8)
 NEW = 12
@@ -137,6 +138,22 @@ def test_widths_that_are_not_served_are_refused_in_one_line(engine):
     ):
         with pytest.raises(ValueError, match=message):
             new_engine(**changes)
+
+
+@pytest.mark.slow
+def test_two_ranks_give_the_tokens_of_one_device_at_both_widths(devices):
+    """Experts are split over the mesh; each width's are a part of the same arrays there, too."""
+    mesh = make_mesh(expert=2, devices=devices[:2])
+    prompts = random_prompts(8, longest=24)
+    with Engine(stored(), CONFIG, options=OPTIONS, mesh=mesh) as engine:
+        results = engine.generate(prompts, [exactly(NEW, width=WIDTHS[i % 2]) for i in range(8)])
+        trees = engine._runner._params
+        for narrow, wide in zip(*(quant.tensors(trees[w]) for w in WIDTHS), strict=True):
+            assert narrow.stored.base is wide.stored.base
+        down = trees[8]["segments"][1][0]["moe"]["experts"]["down"].stored.base
+        assert {shard.data.shape[1] for shard in down.addressable_shards} == {down.shape[1] // 2}
+        assert_empty(engine)
+    assert [r.token_ids for r in results] == [generated(WIDTHS[i % 2])[i] for i in range(8)]
 
 
 @pytest.mark.parametrize("drafts", [1, 3])
