@@ -3,9 +3,12 @@
 The first lines run before JAX creates its backends and before the packages are imported; keep them there.
 """
 
+import atexit
 import gc
 import os
 import pathlib
+import shutil
+import tempfile
 
 DEVICES = 8
 MOST_MAPS = 20_000
@@ -18,6 +21,12 @@ _FLAGS = {
 _given = os.environ.get("XLA_FLAGS", "")
 _added = [f"{flag}={value}" for flag, value in _FLAGS.items() if flag not in _given]
 os.environ["XLA_FLAGS"] = " ".join([_given, *_added]).strip()
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    # Of this run: workers, and the processes that tests start, compile a program once between them.
+    _programs = tempfile.mkdtemp(prefix="jaxmoe-tests-")
+    atexit.register(shutil.rmtree, _programs, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _programs
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
