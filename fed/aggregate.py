@@ -168,7 +168,7 @@ def check_clients(aggregator: Aggregator, sizes: np.ndarray, most: int) -> None:
     if most > config.most_clients():
         raise ValueError(
             f"{name} must have at most {config.most_clients()} clients of an architecture in a round at levels={config.levels}; got "
-            f"up to {most}; lower participation or levels."
+            f"up to {most}; lower participation, levels or weight_limit."
         )
 
 

@@ -3,12 +3,16 @@
 import dataclasses
 
 import fed_support as support
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import fed
-from fed import baselines, report
-from fed.compare import METHODS, run_method
+from fed import baselines, report, rounds
+from fed.aggregate import by_name
+from fed.compare import METHODS, hides_too_much, run_method
+from fed.koala import teach
 
 CUT = support.splits()
 SIZES = [40, 25, 60, 9, 30, 16]
@@ -63,6 +67,46 @@ def test_one_place_is_one_client_with_everything(runs):
     assert runs["centralised"].final["small_accuracy"] > 0.8
 
 
+def test_one_place_has_no_attackers_and_nothing_to_aggregate(runs, models):
+    run = dataclasses.replace(RUN, uploads=(fed.Attack((0,), "sign", 10.0),), aggregator=fed.Krum())
+    found = run_method("centralised", CUT, PART, models, run, KOALA)
+    assert support.equal(found.small, runs["centralised"].small)
+
+
+@pytest.mark.parametrize("aggregator", ["secure", "private:1:1:6"])
+def test_who_reads_members_refuses_an_aggregator_that_hides_them(models, aggregator):
+    run = dataclasses.replace(RUN, aggregator=by_name(aggregator))
+    for name in METHODS:
+        if hides_too_much(name, run, 2):
+            with pytest.raises(ValueError, match="hides"):
+                run_method(name, CUT, PART, models, run, KOALA)
+    hidden = [name for name in METHODS if hides_too_much(name, run, 1)]
+    assert hidden == ["koala-hete", "feddf", "fedmd", "fed-et"]
+    assert not any(hides_too_much(name, RUN, 2) for name in METHODS)
+
+
+def test_chunks_of_personal_models_are_taught_like_all_at_once(models):
+    model = models[1][0]
+    stacked = jax.vmap(model.init)(jax.random.split(jax.random.key(0), 6))
+    inputs = jnp.asarray(CUT.proxy.inputs[:32])
+    soft = jax.nn.softmax(model.apply(model.init(jax.random.key(9)), inputs))
+    order = fed.distill.orders(jax.random.key(1), 32, 3, 16)
+    lesson, rows = fed.distill.Lesson(inputs, soft), np.array([0, 2, 3, 4, 5])
+    all_, cut = (
+        teach(stacked, None, lesson, order, model, STEP, rows, chunk)[0] for chunk in (64, 2)
+    )
+    assert support.largest_difference(all_, cut) < 1e-6
+    assert support.largest_difference(all_, stacked) > 1e-3
+    seen = []
+
+    def note(params):
+        seen.append(jax.tree.leaves(params)[0].shape[0])
+        return params
+
+    rounds.in_chunks(note, stacked, rows, 2)
+    assert seen == [2, 2, 1]
+
+
 def test_local_models_differ_and_are_worse_than_shared_ones(runs):
     assert runs["local-only"].final["small_accuracy"] < runs["fedavg-small"].final["small_accuracy"]
 
@@ -113,6 +157,12 @@ def test_reports_have_rows_a_table_and_a_plot(runs, models, tmp_path):
     assert saved["storage"] == pytest.approx(1 - mean / models[0].nbytes)
 
 
-def test_an_unknown_method_is_refused(models):
+@pytest.mark.parametrize("name", ["fedsgd", "koala-both"])
+def test_an_unknown_method_is_refused(models, name):
     with pytest.raises(ValueError, match="method must be one of koala"):
-        run_method("fedsgd", CUT, PART, models, RUN, KOALA)
+        run_method(name, CUT, PART, models, RUN, KOALA)
+
+
+def test_fedmd_needs_proxy_inputs():
+    with pytest.raises(ValueError, match="subset must be at least 1; got 0"):
+        baselines.MdOptions(subset=0)

@@ -197,7 +197,6 @@ def test_a_user_s_pair_of_functions_is_a_client(large):
     def init(key):
         return {"head": 0.1 * jax.random.normal(key, (support.WIDTH, support.CLASSES))}
 
-    pair = fed.models.from_functions(init, lambda p, x: x @ p["head"], (support.WIDTH,))
-    found = koala(large, pair)
+    found = koala(large, (init, lambda p, x: x @ p["head"]))
     assert found.final["small_accuracy"] > 0.5
     assert jnp.isfinite(found.final["reverse_loss"])
