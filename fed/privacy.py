@@ -9,23 +9,30 @@ The accountant takes Poisson sampling (of clients: ``Sampling(sampler="poisson")
 batch of fixed size is not that, and its epsilon is another. Numbers of examples per client are taken as public: the weights of the mean
 need them.
 
+A simulation draws samples and noise from the run's seed, so that it can be repeated; who knows the seed can take the noise off again. A
+deployment draws them from ``secret_key`` (``fed.flower``). ``check_private`` says where a run's options are not what the accountant
+assumes, ``spent`` what a run has cost.
+
 Distillation on the server's public proxy set, in either direction, is post-processing of what has been paid for: it costs no epsilon.
 """
 
 import contextlib
 import dataclasses
 import logging
+import secrets
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from fed.clients import ExampleLosses, LocalOptions, masked_mean
 from fed.errors import need
 from fed.models import Params
+from fed.rounds import RunOptions
 
 METHODS = ("rdp", "pld")
 POST_PROCESSING = (
@@ -37,6 +44,13 @@ def _positive(**values: float) -> None:
     for name, value in values.items():
         if not value > 0:
             raise ValueError(f"{name} must be positive; got {value}.")
+
+
+def secret_key() -> Array:
+    """A key from the system's randomness, for noise that nobody else may know: all of its bits, where ``jax.random.key`` takes 32 of a seed."""
+    shape = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))).shape
+    words = [secrets.randbits(32) for _ in range(int(np.prod(shape)))]
+    return jax.random.wrap_key_data(np.array(words, np.uint32).reshape(shape))
 
 
 def _check_rate(rate: float) -> None:
@@ -61,11 +75,13 @@ class DpSgd:
       noise_multiplier: standard deviation of the noise in units of ``clip``.
       rate: probability of each example to be in a step.
       microbatch: examples whose gradients exist at once; bounds memory, changes nothing else. It must divide the batch.
+      private: says to a deployment that sample and noise, and the client's loss, are to stay with the client.
 
     Raises:
       ValueError: for numbers out of range.
     """
 
+    private: ClassVar[bool] = True
     clip: float = 1.0
     noise_multiplier: float = 1.0
     rate: float = 0.1
@@ -90,8 +106,10 @@ class DpSgd:
     ) -> tuple[Float[Array, ""], Params]:
         """(mean loss of the sampled examples, gradient).
 
-        The loss is for the client's own eyes: it isn't noised, so it must not be sent (``dp_options``' clients do as all others do in a
-        simulation; a deployment leaves it out).
+        The loss is for the client's own eyes: it isn't noised, so it must not be sent. A simulation reports it; a deployment leaves it out.
+
+        Raises:
+          ValueError: if ``microbatch`` doesn't divide the batch.
         """
         draw, model, noise = (jax.random.fold_in(key, i) for i in range(3))
         chosen = mask & jax.random.bernoulli(draw, self.rate, mask.shape)
@@ -139,6 +157,9 @@ def dp_options(
       optimizer: see ``LocalOptions``.
       learning_rate: of the optimiser.
 
+    Raises:
+      ValueError: for numbers that ``LocalOptions`` refuses.
+
     Example:
       >>> options = dp_options(DpSgd(rate=0.1, noise_multiplier=1.0), largest=40, steps=10)
       >>> options.batch_size, options.epochs, round(epsilon(0.1, 1.0, 10 * 10, 1e-5), 3)
@@ -173,6 +194,9 @@ class GaussianMean:
       noise_multiplier: standard deviation of the noise of the sum in units of ``clip``.
       expected_clients: participation times population, never the number that came.
       individual: False: what looks at single updates would not be covered, so koala refuses to combine the two.
+
+    Raises:
+      ValueError: for numbers out of range.
     """
 
     clip: float = 1.0
@@ -276,6 +300,16 @@ def noise_for(
 ) -> float:
     """The least noise multiplier with which ``epsilon`` is at most ``target``, to 1e-3.
 
+    Args:
+      target: epsilon, positive.
+      rate: as of ``epsilon``.
+      steps: how many, over all rounds.
+      delta: as of ``epsilon``.
+      method: as of ``epsilon``.
+
+    Raises:
+      ValueError: for numbers out of range.
+
     Example:
       >>> abs(noise_for(7.9039, 0.1, 100, 1e-5) - 1.0) < 2e-3
       True
@@ -303,9 +337,83 @@ def statement(
       steps: over all rounds.
       delta: as of ``epsilon``.
       unit: "example" or "user".
+
+    Raises:
+      ValueError: for numbers out of range.
     """
     spent = epsilon(rate, noise_multiplier, steps, delta)
     return (
         f"({spent:.4g}, {delta:g})-differential privacy per {unit} (RDP; {steps} steps, rate {rate:g}, noise {noise_multiplier:g}); "
         f"{POST_PROCESSING}"
     )
+
+
+# -- a run -------------------------------------------------------------------------------------------
+
+
+def check_private(
+    options: RunOptions,
+    sizes: Int[np.ndarray, " N"],
+    assignment: Int[np.ndarray, " N"] | None = None,
+) -> None:
+    """Refuses private runs whose sampling isn't what the accountant assumes; says nothing of others.
+
+    Args:
+      options: of the run.
+      sizes: examples of each client.
+      assignment: architecture of each client; default: one for all.
+
+    Raises:
+      ValueError: for ``DpSgd`` on batches that aren't all of a client's examples, once each; for ``GaussianMean`` with other than Poisson
+        sampling of clients, or another expected number than the sampler's.
+    """
+    local, rule, sampling = options.local, options.aggregator, options.sampling
+    if isinstance(local.gradient, DpSgd) and (
+        local.steps is not None or local.batch_size < sizes.max()
+    ):
+        raise ValueError(
+            f"DpSgd needs each step to see all of a client's examples once, {sizes.max()} at most; got batch_size={local.batch_size} and "
+            f"steps={local.steps}. Make LocalOptions with fed.privacy.dp_options."
+        )
+    if not isinstance(rule, GaussianMean):
+        return
+    if sampling.buffer or (sampling.sampler != "poisson" and sampling.participation < 1):
+        raise ValueError(
+            f"a private mean needs Poisson sampling of clients in rounds; got sampler={sampling.sampler!r} with buffer={sampling.buffer}. "
+            "Take sampler='poisson'."
+        )
+    groups = np.zeros(len(sizes), np.int64) if assignment is None else np.asarray(assignment)
+    for group in np.unique(groups[sizes > 0]):
+        wanted = sampling.participation * int(((groups == group) & (sizes > 0)).sum())
+        if abs(rule.expected_clients - wanted) > 0.01 * wanted:
+            raise ValueError(
+                f"expected_clients must be participation times the clients of an architecture, {wanted:g}; got "
+                f"{rule.expected_clients:g}. Set either."
+            )
+
+
+def spent(options: RunOptions, rounds: int, delta: float = 1e-5) -> list[str]:
+    """``statement`` of each private rule of a run; empty for a run without one.
+
+    Args:
+      options: of the run, as ``check_private`` accepts them.
+      rounds: that were run; a client is taken to have been in each.
+      delta: of (epsilon, delta); below one over a client's examples, and over the number of clients.
+
+    Raises:
+      ValueError: for numbers out of range.
+
+    Example:
+      >>> private = RunOptions(local=dp_options(DpSgd(rate=0.1), largest=40, steps=10))
+      >>> [line[:13] for line in spent(private, 10)], spent(RunOptions(), 10)
+      (['(7.904, 1e-05'], [])
+    """
+    lines = []
+    rule, users = options.local.gradient, options.aggregator
+    if isinstance(rule, DpSgd):
+        steps = rounds * (options.local.steps or options.local.epochs)
+        lines.append(statement(rule.rate, rule.noise_multiplier, steps, delta))
+    if isinstance(users, GaussianMean):
+        rate = options.sampling.participation
+        lines.append(statement(rate, users.noise_multiplier, rounds, delta, unit="user"))
+    return lines

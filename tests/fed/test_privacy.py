@@ -7,17 +7,22 @@ import pytest
 
 pytest.importorskip("dp_accounting")
 
-from fed.clients import Batches, local_train
+from fed.clients import Batches, LocalOptions, local_train
 from fed.models import from_functions
 from fed.privacy import (
     POST_PROCESSING,
     DpSgd,
     GaussianMean,
+    check_private,
     dp_options,
     epsilon,
     noise_for,
+    secret_key,
+    spent,
     statement,
 )
+from fed.rounds import RunOptions
+from fed.sampling import Sampling
 
 # The specification's table (dp-accounting 0.6.0): q, sigma, steps, delta, epsilon by RDP, by PLD.
 KNOWN = (
@@ -149,3 +154,41 @@ def test_users_are_clipped_alike_and_the_sum_is_divided_by_the_expected_cohort()
 def test_numbers_out_of_range_are_refused(make, said):
     with pytest.raises(ValueError, match=said):
         make()
+
+
+SIZES = np.array([40, 25, 0, 31])
+
+
+def test_a_private_run_says_what_it_has_cost():
+    local = dp_options(DpSgd(rate=0.1), largest=40, steps=10)
+    users = GaussianMean(noise_multiplier=2.0, expected_clients=1.5)
+    sampling = Sampling(participation=0.5, sampler="poisson")
+    options = RunOptions(local=local, aggregator=users, sampling=sampling)
+    check_private(options, SIZES)
+    examples, clients = spent(options, 10)
+    assert "(7.904, 1e-05)" in examples and "per example" in examples
+    assert clients.startswith(f"({epsilon(0.5, 2.0, 10, 1e-5):.4g}, ") and "per user" in clients
+    assert spent(RunOptions(), 10) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"local": LocalOptions(batch_size=39, gradient=DpSgd())}, "batch_size=39"),
+        ({"local": LocalOptions(batch_size=40, steps=3, gradient=DpSgd())}, "steps=3"),
+        ({"sampling": Sampling(participation=0.5)}, "sampler='uniform'"),
+        ({"sampling": Sampling(sampler="poisson", buffer=2)}, "buffer=2"),
+        ({"sampling": Sampling(participation=0.2, sampler="poisson")}, "clients.*, 0.6; got 3"),
+    ],
+)
+def test_what_the_accountant_does_not_assume_is_refused(options, said):
+    check_private(RunOptions(local=LocalOptions(batch_size=39)), SIZES)
+    users = {} if "local" in options else {"aggregator": GaussianMean(expected_clients=3.0)}
+    with pytest.raises(ValueError, match=said):
+        check_private(RunOptions(**users, **options), SIZES)
+
+
+def test_secret_keys_are_of_all_bits_and_never_the_same():
+    words = np.array([jax.random.key_data(secret_key()) for _ in range(20)])
+    assert len(np.unique(words)) == words.size  # a collision: once in 10^7 runs
+    assert (words > 0).all(1).all() and float(jax.random.normal(secret_key(), ())) < 10
