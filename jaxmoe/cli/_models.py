@@ -46,9 +46,11 @@ def find_config(name: str) -> ModelConfig:
     return checkpoint.load_config(locate(name))
 
 
-def in_sefp(params: Params, module_widths: Mapping[str, int] | None = None) -> Params:
-    """Parameters in SEFP, encoded unless they are, with modules of their own widths (``quant.pin_widths``)."""
-    params = params if tensors(params) else quantize_params(params)
+def in_sefp(
+    params: Params, module_widths: Mapping[str, int] | None = None, rounding: str = "truncate"
+) -> Params:
+    """Parameters in SEFP, encoded with ``rounding`` unless they are, with modules of their own widths (``quant.pin_widths``)."""
+    params = params if tensors(params) else quantize_params(params, rounding=rounding)
     return pin_widths(params, module_widths) if module_widths else params
 
 

@@ -27,6 +27,7 @@ def convert(
     dtype: Literal["float32", "bfloat16"] = "float32",
     mtp: bool = True,
     step: int = 0,
+    rounding: Literal["truncate", "nested"] = "truncate",
     json: pathlib.Path | None = None,
 ) -> None:
     """Converts a checkpoint: Hugging Face safetensors to native, native to Hugging Face, or to one file of every SEFP width.
@@ -38,6 +39,8 @@ def convert(
       dtype: Parameter dtype to write. fp8 checkpoints are dequantised.
       mtp: Keep multi-token-prediction layers if the source has them.
       step: Step number of a native target.
+      rounding: With --to sefp: truncate, as OTARo has it, or nested, which stores what serves all widths best; better for weights that
+        were not tuned with truncation.
       json: Also write a JSON report.
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -49,9 +52,13 @@ def convert(
         raise ValueError(
             f"source {source} is in SEFP, which is not undone here; convert the checkpoint that it was made from."
         )
+    if rounding != "truncate" and (to != "sefp" or checkpoint.holds_sefp(locate(str(source)))):
+        raise ValueError(
+            f"rounding {rounding} is of weights that become SEFP; got {source} for --to {to}. Use --to sefp on a checkpoint that isn't."
+        )
     params, config = load(str(source), dtype_of(dtype), mtp=mtp)
     if to == "sefp":
-        checkpoint.save_sefp(target, in_sefp(params), config)
+        checkpoint.save_sefp(target, in_sefp(params, rounding=rounding), config)
     elif to == "hf":
         checkpoint.save_hf(target, params, config)
     else:

@@ -234,3 +234,13 @@ def test_groups_that_do_not_divide_are_refused_with_both_names(devices):
     ):
         shardings_of(shapes, config, mesh)
     shardings_of(shapes, config, mesh, Rules(mlp=None))
+
+
+def test_conversion_rounds_as_it_is_asked_and_only_to_sefp(tmp_path):
+    params = jaxmoe.init_params(DENSE, jax.random.key(0))
+    checkpoint.save(tmp_path / "run", params, DENSE, 0)
+    convert(tmp_path / "run", tmp_path / "nested", to="sefp", rounding="nested")
+    same(checkpoint.load(tmp_path / "nested")[0], quant.quantize_params(params, rounding="nested"))
+    for source, to in (("run", "hf"), ("nested", "sefp")):
+        with pytest.raises(ValueError, match="rounding nested is of weights that become SEFP"):
+            convert(tmp_path / source, tmp_path / "x", to=to, rounding="nested")
