@@ -321,15 +321,14 @@ def unmask(
             )
     x25519 = _library("cryptography.hazmat.primitives.asymmetric.x25519")
     number = {client: n for n, client in enumerate(sorted(keys), 1)}
-    size = next(iter(masked.values())).size
-    total = np.zeros(size, np.uint32)
+    total = np.zeros_like(next(iter(masked.values())))
     for vector in masked.values():
         total = total + vector
     for client in sorted(sharing):
         answers = {number[who]: shares[client] for who, shares in sorted(revealed.items())[:needed]}
         secret = _join(answers)
         if client in masked:
-            total = total - _mask(secret, size)
+            total = total - _mask(secret, total.size)
             continue
         private = x25519.X25519PrivateKey.from_private_bytes(secret)
         if private.public_key().public_bytes_raw() != keys[client][0]:
@@ -337,7 +336,7 @@ def unmask(
                 f"the shares of client {client}'s key are wrong; the round is skipped."
             )
         for other in masked:
-            mask = _mask(_agree(private, keys[other][0], b"mask"), size)
+            mask = _mask(_agree(private, keys[other][0], b"mask"), total.size)
             total = total - mask if other < client else total + mask
     return _signed(total)
 

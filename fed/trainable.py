@@ -4,12 +4,16 @@ The paper says "fine-tuning" and not which parameters (spec 1.2), so it is a cho
 """
 
 import dataclasses
+import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
 from fed.models import Model, Params
+from quant.rules import DEFAULT_RULES, name_of, rule_for
+from quant.tensor import Layout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,9 +21,13 @@ class Trainable:
     """What is trained.
 
     Attributes:
-      what: full; head (parameters whose first name is in the model's ``head``); lora (W + scale * A B for every matrix).
+      what: full; head (parameters whose first name is in the model's ``head``); lora (W + scale * A B for every matrix: [in, out], or as
+        ``quant.rules`` has the axes of jaxmoe's parameters).
       rank: of lora.
       alpha: scale is alpha / rank.
+
+    Raises:
+      ValueError: for another name, or a rank below one.
     """
 
     what: str = "full"
@@ -38,20 +46,23 @@ class Trainable:
             return trained
         if self.what == "head":
             return {**base, **trained}
-        leaves, structure = jax.tree.flatten(base)
+        leaves, structure = jax.tree_util.tree_flatten_with_path(base)
         added = [
-            leaf
-            if pair is None
-            else leaf + (self.alpha / self.rank * (pair["a"] @ pair["b"])).astype(leaf.dtype)
-            for leaf, pair in zip(leaves, trained, strict=True)
+            leaf if pair is None else self._added(leaf, pair, _layout(path, leaf))
+            for (path, leaf), pair in zip(leaves, trained, strict=True)
         ]
         return jax.tree.unflatten(structure, added)
+
+    def _added(self, leaf: Array, pair: dict[str, Array], layout: Layout) -> Array:
+        _, inputs, outputs = layout.split(leaf.shape)
+        change = layout.restored(self.alpha / self.rank * (pair["a"] @ pair["b"]), inputs, outputs)
+        return leaf + change.astype(leaf.dtype)
 
     def begin(self, model: Model, params: Params, key: Array) -> tuple[Params, Params]:
         """(trained, base): what distillation changes, and what it leaves alone.
 
         Raises:
-          ValueError: if the model has no such parameters.
+          ValueError: if the model has no such parameters, or for lora one of which it isn't known which axes are its matrix's.
         """
         if self.what == "full":
             return params, {}
@@ -65,21 +76,40 @@ class Trainable:
             return {k: v for k, v in params.items() if k in names}, {
                 k: v for k, v in params.items() if k not in names
             }
-        leaves = jax.tree.leaves(params)
+        leaves = jax.tree_util.tree_leaves_with_path(params)
         keys = jax.random.split(key, len(leaves))
-        trained = [self._pair(leaf, k) for leaf, k in zip(leaves, keys, strict=True)]
+        trained = [self._pair(*leaf, k) for leaf, k in zip(leaves, keys, strict=True)]
         if not any(pair is not None for pair in trained):
             raise ValueError(
                 f"trainable='lora' needs matrices with both sides above rank={self.rank}; {model.name} has none."
             )
         return trained, params
 
-    def _pair(self, leaf: Array, key: Array) -> dict[str, Array] | None:
-        if leaf.ndim < 2 or min(leaf.shape[-2:]) <= self.rank:
+    def _pair(self, path: Any, leaf: Array, key: Array) -> dict[str, Array] | None:
+        layout = _layout(path, leaf)
+        if layout is None:
             return None
-        *stack, inside, outside = leaf.shape
+        batch, inputs, outputs = layout.split(leaf.shape)
+        inside, outside = math.prod(inputs), math.prod(outputs)
+        if min(inside, outside) <= self.rank:
+            return None
         scale = jnp.float32(inside) ** -0.5
         return {
-            "a": scale * jax.random.normal(key, (*stack, inside, self.rank), jnp.float32),
-            "b": jnp.zeros((*stack, self.rank, outside), jnp.float32),
+            "a": scale * jax.random.normal(key, (*batch, inside, self.rank), jnp.float32),
+            "b": jnp.zeros((*batch, self.rank, outside), jnp.float32),
         }
+
+
+def _layout(path: Any, leaf: Array) -> Layout | None:
+    """How a parameter is a matrix; None for what isn't one (norms, biases, routers)."""
+    name = name_of(path)
+    rule = rule_for(name, leaf, DEFAULT_RULES)
+    if rule is None:
+        return None
+    fits = leaf.ndim >= rule.layout.inputs + rule.layout.outputs
+    if not fits or (rule not in DEFAULT_RULES and leaf.ndim > 2):
+        raise ValueError(
+            f"trainable='lora' must know which axes of a parameter are its matrix's; got {name} of shape {leaf.shape}. Take 'full' or "
+            "'head', or a model with matrices [in, out]."
+        )
+    return rule.layout

@@ -44,12 +44,68 @@ def run(
       compare: Also simulate.
       output: Directory of logs and results.
       json: Also write a JSON report.
+
+    Raises:
+      ValueError: for a kill that is not CLIENT@ROUND of this experiment.
+      DeploymentFailed: if a process ends that should run, or nothing is there in time.
+      ImportError: without Flower.
     """
     console = rich.console.Console(soft_wrap=True, highlight=False, markup=False)
     fault = None if kill is None else Kill.parse(kill)
-    rows, ratios, problems = [], {}, []
+    report = _Report()
     runs: dict[str, Deployed] = {}
-    options = DeployOptions(
+    options = _options(tls, concurrency, timeout_s)
+    for name, how in _deployments(options, fault).items():
+        console.print(f"{name}: {experiment.clients} nodes, {'TLS' if tls else 'no TLS'}")
+        runs[name] = deploy(experiment, output / name, how)
+        report.rows += _rows(name, runs[name])
+        for line in runs[name].privacy:
+            console.print(f"{name}: {line}")
+    if compare:
+        _compare(experiment, runs, report)
+    if fault is not None:
+        _judge_fault(runs["killed"], fault, report)
+    _finish(experiment, runs, report, console, json)
+
+
+@dataclasses.dataclass
+class _Report:
+    """What is shown at the end: rows, figures by name, and what should not be."""
+
+    rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    ratios: dict[str, float] = dataclasses.field(default_factory=dict)
+    problems: list[str] = dataclasses.field(default_factory=list)
+
+
+def _compare(experiment: Experiment, runs: dict[str, Deployed], report: _Report) -> None:
+    """Adds the simulation and how far deployments are from it."""
+    began = time.perf_counter()
+    history = experiment.simulate(alone=True)
+    report.rows.append({"name": "simulation", "value": time.perf_counter() - began, "unit": "s"})
+    for name, found in runs.items():
+        differences = _differences(found, history)
+        report.ratios |= {f"{name}_{key}_difference": value for key, value in differences.items()}
+        report.problems += [
+            f"{name}: {key} differs from the simulation by {value:.3g}"
+            for key, value in differences.items()
+            if not value <= _TOLERANCE
+        ]
+
+
+def _judge_fault(killed: Deployed, fault: Kill, report: _Report) -> None:
+    """Adds whether the node was killed at work, and its round completed with everybody."""
+    record, in_time = killed.rounds[fault.round], killed_mid_round(killed, fault)
+    report.ratios["killed_mid_round"] = float(in_time)
+    report.ratios["killed_round_missing"] = float(len(record["missing"]))
+    if not in_time:
+        report.problems.append("killed: the node had replied before it was killed")
+    if record["missing"] or record["skipped"]:
+        report.problems.append(f"killed: round {fault.round} lacks clients {record['missing']}")
+
+
+def _options(tls: bool, concurrency: int | None, timeout_s: float) -> DeployOptions:
+    """Nothing takes longer than the whole may."""
+    return DeployOptions(
         tls=tls,
         concurrency=concurrency,
         run_timeout_s=timeout_s,
@@ -57,31 +113,6 @@ def run(
         node_timeout_s=timeout_s,
         round_timeout_s=timeout_s,
     )
-    for name, how in _deployments(options, fault).items():
-        console.print(f"{name}: {experiment.clients} nodes, {'TLS' if tls else 'no TLS'}")
-        runs[name] = deploy(experiment, output / name, how)
-        rows += _rows(name, runs[name])
-    if compare:
-        began = time.perf_counter()
-        history = experiment.simulate(alone=True)
-        rows.append({"name": "simulation", "value": time.perf_counter() - began, "unit": "s"})
-        for name, found in runs.items():
-            differences = _differences(found, history)
-            ratios |= {f"{name}_{key}_difference": value for key, value in differences.items()}
-            problems += [
-                f"{name}: {key} differs from the simulation by {value:.3g}"
-                for key, value in differences.items()
-                if not value <= _TOLERANCE
-            ]
-    if fault is not None:
-        ratios["killed_mid_round"] = float(killed_mid_round(runs["killed"], fault))
-        record = runs["killed"].rounds[fault.round]
-        ratios["killed_round_missing"] = float(len(record["missing"]))
-        if not ratios["killed_mid_round"]:
-            problems.append("killed: the node had replied before it was killed")
-        if record["missing"] or record["skipped"]:
-            problems.append(f"killed: round {fault.round} lacks clients {record['missing']}")
-    _finish(experiment, runs, rows, ratios, problems, console, json)
 
 
 def _deployments(options: DeployOptions, fault: Kill | None) -> dict[str, DeployOptions]:
@@ -142,29 +173,28 @@ def _differences(found: Deployed, history: History) -> dict[str, float]:
 def _finish(
     experiment: Experiment,
     runs: dict[str, Deployed],
-    rows: list[dict[str, Any]],
-    ratios: dict[str, float],
-    problems: list[str],
+    report: _Report,
     console: rich.console.Console,
     json: pathlib.Path | None,
 ) -> None:
-    width = max(len(row["name"]) for row in rows)
-    for row in rows:
+    width = max(len(row["name"]) for row in report.rows)
+    for row in report.rows:
         console.print(f"{row['name']:{width}}  {row['value']:.4g} {row['unit']}")
-    for name, value in ratios.items():
+    for name, value in report.ratios.items():
         console.print(f"{name}: {value:.3g}")
     if json is not None:
         import importlib.metadata
 
-        report = make_report("fed_deploy", rows, ratios)
-        report["versions"]["flwr"] = importlib.metadata.version("flwr")
+        made = make_report("fed_deploy", report.rows, report.ratios)
+        made["versions"]["flwr"] = importlib.metadata.version("flwr")
         events = {name: [_shown(e, found) for e in found.events] for name, found in runs.items()}
         rounds = {name: found.rounds for name, found in runs.items()}
-        report |= {"experiment": dataclasses.asdict(experiment), "events": events, "rounds": rounds}
-        write_report(json, report)
-    for problem in problems:
+        made |= {"experiment": dataclasses.asdict(experiment), "events": events, "rounds": rounds}
+        made["privacy"] = {name: list(found.privacy) for name, found in runs.items()}
+        write_report(json, made)
+    for problem in report.problems:
         console.print(f"FAILED {problem}")
-    if problems:
+    if report.problems:
         sys.exit(1)
 
 

@@ -154,6 +154,9 @@ def text(
       against: none: also run without any transfer; nothing: don't.
       output: Directory of the tokenizer and of vocabulary tables.
       json: Also write a JSON report.
+
+    Raises:
+      ValueError: for data of another form, with fewer clients than asked for, or without texts for a part.
     """
     console = rich.console.Console(soft_wrap=True, highlight=False, markup=False)
     private, public, test, names = _texts(texts, options.seed)
@@ -161,10 +164,9 @@ def text(
     options = dataclasses.replace(options, cache=options.cache or str(output / "tables"))
     for client, own in zip(clients, private, strict=True):
         console.print(f"{client.name}: {len(own)} texts, {client.vocabulary}, width {client.width}")
-    directions = [
-        options.direction,
-        *(["none"] if against == "none" and options.direction != "none" else []),
-    ]
+    directions = [options.direction]
+    if against == "none" and options.direction != "none":
+        directions.append("none")
     found: dict[str, LanguageHistory] = {}
     for direction in directions:
         with rich.progress.Progress(console=console) as bar:
@@ -179,18 +181,29 @@ def text(
                 lambda record, bar=bar, task=task: bar.update(task, completed=record["round"] + 1),
             )
     rows, ratios = _summary(found, [server, *clients])
+    _print(console, rows, ratios)
+    if json is not None:
+        report = make_report("fed_text", rows, ratios) | _given(texts, options)
+        rounds = {name: history.rounds for name, history in found.items()}
+        write_report(json, report | {"rounds": rounds, "clients": names})
+
+
+def _print(
+    console: rich.console.Console, rows: list[dict[str, Any]], ratios: dict[str, float]
+) -> None:
     width = max(len(row["name"]) for row in rows)
     for row in rows:
         console.print(f"{row['name']:{width}}  {row['value']:.4g} {row['unit']}")
     for name, value in ratios.items():
         console.print(f"{name}: {value:.4g}")
-    if json is not None:
-        given = {"texts": dataclasses.asdict(texts), "options": dataclasses.asdict(options)}
-        given["texts"]["data"] = given["texts"]["data"].partition(":")[0]
-        given["options"].pop("cache")
-        rounds = {name: history.rounds for name, history in found.items()}
-        report = make_report("fed_text", rows, ratios)
-        write_report(json, report | {"options": given, "rounds": rounds, "clients": names})
+
+
+def _given(texts: TextOptions, options: TransferOptions) -> dict[str, Any]:
+    """The report's options, without paths of this machine."""
+    given = {"texts": dataclasses.asdict(texts), "options": dataclasses.asdict(options)}
+    given["texts"]["data"] = given["texts"]["data"].partition(":")[0]
+    given["options"].pop("cache")
+    return {"options": given}
 
 
 def _summary(
