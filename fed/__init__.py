@@ -3,7 +3,7 @@
 from fed import architectures, data, models, partition
 from fed.aggregate import Aggregator, Krum, Mean, Median, TrimmedMean
 from fed.baselines import centralised, fedavg, feddf, fedet, fedmd, fedprox, local_only
-from fed.clients import Batches, GradientRule, LocalOptions, client_key, local_train
+from fed.clients import Batches, GradientRule, LocalOptions, local_train
 from fed.cohort import Cohort, EngineOptions, train_cohort
 from fed.costs import Cost, measure, savings
 from fed.data import Dataset, Splits, Unlabelled, split
@@ -53,7 +53,6 @@ __all__ = [
     "Upload",
     "architectures",
     "centralised",
-    "client_key",
     "data",
     "fedavg",
     "feddf",

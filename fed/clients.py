@@ -207,7 +207,7 @@ def local_train(
       model: the architecture.
       params: where it starts.
       batches: its examples by step.
-      key: of this client in this round: fold_in(fold_in(key of the run, round), client).
+      key: of this client in this round: fold_in(key of the round, client), so that it is the same whoever else takes part.
       options: hyper-parameters.
 
     Returns:
@@ -226,8 +226,3 @@ def local_train(
         "steps": state.steps,
         "examples": jnp.sum(batches.mask, dtype=jnp.int32),
     }
-
-
-def client_key(key: Array, round_number: int | Array, client: int | Array) -> Array:
-    """The key of a client in a round, the same whoever else takes part and however clients are grouped."""
-    return jax.random.fold_in(jax.random.fold_in(key, round_number), client)
