@@ -92,12 +92,14 @@ class Deployed:
       models: arrays by path, "large/..." and "small/0/...".
       events: what the server saw, with times; and what was done to nodes.
       seconds: from the first process to the last one's end.
+      privacy: what the run has cost, a line per private rule.
     """
 
     rounds: list[dict[str, Any]]
     models: dict[str, Any]
     events: list[dict[str, Any]]
     seconds: float
+    privacy: tuple[str, ...] = ()
 
 
 # -- processes -------------------------------------------------------------------------------------
@@ -449,11 +451,11 @@ def _wait(deployment: _Deployment, began: float) -> None:
 def _result(deployment: _Deployment, seconds: float) -> Deployed:
     import numpy as np
 
-    rounds = json.loads((deployment.output / "history.json").read_text())["rounds"]
+    history = json.loads((deployment.output / "history.json").read_text())
     with np.load(deployment.output / "models.npz") as file:
         models = {name: file[name] for name in file}
     events = sorted([*deployment.seen(), *deployment.events], key=lambda e: e["time"])
-    return Deployed(rounds, models, events, seconds)
+    return Deployed(history["rounds"], models, events, seconds, tuple(history["privacy"]))
 
 
 def killed_mid_round(deployed: Deployed, kill: Kill) -> bool:

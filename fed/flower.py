@@ -2,8 +2,13 @@
 
 The client trains by ``cohort.train_cohort`` with itself as the only member; the server is ``fed.driver.Driver`` whose cohorts come out of
 messages. What is random is a function of (seed, round, client) in both, so that a deployment and a simulation of one experiment give the same
-models: to the bit where the simulation too computes one client at a time (``Experiment.simulate(alone=True)``), else up to rounding and what an
-optimiser makes of it. Each message goes to one node, so that every client gets the parameters of its own architecture.
+models up to rounding: to a few 1e-6 where the simulation too computes one client at a time (``Experiment.simulate(alone=True)``), else up to what
+an optimiser makes of it. Each message goes to one node, so that every client gets the parameters of its own architecture.
+
+Not so what privacy needs: a client's noise comes from its own system and its loss stays with it (``DpSgd``); the server's noise, and which clients
+it draws (``GaussianMean``), don't follow from the seed, which all know. Secure aggregation isn't done over messages. And a server builds the
+same ``Setup`` as its clients, so it has all of ``data.train`` on its disk and in memory, although it only evaluates and counts labels: what is
+shown here is the protocol, and hiding the data from the server needs a ``build`` whose training set there is a stand-in of the same sizes.
 
 A node that dies takes its work with it. The grid notices that a node which serves the same client has come (back), sends the work
 again, and the round completes with everybody; if nobody comes before the timeout it completes with the others (``fed.flower_grid``).
@@ -17,15 +22,15 @@ import importlib
 import json
 import os
 import pathlib
+import secrets
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fed.clients import LocalOptions
 from fed.cohort import Cohort, EngineOptions, join, train_cohort, weighted_mean
 from fed.compress import Codec
 from fed.driver import Driver
@@ -33,8 +38,10 @@ from fed.experiment import Experiment, Setup
 from fed.flower_grid import PatientGrid
 from fed.history import History
 from fed.models import Params
+from fed.privacy import GaussianMean, check_private, secret_key, spent
 from fed.sampling import Plan
 from fed.schedule import Bucket, buckets
+from fed.secure_aggregation import SecureMean
 
 try:
     from flwr.app import Array as FlowerArray
@@ -109,35 +116,28 @@ def train_client(
 ) -> tuple[Params, bytes | None, dict[str, float]]:
     """One client's part of a round: (update, payload if updates are compressed, metrics).
 
-    It reads the client's own examples and no others.
+    It reads the client's own examples and no others. Under a private rule what it draws comes from the system, not from the seed, which the server
+    knows, and the metrics have no loss, which isn't noised.
+
+    Args:
+      setup: of the run.
+      client: its number.
+      params: where it starts.
+      round_number: from zero.
+      limit: most steps.
     """
     options, model = setup.options, setup.method.models[_architecture(setup, client)]
-    own = np.asarray(setup.partition[client])
-    place = np.zeros(setup.partition.total, np.int32)
-    place[own] = np.arange(len(own), dtype=np.int32)
-    local: LocalOptions = options.local
-    schedule = [
-        Bucket(b.clients, place[b.index], b.mask)
-        for b in buckets(
-            setup.partition,
-            [client],
-            seed=options.seed,
-            round_number=round_number,
-            epochs=local.epochs,
-            batch_size=local.batch_size,
-            steps=local.steps,
-            limits=np.array([limit]),
-        )
-    ]
+    own, local = np.asarray(setup.partition[client]), options.local
     mine = setup.data.train.take(own)
     codec = options.uploads[-1] if options.uploads else None
     encodes = isinstance(codec, Codec)
+    private = getattr(local.gradient, "private", False)
     cohort = train_cohort(
         model,
         params,
         (jnp.asarray(mine.inputs), jnp.asarray(mine.labels)),
-        schedule,
-        _training_key(options.seed, round_number),
+        _schedule(setup, client, round_number, limit),
+        secret_key() if private else _training_key(options.seed, round_number),
         local,
         EngineOptions(chunk=1, buckets=1),
         weights=setup.partition.sizes.astype(np.float32),
@@ -148,11 +148,30 @@ def train_client(
     payload = codec.encode(update) if encodes and bool(cohort.accepted[0]) else None
     metrics = {
         "num-examples": float(len(own)),
-        "loss": float(cohort.loss[0]),
         "steps": int(cohort.steps[0]),
         "examples": int(cohort.examples[0]),
     }
+    if not private:
+        metrics["loss"] = float(cohort.loss[0])
     return update, payload, metrics
+
+
+def _schedule(setup: Setup, client: int, round_number: int, limit: int) -> list[Bucket]:
+    """The client's steps as in a simulation, its examples numbered among its own."""
+    own, local = np.asarray(setup.partition[client]), setup.options.local
+    place = np.zeros(setup.partition.total, np.int32)
+    place[own] = np.arange(len(own), dtype=np.int32)
+    made = buckets(
+        setup.partition,
+        [client],
+        seed=setup.options.seed,
+        round_number=round_number,
+        epochs=local.epochs,
+        batch_size=local.batch_size,
+        steps=local.steps,
+        limits=np.array([limit]),
+    )
+    return [Bucket(b.clients, place[b.index], b.mask) for b in made]
 
 
 def _training_key(seed: int, round_number: int) -> jax.Array:
@@ -213,7 +232,7 @@ def _client(context: Context) -> int:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Reply:
-    """What a client sent."""
+    """What a client sent; a loss that it keeps for itself is NaN."""
 
     update: Params
     metrics: dict[str, float]
@@ -264,20 +283,31 @@ class KoalaStrategy(Strategy):
       nodes: node of each client; ``PatientGrid`` keeps it up to date.
 
     Raises:
-      ValueError: for asynchronous arrival. Dropout and deadlines of ``Sampling`` are simulated here too: who would miss a round isn't asked.
+      ValueError: for asynchronous arrival, secure aggregation, and private rules that ``check_private`` refuses. Dropout and deadlines of
+        ``Sampling`` are simulated here too: who would miss a round isn't asked.
     """
 
     def __init__(self, setup: Setup):
-        if setup.options.sampling.buffer:
+        options = setup.options
+        if options.sampling.buffer:
             raise ValueError(
-                f"buffer must be 0, Flower's rounds are synchronous; got {setup.options.sampling.buffer}. Simulate asynchronous arrival."
+                f"buffer must be 0, Flower's rounds are synchronous; got {options.sampling.buffer}. Simulate asynchronous arrival."
             )
-        self._driver = Driver(
-            setup.method, setup.data, setup.partition, setup.options, setup.assignment
-        )
+        if isinstance(options.aggregator, SecureMean):
+            raise ValueError(
+                "aggregator must not be SecureMean, clients here send their updates as they are; got SecureMean. Simulate it, or take Mean."
+            )
+        hidden = isinstance(options.aggregator, GaussianMean)
+        if hidden:  # who is drawn; the key below is the noise's
+            options = dataclasses.replace(options, seed=secrets.randbits(63))
+        self._driver = Driver(setup.method, setup.data, setup.partition, options, setup.assignment)
+        if hidden:
+            self._driver.key = secret_key()
+        check_private(options, setup.partition.sizes, self._driver.context.assignment)
         self.setup = setup
         self.state, self.records = self._driver.begin(None)
         self.nodes: dict[int, int] = {}
+        self._owners: dict[int, int] = {}  # of nodes that were asked, replaced ones too
 
     def plan(self, server_round: int) -> Plan:
         """Who is asked in a round: as in the simulation."""
@@ -303,6 +333,7 @@ class KoalaStrategy(Strategy):
                 params = jax.tree.map(lambda x, row=row: x[row], self.state.personal[a])
             said = {"client": client, "round": server_round - 1, "limit": limit}
             content = RecordDict({"arrays": to_arrays(params), "config": ConfigRecord(said)})
+            self._owners[self.nodes[client]] = client
             messages.append(
                 Message(content, self.nodes[client], "train", group_id=str(server_round))
             )
@@ -311,14 +342,18 @@ class KoalaStrategy(Strategy):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """The server's part of the round."""
+        """The server's part of the round. A reply that cannot be used counts as none and is named in the record's "errors"."""
         arrived, errors = {}, []
+        self._owners |= {node: client for client, node in self.nodes.items()}
         for message in replies:
             if message.has_error():
                 errors.append(message.error.reason)
                 continue
-            client, reply = self._read(message, server_round)
-            arrived[client] = reply
+            client = self._owners.get(message.metadata.src_node_id)
+            try:
+                arrived[client] = self._read(message, server_round, client)
+            except Exception as error:  # whatever one message holds, it must not end the run
+                errors.append(f"client {client}: {type(error).__name__}: {error}")
         driver, plan = self._driver, self.plan(server_round)
         cohorts = []
         for a in range(len(driver.method.models)):
@@ -337,22 +372,24 @@ class KoalaStrategy(Strategy):
         metrics = MetricRecord({k: v for k, v in figures.items() if not isinstance(v, bool)})
         return (None if record["skipped"] else self.arrays()), metrics
 
-    def _read(self, message: Message, server_round: int) -> tuple[int, _Reply]:
+    def _read(self, message: Message, server_round: int, client: int | None) -> _Reply:
+        """A reply of ``client``, which the node says, not the message."""
         content, said = message.content, message.content["config"]
-        if int(said["round"]) != server_round - 1:
+        asked = {"client": client, "round": server_round - 1}
+        if client is None or {name: said[name] for name in asked} != asked:
             raise ValueError(
-                f"client {said['client']} replied for round {said['round']} in {server_round - 1}."
+                f"a reply must be of a client that was asked in round {server_round - 1}; got client {said['client']} in round {said['round']}."
             )
-        client = int(said["client"])
         shapes = self.setup.method.models[self._driver.context.assignment[client]].shapes
-        metrics = dict(content["metrics"].items())
+        counts = {name: int(content["metrics"][name]) for name in ("steps", "examples")}
+        metrics = counts | {"loss": float(content["metrics"].get("loss", float("nan")))}
         if "payload" in said:
             payload = said["payload"]
             update = self.setup.options.uploads[-1].decode(payload, shapes)
-            return client, _Reply(jax.tree.map(np.asarray, update), metrics, len(payload))
+            return _Reply(jax.tree.map(np.asarray, update), metrics, len(payload))
         update = from_arrays(content["arrays"], shapes)
         size = sum(np.asarray(x).nbytes for x in jax.tree.leaves(update))
-        return client, _Reply(update, metrics, size)
+        return _Reply(update, metrics, size)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Any
@@ -396,6 +433,9 @@ def make_server_app(build: Build = build_experiment) -> ServerApp:
         note("server")
         setup = build(config)
         strategy = KoalaStrategy(setup)
+        privacy = spent(
+            setup.options, setup.options.rounds
+        )  # before, not to fail after, the rounds
         clients = [k for k in range(len(setup.partition)) if setup.partition.sizes[k]]
         together = int(config.get("concurrency", 0))
         patient = PatientGrid(grid, strategy.nodes, clients, concurrency=together, on_event=note)
@@ -407,18 +447,19 @@ def make_server_app(build: Build = build_experiment) -> ServerApp:
             num_rounds=setup.options.rounds,
             timeout=float(config.get("round-timeout-s", 300.0)),
         )
-        save_result(folder, strategy.history())
+        save_result(folder, strategy.history(), privacy)
         note("end")
 
     return app
 
 
-def save_result(folder: pathlib.Path, history: History) -> None:
-    """Writes a run's records as history.json and its models as models.npz; the former last, whole."""
+def save_result(folder: pathlib.Path, history: History, privacy: Sequence[str] = ()) -> None:
+    """Writes a run's records and ``privacy.spent`` as history.json and its models as models.npz; the former last, whole."""
     models = {"large": history.large, "small": history.small}
     np.savez(folder / "models.npz", **dict(named(models)))
     temporary = folder / "history.json.tmp"
-    temporary.write_text(json.dumps({"method": history.method, "rounds": history.rounds}))
+    saved = {"method": history.method, "rounds": history.rounds, "privacy": list(privacy)}
+    temporary.write_text(json.dumps(saved))
     os.replace(temporary, folder / "history.json")
 
 

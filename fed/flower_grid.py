@@ -71,9 +71,14 @@ class PatientGrid:
         changed = []
         for answer in self._grid.pull_messages(list(self._asked)) if self._asked else ():
             node = self._asked.pop(answer.metadata.reply_to_message_id)
-            if answer.has_error():  # it died while it was asked
+            try:
+                client = None if answer.has_error() else int(answer.content["config"]["client"])
+            except (KeyError, TypeError, ValueError):
+                client = None
+            if client is None:  # it died while it was asked, or is to be asked again
+                self._seen.discard(node)
+                self._on_event("unknown", node=str(node))
                 continue
-            client = int(answer.content["config"]["client"])
             self.nodes[client] = node
             changed.append(client)
             self._on_event("node", client=client, node=str(node))

@@ -1,6 +1,7 @@
 """The Flower apps: what messages hold, the same models as the simulation, and rounds in which nodes die; a real deployment is slow."""
 
 import dataclasses
+import json
 
 import jax
 import numpy as np
@@ -16,6 +17,9 @@ from fed import flower
 from fed.deployment import DeployOptions, Kill, deploy, killed_mid_round
 from fed.experiment import Experiment
 from fed.flower_grid import PatientGrid
+from fed.privacy import DpSgd, GaussianMean, dp_options
+from fed.sampling import Sampling
+from fed.secure_aggregation import SecureMean
 
 EXPERIMENT = Experiment(
     clients=3,
@@ -31,14 +35,16 @@ EXPERIMENT = Experiment(
 class Loopback:
     """A grid whose nodes are called at once; real messages, contexts and apps, no network.
 
-    A node in ``dying`` takes one training message and is then gone; ``births`` come when it is.
+    A node in ``dying`` takes one training message and is then gone; ``births`` come when it is. Nodes in ``mute`` fail once when they are
+    asked who they are. ``tamper`` has what is done to the replies of a node.
     """
 
-    def __init__(self, experiment, clients, dying=(), births=()):
+    def __init__(self, experiment, clients, dying=(), births=(), mute=(), tamper=None):
         self.app = flower.make_client_app()
         self.config = {"experiment": experiment.to_json()}
         self.nodes = {100 + k: self._context(100 + k, k) for k in clients}
         self.dying, self.births, self.replies = set(dying), list(births), {}
+        self.mute, self.tamper = set(mute), tamper or {}
         self.pushed = []
 
     def _context(self, node, client):
@@ -62,7 +68,12 @@ class Loopback:
                 continue
             context = self.nodes[node]
             try:
+                if node in self.mute:
+                    self.mute.remove(node)
+                    raise ValueError("busy")
                 reply = self.app(message, context)
+                if message.metadata.message_type == "train" and node in self.tamper:
+                    self.tamper[node](reply.content)
             except ValueError as error:
                 reply = Message(Error(0, str(error)), reply_to=message)
             self.replies[message.object_id] = reply
@@ -175,6 +186,86 @@ def test_missing_nodes_and_wrong_arrays_are_named():
         flower.from_arrays(record, shapes)
     with pytest.raises(ValueError, match="build one model"):
         flower.from_arrays(flower.to_arrays({"x": np.zeros(2)}), shapes)
+
+
+def spoil(record, **values):
+    """Changes entries of a reply's record."""
+
+    def change(content):
+        content[record] = type(content[record])(dict(content[record].items()) | values)
+
+    return change
+
+
+def test_replies_that_cannot_be_used_are_named_and_do_not_end_the_run():
+    once = dataclasses.replace(EXPERIMENT, clients=6, rounds=1, codec="int8")
+
+    def short(content):
+        spoil("config", payload=content["config"]["payload"][:-5])(content)
+
+    def unlike(content):
+        del content["config"]["payload"]
+        content["arrays"] = flower.to_arrays({"x": np.zeros(2)})
+
+    tamper = {
+        100: spoil("config", round=4),
+        101: spoil("config", client=5),  # in another's name
+        102: short,
+        103: unlike,
+        104: spoil("metrics", steps=[1, 2]),
+    }
+    strategy, _, _, _ = run(once, tamper=tamper)
+    (record,) = strategy.records
+    assert record["missing"] == [0, 1, 2, 3, 4] and record["replied"] == 1
+    for client, said in enumerate(
+        ("in round 4", "got client 5", "damaged", "build one model", "int")
+    ):
+        (line,) = (e for e in record["errors"] if e.startswith(f"client {client}: "))
+        assert said in line and "\n" not in line
+
+
+def test_a_node_that_fails_to_say_who_it_is_is_asked_again():
+    strategy = flower.KoalaStrategy(EXPERIMENT.build())
+    grid = Loopback(EXPERIMENT, range(3), mute=(101,))
+    PatientGrid(grid, strategy.nodes, range(3), poll_s=0.01).wait_for_nodes(5.0)
+    assert strategy.nodes == {0: 100, 1: 101, 2: 102}
+
+
+def test_a_private_client_keeps_its_noise_and_its_loss():
+    setup = EXPERIMENT.build()
+    local = dp_options(DpSgd(noise_multiplier=0.1, rate=0.5), int(setup.partition.sizes.max()), 2)
+    setup = dataclasses.replace(setup, options=dataclasses.replace(setup.options, local=local))
+    params = flower.KoalaStrategy(setup).state.small[0]
+    (one, _, metrics), (two, _, _) = (flower.train_client(setup, 0, params, 0, 2) for _ in range(2))
+    assert "loss" not in metrics and metrics["steps"] == 2
+    # What the server could compute from the seed would be the same twice.
+    assert not np.allclose(*(x["head"]["kernel"] for x in (one, two)))
+
+
+def test_what_messages_cannot_keep_secret_is_refused_and_a_private_mean_does_not_follow_the_seed():
+    setup = dataclasses.replace(EXPERIMENT, models=("mlp:6",)).build()
+
+    def of(**options):
+        return dataclasses.replace(setup, options=dataclasses.replace(setup.options, **options))
+
+    with pytest.raises(ValueError, match="must not be SecureMean"):
+        flower.KoalaStrategy(of(aggregator=SecureMean()))
+    private = {"aggregator": GaussianMean(expected_clients=1.5), "rounds": 40}
+    with pytest.raises(ValueError, match="sampler='uniform'"):
+        flower.KoalaStrategy(of(**private, sampling=Sampling(participation=0.5)))
+    drawn = of(**private, sampling=Sampling(participation=0.5, sampler="poisson"))
+    one, two = (flower.KoalaStrategy(drawn) for _ in range(2))
+    plans = [[s.plan(n).replied.tolist() for n in range(1, 41)] for s in (one, two)]
+    assert plans[0] != plans[1]
+    assert not np.array_equal(*(jax.random.key_data(s._driver.key) for s in (one, two)))
+
+
+def test_a_result_says_what_privacy_it_cost(tmp_path):
+    strategy = flower.KoalaStrategy(EXPERIMENT.build())
+    strategy.aggregate_train(1, [])
+    flower.save_result(tmp_path, strategy.history(), ["(1, 1e-05)-differential privacy"])
+    saved = json.loads((tmp_path / "history.json").read_text())
+    assert saved["privacy"] == ["(1, 1e-05)-differential privacy"] and saved["rounds"][0]["skipped"]
 
 
 @pytest.mark.slow
