@@ -216,11 +216,21 @@ ffi::Error SefpMatmulImpl(ffi::ThreadPool pool, F32 x, ffi::Buffer<ffi::S8> expo
                           S32 sizes, S32 offset, ffi::RemainingArgs planes, ffi::ResultBuffer<ffi::F32> y) {
   const int64_t total = x.dimensions()[0], inner = x.dimensions()[1];
   const int64_t matrices = exponent.dimensions()[0], groups = exponent.dimensions()[1], columns = exponent.dimensions()[2];
+  const int64_t stored = static_cast<int64_t>(exponent.element_count());
   if (planes.size() > 5) return ffi::Error::InvalidArgument("sefp_matmul: at most five planes");
+  // Whoever made w: what is too small would be read, and the copy of x written, beyond its end.
+  if (groups != (inner + kGroup - 1) / kGroup)
+    return ffi::Error::InvalidArgument("sefp_matmul: w must have one group for each 64 columns of x");
+  if (static_cast<int64_t>(base.element_count()) != 8 * stored)
+    return ffi::Error::InvalidArgument("sefp_matmul: base must have 8 words for each exponent");
+  if (static_cast<int64_t>(y->element_count()) != total * columns)
+    return ffi::Error::InvalidArgument("sefp_matmul: y must be [x's rows, w's columns]");
   Weights w{exponent.typed_data(), reinterpret_cast<const uint8_t*>(base.typed_data()), {}, groups, columns};
   for (size_t p = 0; p < planes.size(); ++p) {
     auto plane = planes.get<ffi::Buffer<ffi::U16>>(p);
     if (!plane) return plane.error();
+    if (static_cast<int64_t>(plane->element_count()) != 4 * stored)
+      return ffi::Error::InvalidArgument("sefp_matmul: a plane must have 4 halfwords for each exponent");
     w.planes[p] = reinterpret_cast<const uint8_t*>(plane->typed_data());
   }
   const int64_t start = offset.typed_data()[0];

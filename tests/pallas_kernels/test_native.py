@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 
 from pallas_kernels import (
+    Sefp,
     cache_rows,
     grouped_matmul,
     index_topk,
     index_topk_step,
     native,
+    sefp_matmul,
     sparse_mla_step,
 )
 
@@ -128,6 +130,28 @@ def test_an_offset_outside_the_matrices_is_an_error_and_no_read(rng):
             grouped_matmul(
                 x, w, sizes, group_offset=jnp.int32(offset), implementation="native"
             ).block_until_ready()
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"inner": 65}, "one group for each 64 columns"),
+        ({"inner": 300}, "one group for each 64 columns"),
+        ({"base": (1, 5, 8)}, "base must have 8 words"),
+        ({"planes": ((1, 4, 4), (1, 5, 4))}, "a plane must have 4 halfwords"),
+    ],
+)
+def test_weights_in_sefp_whose_parts_do_not_agree_are_an_error_and_no_read(changes, message):
+    """One group of columns 6 by inputs 64 has one exponent, 8 words and 4 halfwords per plane."""
+    sizes = {"inner": 64, "base": (1, 6, 8), "planes": ((1, 6, 4),) * 2} | changes
+    base = jnp.zeros(sizes["base"], jnp.uint32)
+    planes = tuple(jnp.zeros(shape, jnp.uint16) for shape in sizes["planes"])
+    stored = Sefp(jnp.zeros((1, 6), jnp.int8), base, planes, sizes["inner"])
+    with pytest.raises(jax.errors.JaxRuntimeError, match=message):
+        sefp_matmul(
+            jnp.ones((2, sizes["inner"])), stored, implementation="native"
+        ).block_until_ready()
 
 
 @needs_compiler
