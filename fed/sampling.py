@@ -56,9 +56,11 @@ class Sampling:
         for name, least in (("speed_spread", 0), ("quorum", 1), ("buffer", 0), ("staleness", 0)):
             if not getattr(self, name) >= least:
                 raise ValueError(f"{name} must be at least {least}; got {getattr(self, name)}.")
-        if self.deadline_s is not None and not self.deadline_s > 0:
+        if not self.speed_spread < float("inf"):
+            raise ValueError(f"speed_spread must be finite; got {self.speed_spread}.")
+        if self.deadline_s is not None and not 0 < self.deadline_s < float("inf"):
             raise ValueError(
-                f"deadline_s must be positive, or None to wait; got {self.deadline_s}."
+                f"deadline_s must be positive and finite, or None to wait; got {self.deadline_s}."
             )
         if 0 < self.buffer < self.quorum:
             raise ValueError(

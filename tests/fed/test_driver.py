@@ -130,6 +130,15 @@ def test_parts_that_do_not_fit_are_refused(part, change, message):
         fed.fedavg(MODEL, dataclasses.replace(CUT, **{part: wrong}), PART, RUN)
 
 
+def test_an_aggregator_without_effect_is_named(caplog):
+    method = fed.Method([MODEL])
+    method.name, method.averages = "mine", False
+    run = dataclasses.replace(RUN, aggregator=fed.Median())
+    with caplog.at_level(logging.WARNING, logger="fed.driver"):
+        Driver(method, CUT, PART, run, None)
+    assert "mine combines no updates: aggregator Median has no effect" in caplog.text
+
+
 def test_a_bad_update_is_named_and_rejected_or_ends_the_run(caplog):
     run = dataclasses.replace(RUN, rounds=1, uploads=(fed.Attack((3,), "nan"),))
     with caplog.at_level(logging.WARNING, logger="fed.driver"):
@@ -429,7 +438,8 @@ def test_an_asynchronous_run_learns():
         ({"device_gflops": 0.0}, "device_gflops must be positive; got 0"),
         ({"device_gflops": float("nan")}, "device_gflops must be positive; got nan"),
         ({"speed_spread": -1.0}, "speed_spread must be at least 0; got -1"),
-        ({"deadline_s": 0.0}, "deadline_s must be positive, or None to wait; got 0"),
+        ({"deadline_s": 0.0}, "deadline_s must be positive and finite, or None to wait; got 0"),
+        ({"deadline_s": float("inf")}, "deadline_s must be positive and finite, .* got inf"),
     ],
 )
 def test_wrong_sampling_is_refused(wrong, message):
