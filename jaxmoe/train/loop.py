@@ -149,11 +149,13 @@ def evaluate(
     return result
 
 
-def _same_run(saved: dict[str, Any], ours: dict[str, Any], directory: pathlib.Path) -> None:
-    """Raises if a checkpoint belongs to another run than the one asked for."""
-    for name in ("training options", "corpus", "model config", "initial parameters"):
-        old, new = saved.get(name) or {}, ours[name]
+def same_run(saved: dict[str, Any], ours: dict[str, Any], directory: pathlib.Path) -> None:
+    """Raises ValueError if what was saved belongs to another run than ``ours``."""
+    for name, new in ours.items():
+        old = saved.get(name) or {}
         old = trajectory_of(old) if name == "training options" else old
+        if not (isinstance(old, dict) and isinstance(new, dict)):
+            old, new = {name: old}, {name: new}
         changed = sorted(k for k in {*old, *new} if old.get(k) != new.get(k))
         if changed:
             shown = ", ".join(f"{k}: {old.get(k)!r} -> {new.get(k)!r}" for k in changed[:4])
@@ -208,7 +210,7 @@ class Run:
         """The last checkpoint's state, or a fresh one."""
         if self.saved is None:
             return init_state(self.config, self.train_config, self.mesh, init_from=self.init_from)
-        _same_run(self.saved, self.identity, self.directory)
+        same_run(self.saved, self.identity, self.directory)
         target = abstract_state(self.config, self.train_config).opt_state
         restored = checkpoint.restore(self.checkpoints, self.mesh, train_state=target)
         step = jnp.asarray(restored.step, jnp.int32)

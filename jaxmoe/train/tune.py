@@ -20,15 +20,20 @@ from jaxmoe.config import ModelConfig
 from jaxmoe.train.config import TrainConfig
 from jaxmoe.train.data import Batch, Corpus, Loader
 from jaxmoe.train.dsa import initial_params, note_origin, origin_of
-from jaxmoe.train.loop import CHECKPOINTS, SkippedSteps, evaluate
+from jaxmoe.train.loop import CHECKPOINTS, SkippedSteps, evaluate, same_run
 from jaxmoe.train.loss import loss as model_loss
 from jaxmoe.train.metrics import Metrics
 from jaxmoe.train.step import learning_rate, make_optimizer, update_biases
 from quant import BpsConfig, LaaConfig, OtaroConfig, TuneState, bps, otaro
 
-IDENTITY = "tune.json"
+IDENTITY, SCORES = "tune.json", "widths.json"
+_BY_WIDTH = ("losses", "bits_per_byte", "bytes")
 METHODS = ("otaro", "uniform", "round_robin", "joint", "fixed:W", "ptq")
 NESTED = "+nested"  # after a method's name: weights are rounded so, in training and after it
+
+
+# Held-out nats per token and bits per byte at each width, nats of the weights as they are, bytes at each width.
+Scores = tuple[dict[int, float], dict[int, float], float, dict[int, int]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,9 +48,9 @@ class SearchOptions:
     """Of the running loss of each width."""
     low_widths: tuple[int, ...] = (4, 3)
     """Widths whose gradients are collected; none: every step moves the weights."""
-    low_steps: int = 8
+    low_steps: int = 2
     """How many of them make one optimiser step."""
-    low_reduce: str = "mean"
+    low_reduce: str = "sum"
     """mean or sum of them."""
     low_flush: str = "drop"
     """What becomes of those left at the end: drop, or apply."""
@@ -169,12 +174,7 @@ class _Files:
         path = self.directory / IDENTITY
         if not path.exists():
             path.write_text(json.dumps(identity, indent=2) + "\n")
-        found = json.loads(path.read_text())
-        changed = [k for k, v in identity.items() if found.get(k) != v]
-        if changed:
-            raise ValueError(
-                f"{self.directory} holds a run with another {changed[0]}; choose another directory, or use the same."
-            )
+        same_run(json.loads(path.read_text()), identity, self.directory)
 
     def start(self, initial: Callable[[], Any], state_of: Callable[[Any], TuneState]) -> TuneState:
         """The last checkpoint's state, or one of the ``initial`` parameters, which are not read otherwise."""
@@ -185,6 +185,26 @@ class _Files:
         restored = checkpoint.restore(self.checkpoints, train_state=rest)
         step = jnp.asarray(restored.step, jnp.int32)
         return TuneState(step, restored.params, *restored.train_state)
+
+    @property
+    def scored(self) -> Scores | None:
+        """Of the last step, if an earlier call made them on as many bytes."""
+        path, c = self.directory / SCORES, self.train_config
+        if not path.exists():
+            return None
+        kept = json.loads(path.read_text())
+        if (kept["step"], kept["eval_bytes"]) != (c.steps, c.eval_bytes):
+            return None
+        losses, bits, sizes = ({int(w): x for w, x in kept[k].items()} for k in _BY_WIDTH)
+        return losses, bits, kept["unquantised"], sizes
+
+    def keep_scores(self, scores: Scores) -> None:
+        """Writes down what takes as long as half of the tuning."""
+        losses, bits, unquantised, sizes = scores
+        c = self.train_config
+        kept = {"step": c.steps, "eval_bytes": c.eval_bytes, "unquantised": unquantised}
+        kept |= dict(zip(_BY_WIDTH, (losses, bits, sizes), strict=True))
+        (self.directory / SCORES).write_text(json.dumps(kept, indent=2) + "\n")
 
     def save(self, state: TuneState) -> None:
         """Saves what ``start`` needs."""
@@ -259,10 +279,10 @@ def tune(
             **parts,
         )
     seconds = time.perf_counter() - began
-    visits = {int(w): n for w, n in _visits(directory).items()}
     rounding = "nearest" if method == "ptq" else run.rounding
-    scored = score(tuned.params, config, c, corpus, rounding)
-    return Widths(method, *scored, visits, seconds, directory)
+    scored = files.scored or score(tuned.params, config, c, corpus, rounding)
+    files.keep_scores(scored)
+    return Widths(method, *scored, _visits(directory), seconds, directory)
 
 
 class _Recorder:
@@ -290,7 +310,7 @@ class _Recorder:
 def _visits(directory: pathlib.Path) -> dict[int, int]:
     counts: dict[int, int] = {}
     for line in (directory / "metrics.jsonl").read_text().splitlines():
-        width = json.loads(line)["width"]
+        width = int(json.loads(line)["width"])
         counts[width] = counts.get(width, 0) + 1
     return dict(sorted(counts.items(), reverse=True))
 
@@ -304,8 +324,8 @@ def score(
     train_config: TrainConfig,
     corpus: Corpus,
     rounding: str = "truncate",
-) -> tuple[dict[int, float], dict[int, float], float, dict[int, int]]:
-    """Held-out nats per token and bits per byte at each width, nats of the weights as they are, and bytes at each width.
+) -> Scores:
+    """Held-out losses at each width.
 
     The weights at a width are those that ``quant.quantize_params`` stores (with rounding to nearest, stored for that width alone).
     """

@@ -10,7 +10,7 @@ from jaxmoe import presets
 from jaxmoe.model import PassOptions, run
 from jaxmoe.train import TrainConfig
 from jaxmoe.train.config import trajectory_of
-from jaxmoe.train.loop import _same_run
+from jaxmoe.train.loop import same_run
 from jaxmoe.train.loss import loss
 from pallas_kernels import native
 
@@ -123,8 +123,8 @@ def test_a_run_from_when_remat_was_true_or_false_goes_on(tmp_path):
         ours = TrainConfig(remat=now).trajectory()
         before = {k: v for k, v in ours.items() if k != "remat_moe"} | {"remat": then}
         rest = {"corpus": {}, "model config": {}, "initial parameters": {}}
-        _same_run({"training options": before}, {"training options": ours} | rest, tmp_path)
+        same_run({"training options": before}, {"training options": ours} | rest, tmp_path)
         other = {"training options": TrainConfig(remat="full").trajectory()} | rest
         with pytest.raises(ValueError, match=f"remat: '{now}' -> 'full'"):
-            _same_run({"training options": before}, other, tmp_path)
+            same_run({"training options": before}, other, tmp_path)
     assert trajectory_of({"steps": 3}) == {"steps": 3}
