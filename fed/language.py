@@ -5,10 +5,10 @@ the server brings that into its own vocabulary (``fed.vocabulary``), chooses by 
 public texts; it answers in the same way, and each client chooses between itself and the server, and trains. Neither texts
 nor parameters of a client are sent, but for ``average``.
 
-Three things differ from FedMKT. A party that believes itself is not distilled from its own answers, which are from before the phase and would
-hold it there: it has the language-model loss alone. It chooses anew at every epoch, so that it can become better than whom it
-believed. And quality is what the receiver finds in the answers, not what the sender says, less the advantage that a party has on texts that
-it has trained on: some public texts are held out for that.
+As in FedMKT a party that believes itself is distilled from its own answers, which are from before the phase, and it chooses once per phase. That
+holds it back from learning the public texts by heart: with the language-model loss alone instead, or a new choice at every epoch, all parties
+end worse on other texts (docs/federated.md). Otherwise than there, quality is nats per byte, which tokenizers do not change, and what
+the receiver finds in an answer, not what the sender says of it.
 
 Models are jaxmoe's. A client's may be held at its device's SEFP width: it is trained through the rounding, and everything that it says is said by
 the rounded weights (``quant``).
@@ -62,10 +62,9 @@ class TransferOptions:
       k: tokens per position that are sent.
       selection: "greater" (of own and others', the distribution of highest quality exp(-CE), per text) or "weighted_mean" (softmax of the
         qualities).
-      own_share: of the language-model loss where others are believed; the rest is the distillation loss.
+      own_share: of the language-model loss; the rest is the distillation loss.
       temperature: of the distillation.
-      held_out: share of the public texts that nobody trains on and by which quality is corrected (``corrected``); 0: by what all train on, as FedMKT.
-      direction: "both", "to_server", "to_clients", or "none": the same training without any transfer, with all public texts.
+      direction: "both", "to_server", "to_clients", or "none": the same training without any transfer.
       average: average the clients' parameters at the end of a round (homogeneous clients).
       align: bring other vocabularies into one's own; without it they must be the same.
       cache: directory of vocabulary tables.
@@ -82,7 +81,6 @@ class TransferOptions:
     own_share: float = 0.9
     temperature: float = 1.0
     direction: str = "both"
-    held_out: float = 0.125
     average: bool = False
     align: bool = True
     cache: str | None = None
@@ -98,8 +96,6 @@ class TransferOptions:
             raise ValueError(
                 f"own_share must lie in [0, 1] and temperature be positive; got {self.own_share} and {self.temperature}."
             )
-        if not 0 <= self.held_out < 1:
-            raise ValueError(f"held_out must lie in [0, 1); got {self.held_out}.")
         if min(self.rounds, self.batch_size, self.k) < 1:
             raise ValueError(
                 f"rounds, batch_size and k must be at least 1; got {self.rounds}, {self.batch_size} and {self.k}."
@@ -130,44 +126,24 @@ def select(losses: Float[np.ndarray, "P N"], how: str) -> Float[np.ndarray, "N P
     return chosen.astype(np.float32)
 
 
-def corrected(losses: Float[np.ndarray, " N"], trained: int) -> Float[np.ndarray, " M"]:
-    """Losses of the ``trained`` first texts, plus what the mean loss of the others, which are held out, exceeds theirs.
-
-    Who has learnt the public texts by heart would else be believed for each of them.
-
-    Example:
-      >>> corrected(np.array([0.1, 0.3, 1.2], np.float32), 2).round(3).tolist()
-      [1.1, 1.3]
-    """
-    if trained == len(losses):
-        return losses
-    return losses[:trained] + (losses[trained:].mean() - losses[:trained].mean())
-
-
-def lesson(own: Float[np.ndarray, " N"], others: Sequence[Answers], how: str) -> Lesson:
-    """What a party is to learn from others' answers.
+def lesson(own: Answers, others: Sequence[Answers], how: str) -> Lesson:
+    """What a party is to learn: from its own distributions, which come first, and others', already in its vocabulary.
 
     Args:
-      own: its own loss on each text, nats per byte.
-      others: answers in its vocabulary, of the same texts.
+      own: its own answers.
+      others: answers of the same texts.
       how: see ``select``.
     """
-    k = max(a.top.k for a in others)
+    every = [own, *others]
+    k = max(a.top.k for a in every)
 
     def padded(array: Any, fill: float) -> np.ndarray:
         more = k - array.shape[-1]
         return np.pad(np.asarray(array), ((0, 0), (0, 0), (0, more)), constant_values=fill)
 
-    values = np.stack([padded(a.top.log_probs, -np.inf) for a in others], axis=1)
-    ids = np.stack([padded(a.top.ids, 0) for a in others], axis=1)
-    return Lesson(values, ids, _believed(own, others, how))
-
-
-def _believed(
-    own: Float[np.ndarray, " N"], others: Sequence[Answers], how: str
-) -> Float[np.ndarray, "N P"]:
-    """How much each of the others counts for each text."""
-    return select(np.stack([own, *(a.loss for a in others)]), how)[:, 1:]
+    values = np.stack([padded(a.top.log_probs, -np.inf) for a in every], axis=1)
+    ids = np.stack([padded(a.top.ids, 0) for a in every], axis=1)
+    return Lesson(values, ids, select(np.stack([a.loss for a in every]), how))
 
 
 # -- training --------------------------------------------------------------------------------------
@@ -175,56 +151,46 @@ def _believed(
 
 @dataclasses.dataclass(eq=False)
 class _Learner:
-    """A party in training; of ``public`` it trains on the first ``trained`` texts."""
+    """A party in training."""
 
     party: Party
     params: Any
     moments: Any
     public: Rows
-    trained: int
     private: Rows | None = None
 
-    def train(self, rows: Rows, epochs: int, seed: Sequence[int], o: TransferOptions) -> float:
-        """Epochs over rows, for itself; the mean loss of the steps."""
-        losses = [x for epoch in range(epochs) for x in self._epoch(rows, [*seed, epoch], o, None)]
+    def train(
+        self,
+        rows: Rows,
+        epochs: int,
+        seed: Sequence[int],
+        o: TransferOptions,
+        taught: Lesson | None = None,
+    ) -> float:
+        """Epochs over rows; the mean loss of the steps."""
+        losses = []
+        size = min(o.batch_size, len(rows.inputs))
+        for epoch in range(epochs):
+            order = np.random.default_rng([*seed, epoch]).permutation(len(rows.inputs))
+            for index, real in batches(len(order), size, order):
+                chosen = None if taught is None else Lesson(*(x[index] for x in taught))
+                self.params, self.moments, loss = step(
+                    self.params, self.moments, some(rows, index, real), chosen,
+                    self.party.config, self.party.width, o.learning_rate, o.own_share, o.temperature,
+                )  # fmt: skip
+                losses.append(loss)
         return float(np.mean(jax.device_get(losses))) if losses else float("nan")
 
     def learn(
         self, others: Sequence[Answers], seed: Sequence[int], o: TransferOptions
     ) -> tuple[float, float]:
-        """Epochs over the public texts, with what others say of them: (mean loss of the steps, mean share in which others were believed)."""
-        rows = Rows(*(x[: self.trained] for x in self.public))
-        if not others:
-            return self.train(rows, o.public_epochs, seed, o), 0.0
-        losses, believed = [], []
-        taught = lesson(self.own_losses(), others, o.selection)
-        for epoch in range(o.public_epochs):
-            if epoch:
-                taught = taught._replace(weights=_believed(self.own_losses(), others, o.selection))
-            losses += self._epoch(rows, [*seed, epoch], o, taught)
-            believed.append(taught.weights.sum(1).mean())
-        mean = float(np.mean(jax.device_get(losses))) if losses else float("nan")
-        return mean, float(np.mean(believed)) if believed else 0.0
-
-    def _epoch(
-        self, rows: Rows, seed: Sequence[int], o: TransferOptions, taught: Lesson | None
-    ) -> list[Any]:
-        """Losses of an epoch's steps."""
-        losses = []
-        order = np.random.default_rng(seed).permutation(len(rows.inputs))
-        for index, real in batches(len(order), min(o.batch_size, len(order)), order):
-            chosen = None if taught is None else Lesson(*(x[index] for x in taught))
-            self.params, self.moments, loss = step(
-                self.params, self.moments, some(rows, index, real), chosen,
-                self.party.config, self.party.width, o.learning_rate, o.own_share, o.temperature,
-            )  # fmt: skip
-            losses.append(loss)
-        return losses
-
-    def own_losses(self) -> Float[np.ndarray, " M"]:
-        """As it is now, on the texts that it trains on, corrected."""
-        losses = answers(self.party, self.params, self.public, 1).loss
-        return corrected(losses, self.trained)
+        """Epochs over the public texts, with what others say of them: (mean loss of the steps, share in which others are believed)."""
+        taught, believed = None, 0.0
+        if others:
+            own = answers(self.party, self.params, self.public, o.k)
+            taught = lesson(own, others, o.selection)
+            believed = float(1 - taught.weights[:, 0].mean())
+        return self.train(self.public, o.public_epochs, seed, o, taught), believed
 
     def answer(self, k: int) -> TopLogits:
         """What it says about the public texts, as it arrives: through the payload's bytes."""
@@ -249,13 +215,11 @@ class _Bridge(NamedTuple):
     table: np.ndarray
 
     def carried(self, said: TopLogits, other: _Learner, base: _Learner) -> Answers:
-        """The answers of ``other`` for ``base``, on the texts that it trains on, with the quality that they show."""
-        n = base.trained
-        loss = corrected(losses_of(said, other.public), n)
-        cut = TopLogits(said.log_probs[:n], said.ids[:n], said.vocab_size)
-        targets, size = base.public.targets[:n], base.party.config.vocab_size
-        top = carry(cut, self.positions[:n], self.table, targets, size)
-        return Answers(TopLogits(np.asarray(top.log_probs), np.asarray(top.ids), size), loss)
+        """The answers of ``other`` for ``base``, with the quality that they show."""
+        targets, size = base.public.targets, base.party.config.vocab_size
+        top = carry(said, self.positions, self.table, targets, size)
+        top = TopLogits(np.asarray(top.log_probs), np.asarray(top.ids), size)
+        return Answers(top, losses_of(said, other.public))
 
 
 def _bridge(base: _Learner, other: _Learner, options: TransferOptions) -> _Bridge:
@@ -296,7 +260,6 @@ class LanguageHistory:
 def _learner(
     party: Party,
     public: Sequence[str],
-    trained: int,
     private: Sequence[str] | None,
     o: TransferOptions,
     tag: int,
@@ -304,19 +267,7 @@ def _learner(
     params = jaxmoe.init_params(party.config, jax.random.fold_in(jax.random.key(o.seed), tag))
     own = None if private is None else rows_of(private, party)
     moments = optimizer(o.learning_rate).init(params)
-    return _Learner(party, params, moments, rows_of(public, party), trained, own)
-
-
-def _trained(count: int, o: TransferOptions) -> int:
-    """How many of ``count`` public texts are trained on: all, where nothing is transferred or held out."""
-    if o.direction == "none" or not o.held_out:
-        return count
-    held = max(1, round(o.held_out * count))
-    if held >= count:
-        raise ValueError(
-            f"public must have texts beside those held out; got {count} with held_out={o.held_out:g}. Give more, or set held_out=0."
-        )
-    return count - held
+    return _Learner(party, params, moments, rows_of(public, party), own)
 
 
 def transfer(
@@ -348,12 +299,9 @@ def transfer(
             f"private must have the texts of each of {len(clients)} clients, one at least; got {len(private)}."
         )
     _check_average(clients, o)
-    # Texts may be in the order of their sources; those held out are to be like the others.
-    public = [public[i] for i in np.random.default_rng([o.seed, 0xB1]).permutation(len(public))]
-    trained = _trained(len(public), o)
-    main = _learner(server, public, trained, None, o, 0)
+    main = _learner(server, public, None, o, 0)
     learners = [
-        _learner(c, public, trained, texts, o, 1 + i)
+        _learner(c, public, texts, o, 1 + i)
         for i, (c, texts) in enumerate(zip(clients, private, strict=True))
     ]
     federation = _Federation(main, learners, o)

@@ -199,12 +199,12 @@ def bits_per_byte(party: Party, params: Any, rows: Rows, batch_size: int = 32) -
 
 
 class Lesson(NamedTuple):
-    """Distributions of P other parties at every position, and how much each counts for a text.
+    """Distributions of P parties at every position, and how much each counts for a text.
 
     Attributes:
       log_probs: float32 [N, P, T, k].
       ids: int32 [N, P, T, k].
-      weights: float32 [N, P], adding up to at most one; what is left to one is the party's trust in itself.
+      weights: float32 [N, P], adding up to one.
     """
 
     log_probs: np.ndarray
@@ -246,27 +246,20 @@ def optimizer(learning_rate: float) -> optax.GradientTransformation:
     )
 
 
-def _lesson_loss(
+def _distilled(
     logits: Float[Array, "B T V"],
-    own: Float[Array, " B"],
     targets: Int[Array, "B T"],
     lengths: Int[Array, " B"],
     taught: Lesson,
-    own_share: float,
     temperature: float,
 ) -> Float[Array, " B"]:
-    """Of each text own_share * LM + (1 - own_share) * distillation as far as others are believed, and LM alone for the rest.
-
-    FedMKT distils a party that believes itself from its own answers. Those are from before the phase and would hold it there.
-    """
+    """Distillation loss of each text, mean over its tokens."""
     soft = jax.nn.log_softmax(logits / temperature, axis=-1)
     parties = jax.vmap(soft_cross_entropy, (None, 1, 1, None), out_axes=1)
     each = parties(soft, taught.log_probs, taught.ids, temperature)
     text = jnp.where(_mask(targets, lengths)[:, None], each, 0.0).sum(2)
     text = text / jnp.maximum(lengths, 1).astype(jnp.float32)[:, None]
-    distilled = (taught.weights * text).sum(1) * temperature**2
-    others = (1 - own_share) * taught.weights.sum(1)
-    return (1 - others) * own + (1 - own_share) * distilled
+    return (taught.weights * text).sum(1) * temperature**2
 
 
 @functools.partial(
@@ -291,11 +284,11 @@ def step(
       params: of the model.
       moments: the optimiser's state.
       batch: inputs int32 [B, T], targets int32 [B, T], lengths int32 [B], as of ``some``.
-      taught: what others say about these B texts, or None: the language-model loss alone.
+      taught: what parties say about these B texts, or None: the language-model loss alone.
       config: of the model.
       width: SEFP width that it is trained through, or None.
       learning_rate: of ``optimizer``.
-      own_share: of the language-model loss, where others are believed.
+      own_share: of the language-model loss; the rest is the distillation loss.
       temperature: of the distillation.
 
     Returns:
@@ -307,7 +300,8 @@ def step(
         logits = jaxmoe.forward(_seen(p, width), config, inputs)
         each = _text_losses(jax.nn.log_softmax(logits, axis=-1), targets, lengths)
         if taught is not None:
-            each = _lesson_loss(logits, each, targets, lengths, taught, own_share, temperature)
+            distilled = _distilled(logits, targets, lengths, taught, temperature)
+            each = own_share * each + (1 - own_share) * distilled
         real = lengths > 0
         return jnp.where(real, each, 0.0).sum() / jnp.maximum(real.sum(), 1).astype(jnp.float32)
 
