@@ -69,6 +69,9 @@ class TransferOptions:
       align: bring other vocabularies into one's own; without it they must be the same.
       cache: directory of vocabulary tables.
       seed: of everything random.
+
+    Raises:
+      ValueError: for other names, and numbers out of range.
     """
 
     rounds: int = 3

@@ -27,6 +27,9 @@ class Party:
       config: of the model; without a multi-token-prediction module, which nothing here would train.
       tokenizer: of ``jaxmoe.tokenizer``.
       width: SEFP width of the device, 3 to 8; None: full precision.
+
+    Raises:
+      ValueError: for a config with a multi-token-prediction module.
     """
 
     name: str

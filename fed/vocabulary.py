@@ -154,7 +154,7 @@ def vocabulary_map(
       int32 [V1], -1 where there is no counterpart.
 
     Raises:
-      ValueError: if a cached file is another pair's, or damaged.
+      ValueError: if a cached file is another pair's, or damaged; for a target without text tokens.
 
     Example:
       >>> a, b = Vocabulary(("the", " cat", "dog")), Vocabulary((" cats", "the", "o", "d"))
@@ -259,10 +259,13 @@ def warp(
     Returns:
       (least cost of a path, positions in the first along the path, positions in the second). S = T1 + T2 - 1; -1 beyond a path's end.
 
+    Raises:
+      ValueError: for lengths that are zero or beyond the costs.
+
     Example:
       >>> cost, i, j = warp(np.abs(np.array([[0, 1, 2]])[:, :, None] - np.array([[0, 2, 2]])[:, None, :]))
       >>> int(cost[0]), i[0].tolist(), j[0].tolist()
-      (1, [0, 1, 2, 2, -1], [0, 0, 1, 2, -1])
+      (1, [0, 1, 2, -1, -1], [0, 1, 2, -1, -1])
     """
     batch, t1, t2 = costs.shape
     n = np.full(batch, t1) if lengths1 is None else np.asarray(lengths1)
@@ -335,6 +338,9 @@ def align(
 
     Returns:
       int32; j >= 0 only where position i is on the path with j alone and j with i alone, and the table has j's token as i's.
+
+    Raises:
+      ValueError: for empty texts, and as of ``vocabulary_map``.
     """
     if base_vocabulary.fingerprint == other_vocabulary.fingerprint and np.array_equal(base, other):
         place = np.arange(base.shape[1], dtype=np.int32)

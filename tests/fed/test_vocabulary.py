@@ -113,7 +113,8 @@ def test_other_tokens_map_to_the_nearest_by_edit_distance(trained):
     table = vocabulary_map(bpe, byte)
     for i, token in enumerate(bpe.tokens):
         if len(token) > 1 and not token.startswith("<"):
-            assert chr(table[i]) == token[0]  # each of its bytes is as near; the first is where it begins
+            # Each of its bytes is as near; the first is where it begins.
+            assert chr(table[i]) == token[0]
     one, two = Vocabulary(("the", "xx")), Vocabulary(("e", "t", "th", "the"), (("bos", 3),))
     # A longer beginning is nearer; without one the lowest id among equals.
     assert vocabulary_map(one, two).tolist() == [2, 0]
@@ -184,7 +185,8 @@ def test_many_texts_are_aligned_and_carried_in_blocks(trained, rng, monkeypatch)
     positions, carried = both()
     assert (positions >= 0).any()
     warped = []
-    monkeypatch.setattr(vocabulary, "_CHUNK", 2 * base.shape[1] * 3**2)  # two texts of carry, one of align
+    # Two texts of carry, one of align.
+    monkeypatch.setattr(vocabulary, "_CHUNK", 2 * base.shape[1] * 3**2)
     monkeypatch.setattr(vocabulary, "warp", lambda c, *n: warped.append(len(c)) or warp(c, *n))
     again, in_blocks = both()
     assert warped == [1, 1, 1]
