@@ -50,13 +50,13 @@ PRESETS = {
         150,
         20,
         15,
-        ("mlp:40", "mlp:48", "mlp:32"),
-        "mlp:320,320",
+        ("mlp:96", "mlp:104", "mlp:88"),
+        "mlp:512,512",
         fed.LocalOptions(epochs=5, batch_size=16, learning_rate=0.1),
         fed.KoalaOptions(
             reverse=fed.Distillation(steps=100),
             forward=fed.Distillation(steps=100, learning_rate=3e-3, features=0.1),
-            merge=fed.Merge("confidence"),
+            merge=fed.Merge("uniform", space="logits"),
             members="clients",
             augment="mix",
             copies=4,
@@ -168,9 +168,15 @@ def main() -> None:
     given = options.parse_args()
     logging.disable(logging.WARNING)
     preset = PRESETS[given.preset]
+    settings = {"preset": given.preset} | {k: repr(v) for k, v in vars(preset).items()}
     rows: list[dict] = []
     if given.json and pathlib.Path(given.json).exists():  # goes on where it stopped, per run
-        rows = json.loads(pathlib.Path(given.json).read_text())["rows"]
+        before = json.loads(pathlib.Path(given.json).read_text())
+        if before["settings"] != settings:
+            options.error(
+                f"{given.json} has runs with other settings; remove it, or name another file"
+            )
+        rows = before["rows"]
     done = {r["name"] for r in rows}
     for seed, alpha, method in itertools.product(given.seeds, given.alphas, given.methods):
         if f"{method}, {alpha}, seed {seed}" in done:
@@ -182,7 +188,6 @@ def main() -> None:
         if given.json:
             saved = savings(preset, given.data)
             report_ = make_report("fed_quality", rows, ratios(rows) | saved)
-            settings = {k: repr(v) for k, v in dataclasses.asdict(preset).items()}
             write_report(given.json, report_ | {"settings": settings})
     for name, value in (ratios(rows) | savings(preset, given.data)).items():
         print(f"{name}: {value:.4g}")
