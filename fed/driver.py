@@ -25,6 +25,7 @@ from fed.evaluate import Evaluation, worst
 from fed.history import History
 from fed.models import check_same_task, inputs_of
 from fed.partition import Partition
+from fed.privacy import check_private, spent
 from fed.rounds import Context, Method, RunOptions, State
 from fed.sampling import Fleet, Plan
 from fed.schedule import Bucket, buckets, steps_of
@@ -364,6 +365,7 @@ class Driver:
             (self.method.server, self.method.models),
             str(self.statistics),
             {"clients": per_client},
+            tuple(spent(self.options, len(records))),
         )
 
 
@@ -450,6 +452,7 @@ def _check_aggregator(
     method: Method, partition: Partition, options: RunOptions, assignment: np.ndarray
 ) -> None:
     """What the aggregator's promise would not hold for, or what would end the run later."""
+    check_private(options, partition.sizes, assignment)
     aggregator = options.aggregator
     name = type(aggregator).__name__
     if method.keep and not method.silent and not aggregator.individual:

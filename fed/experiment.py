@@ -121,7 +121,7 @@ class Experiment:
         """Runs it in this process.
 
         Args:
-          alone: compute each client by itself, as a node does: the bits of a deployment. Otherwise many at once, where sums are rounded in
+          alone: compute each client by itself, as a node does, which is what a deployment gives, up to 1e-5. Otherwise many at once, where sums are rounded in
             another order; Adam's steps on the server make 1e-2 of that in a few hundred steps.
           more: as of ``fed.run``.
         """

@@ -23,6 +23,7 @@ class History:
       models: the server's model or None, and the client architectures.
       partition: statistics of the realised split, as text.
       costs: of one client (:mod:`fed.costs`).
+      privacy: what each private rule of the run has spent (``fed.privacy.spent``), as text.
     """
 
     method: str
@@ -33,6 +34,7 @@ class History:
     models: tuple[Model | None, tuple[Model, ...]]
     partition: str = ""
     costs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    privacy: tuple[str, ...] = ()
 
     @property
     def final(self) -> dict[str, Any]:

@@ -206,13 +206,16 @@ def _finish(
         for name, histories in runs.items():
             reached = [report.summary(h, target)["rounds_to_target"] for h in histories]
             console.print(f"rounds to {target:g}, {name}: {', '.join(map(str, reached))}")
+    for line in dict.fromkeys(x for hs in runs.values() for h in hs for x in h.privacy):
+        console.print(f"privacy: {line}")
     if output is not None:
         console.print(f"plot: {report.plot(runs, output / 'accuracy.png')}")
     if json is not None:
         ratios = {f"saved_{k}": v for k, v in saved.items()}
         found = make_report("fed", report.report_rows(runs, target), ratios)
         splits = {name: [h.partition for h in histories] for name, histories in runs.items()}
-        write_report(json, found | {"options": given, "partitions": splits})
+        spent = {name: [h.privacy for h in histories] for name, histories in runs.items()}
+        write_report(json, found | {"options": given, "partitions": splits, "privacy": spent})
 
 
 _Flat = tyro.conf.arg(name="")

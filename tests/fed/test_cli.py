@@ -50,7 +50,7 @@ def test_compare_leaves_out_what_the_aggregator_hides(capsys):
     hidden = ["--aggregator", "private:1:0:5", "--rounds", "1"]
     main(["fed", "compare", "fedavg-small", "feddf", "fedmd", *SMALL, *hidden])
     out = capsys.readouterr().out
-    assert "models and GaussianMean hides them: feddf, fedmd" in out
+    assert "models and GaussianMean hides them: feddf, fedmd" in out and "privacy: (" in out
     table = out.split("test accuracy in %")[1]
     assert "fedavg-small" in table and "feddf" not in table
 
