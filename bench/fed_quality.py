@@ -74,7 +74,7 @@ PRESETS = {
         fed.KoalaOptions(
             reverse=fed.Distillation(steps=100, batch_size=128),
             forward=fed.Distillation(steps=50, batch_size=128, features=0.1),
-            merge=fed.Merge("confidence"),
+            merge=fed.Merge("uniform", space="logits"),
             members="clients",
         ),
         examples=20000,
