@@ -110,7 +110,7 @@ def main() -> None:
     options = _harness.parser(__doc__.splitlines()[0])
     options.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     options.add_argument("--methods", nargs="+", default=METHODS)
-    options.add_argument("--pretrain-steps", type=int, default=400)
+    options.add_argument("--pretrain-steps", type=int, default=600)
     options.add_argument("--steps", type=int, default=200)
     options.add_argument("--learning-rate", type=float, default=1e-3)
     options.add_argument("--eval-bytes", type=int, default=32768)
