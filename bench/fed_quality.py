@@ -49,7 +49,7 @@ PRESETS = {
         400,
         150,
         20,
-        15,
+        50,
         ("mlp:96", "mlp:104", "mlp:88"),
         "mlp:512,512",
         fed.LocalOptions(epochs=5, batch_size=16, learning_rate=0.1),
@@ -108,7 +108,7 @@ def models(preset: Preset, path: str | None):
 def run_one(preset: Preset, path: str | None, method: str, alpha: str, seed: int) -> dict:
     """One method on one split, as a row."""
     cut, partition = splits(preset, path, alpha, seed)
-    options = fed.RunOptions(rounds=preset.rounds, seed=seed, local=preset.local, evaluate_every=5)
+    options = fed.RunOptions(rounds=preset.rounds, seed=seed, local=preset.local, evaluate_every=10)
     began = time.perf_counter()
     history = run_method(method, cut, partition, models(preset, path), options, preset.koala)
     figures = report.summary(history)
@@ -124,7 +124,7 @@ def run_one(preset: Preset, path: str | None, method: str, alpha: str, seed: int
         "partition": history.partition,
         "validation": history.final.get("large_validation", history.final["small_validation"]),
         "curve": {
-            m: [round(float(v), 4) for v in history.series(m)[4::5]]
+            m: [round(float(v), 4) for v in history.series(m)[9::10]]
             for m in ("large_accuracy", "small_accuracy")
         },
         **figures,
