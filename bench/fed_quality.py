@@ -41,6 +41,7 @@ class Preset:
     local: fed.LocalOptions
     koala: fed.KoalaOptions
     examples: int | None = None
+    evaluate_every: int = 10
 
 
 PRESETS = {
@@ -78,6 +79,7 @@ PRESETS = {
             members="clients",
         ),
         examples=20000,
+        evaluate_every=2,
     ),
 }
 
@@ -108,7 +110,9 @@ def models(preset: Preset, path: str | None):
 def run_one(preset: Preset, path: str | None, method: str, alpha: str, seed: int) -> dict:
     """One method on one split, as a row."""
     cut, partition = splits(preset, path, alpha, seed)
-    options = fed.RunOptions(rounds=preset.rounds, seed=seed, local=preset.local, evaluate_every=10)
+    options = fed.RunOptions(
+        rounds=preset.rounds, seed=seed, local=preset.local, evaluate_every=preset.evaluate_every
+    )
     began = time.perf_counter()
     history = run_method(method, cut, partition, models(preset, path), options, preset.koala)
     figures = report.summary(history)
@@ -124,7 +128,10 @@ def run_one(preset: Preset, path: str | None, method: str, alpha: str, seed: int
         "partition": history.partition,
         "validation": history.final.get("large_validation", history.final["small_validation"]),
         "curve": {
-            m: [round(float(v), 4) for v in history.series(m)[9::10]]
+            m: [
+                round(float(v), 4)
+                for v in history.series(m)[preset.evaluate_every - 1 :: preset.evaluate_every]
+            ]
             for m in ("large_accuracy", "small_accuracy")
         },
         **figures,

@@ -43,7 +43,7 @@ def fedavg(
 
     Args:
       model: trained by every client, the small or the large one: a ``fed.Model``, a flax module or a pair (init, apply), or a list.
-      data: splits; the proxy set is not used.
+      data: splits; the proxy set isn't used, but must be one.
       partition: who holds what.
       options: of the run.
       more: assignment, directory, on_round, as in :func:`fed.run`.

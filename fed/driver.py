@@ -105,6 +105,14 @@ class Driver:
         chosen = _assigned(assignment, len(partition), len(method.models))
         _check(method, data, partition, options)
         _check_aggregator(method, partition, options, chosen)
+        # A method that combines no updates has nothing from a private aggregator.
+        self.private = (
+            options if method.averages else dataclasses.replace(options, aggregator=Mean())
+        )
+        check_private(self.private, partition.sizes, chosen)
+        spent(
+            self.private, options.rounds
+        )  # for want of the accountant it fails now, not at the end
         rows = np.zeros(len(partition), np.int64)
         for a in range(len(method.models)):
             rows[chosen == a] = np.arange((chosen == a).sum())
@@ -365,7 +373,7 @@ class Driver:
             (self.method.server, self.method.models),
             str(self.statistics),
             {"clients": per_client},
-            tuple(spent(self.options, len(records))),
+            tuple(spent(self.private, len(records))),
         )
 
 
@@ -452,7 +460,6 @@ def _check_aggregator(
     method: Method, partition: Partition, options: RunOptions, assignment: np.ndarray
 ) -> None:
     """What the aggregator's promise would not hold for, or what would end the run later."""
-    check_private(options, partition.sizes, assignment)
     aggregator = options.aggregator
     name = type(aggregator).__name__
     if method.keep and not method.silent and not aggregator.individual:

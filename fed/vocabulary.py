@@ -134,6 +134,7 @@ def check_same_vocabulary(server: Vocabulary, client: Vocabulary, name: str = "c
         )
 
 
+_RULE = "prefix"  # of ties, in the names of kept tables: another one makes others
 _kept: dict[tuple[str, str], np.ndarray] = {}
 
 
@@ -163,7 +164,11 @@ def vocabulary_map(
     """
     key = (source.fingerprint, target.fingerprint)
     if key not in _kept:
-        file = None if cache is None else pathlib.Path(cache) / f"{key[0][:16]}-{key[1][:16]}.npy"
+        file = (
+            None
+            if cache is None
+            else pathlib.Path(cache) / f"{key[0][:16]}-{key[1][:16]}-{_RULE}.npy"
+        )
         if file is not None and file.is_file():
             _kept[key] = _load_table(file, source, target)
         else:

@@ -26,6 +26,7 @@ from quant.rules import name_of
 from quant.tensor import check_width, is_sefp
 
 FORMAT = "jaxmoe-sefp-2"
+_RESERVED = ("format", "sefp", "crc32", "header_crc32")
 _NAMES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "I8": np.int8}
 _NAMES |= {"I32": np.int32, "U16": np.uint16, "U32": np.uint32, "U8": np.uint8, "I64": np.int64}
 _DTYPES = {np.dtype(dtype): name for name, dtype in _NAMES.items()}
@@ -82,6 +83,11 @@ def save_planes(
         else:
             arrays[name] = leaf
     arrays = {name: arrays[name] for name in sorted(arrays, key=_order)}
+    taken = [name for name in metadata or {} if name in _RESERVED]
+    if taken:
+        raise ValueError(
+            f"metadata must not use the names {', '.join(_RESERVED)}; got {taken[0]!r}. Take another."
+        )
     texts = dict(metadata or {}) | {"format": FORMAT, "sefp": json.dumps(about)}
     return _replace(pathlib.Path(path), arrays, texts)
 
@@ -241,7 +247,7 @@ def _entries(path: pathlib.Path, header: dict[str, Any], start: int) -> dict[str
                 )
             entries[name] = _Entry(name, dtype, shape, begin, checksums[name])
             end = stop
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise PlanesCorrupt(f"{path} has a damaged header ({error!r}); write it again.") from None
     if start + end != size:
         raise PlanesCorrupt(

@@ -108,12 +108,15 @@ _cache_lock = threading.Lock()
 
 @contextlib.contextmanager
 def compilation_cache_off() -> Iterator[None]:
-    """Compiles in truth: what XLA's CPU client wrote, read, and is asked to write again lacks its functions."""
+    """Compiles in truth: what XLA's CPU client wrote, read, and is asked to write again lacks its functions.
+
+    The switch is the process's: what other threads compile meanwhile isn't kept either.
+    """
+    if jax.config.jax_compilation_cache_dir is None:
+        yield
+        return
     with _cache_lock:
-        if (
-            jax.config.jax_compilation_cache_dir is None
-            or not jax.config.jax_enable_compilation_cache
-        ):
+        if not jax.config.jax_enable_compilation_cache:
             yield
             return
         jax.config.update("jax_enable_compilation_cache", False)

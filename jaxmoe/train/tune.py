@@ -24,6 +24,7 @@ from jaxmoe.train.loop import CHECKPOINTS, SkippedSteps, evaluate, same_run
 from jaxmoe.train.loss import loss as model_loss
 from jaxmoe.train.metrics import Metrics
 from jaxmoe.train.step import learning_rate, make_optimizer, update_biases
+from pallas_kernels.sefp.format import NARROWEST
 from quant import BpsConfig, LaaConfig, OtaroConfig, TuneState, bps, otaro
 
 IDENTITY, SCORES = "tune.json", "widths.json"
@@ -204,7 +205,9 @@ class _Files:
         c = self.train_config
         kept = {"step": c.steps, "eval_bytes": c.eval_bytes, "unquantised": unquantised}
         kept |= dict(zip(_BY_WIDTH, (losses, bits, sizes), strict=True))
-        (self.directory / SCORES).write_text(json.dumps(kept, indent=2) + "\n")
+        temporary = self.directory / f".{SCORES}.{os.getpid()}"
+        temporary.write_text(json.dumps(kept, indent=2) + "\n")
+        temporary.replace(self.directory / SCORES)
 
     def save(self, state: TuneState) -> None:
         """Saves what ``start`` needs."""
@@ -260,6 +263,8 @@ def tune(
         "model config": config.to_dict(),
         "initial parameters": origin_of(source),
     }
+    if run.rounding == "nested":
+        identity["rounding"] = {"nested": NARROWEST}
     files = _Files(directory, config, c, identity)
     state = files.start(
         lambda: initial_params(config, c.seed, source),

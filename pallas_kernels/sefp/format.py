@@ -34,8 +34,8 @@ BASE_WIDTH, MASTER_WIDTH = 3, 8
 LOWEST_EXPONENT, HIGHEST_EXPONENT = -14, 17
 LARGEST = 65504.0  # what an infinity counts as
 ROUNDINGS = ("truncate", "nearest", "nested")
-# Weight of E5M3's error in "nested", others' is 1. Of Gaussian weights E5M3 then keeps 17.5 dB, where rounding to nearest has 17.7 and
-# cutting off 12.2, and E5M8 21.9; with weight 1 it is 16.1 and 26.9. Held-out losses: docs/log.md.
+# Weight of E5M3's error in "nested", others' is 1. Of Gaussian weights (sigma 0.02) E5M3 then keeps 17.5 dB, where rounding to nearest
+# has 17.7 and cutting off 12.2, and E5M8 21.9; with weight 1 it is 16.1 and 26.9. Held-out losses: docs/log.md.
 NARROWEST = 16.0
 
 

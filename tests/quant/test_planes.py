@@ -225,3 +225,9 @@ def test_a_file_whose_parts_do_not_agree_is_refused(path, damage, message):
     damage(path)
     with pytest.raises(quant.PlanesCorrupt, match=message):
         quant.load_planes(path)
+
+
+def test_metadata_under_a_name_of_the_format_is_refused(tmp_path):
+    params = quant.quantize_params({"proj": {"weight": jnp.ones((64, 2))}})
+    with pytest.raises(ValueError, match="metadata must not use the names .*got 'crc32'"):
+        quant.save_planes(tmp_path / "x", params, {"crc32": "abc"})

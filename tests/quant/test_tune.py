@@ -55,7 +55,7 @@ class Interrupted(Exception):
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_weights_and_is_scored_at_every_width(
-    source, corpus, tmp_path
+    source, corpus, tmp_path, monkeypatch
 ):
     arguments = (source, "otaro", DENSE, C, corpus)
 
@@ -81,6 +81,9 @@ def test_a_killed_run_goes_on_to_the_same_weights_and_is_scored_at_every_width(
     with pytest.raises(ValueError, match="another method"):
         tune(source, "uniform", DENSE, C, corpus, tmp_path / "whole")
     before = score_source(source, DENSE, C, corpus)
+    monkeypatch.setattr(tuning, "score", lambda *_: pytest.fail("scored again"))
+    again = tune(*arguments, tmp_path / "whole")
+    assert (again.losses, again.bytes, again.visits) == (whole.losses, whole.bytes, whole.visits)
     assert before.unquantised != whole.unquantised and before.losses[8] != before.losses[3]
     picture = tuning.plot_widths([before, whole], tmp_path / "widths.png")
     assert picture.read_bytes().startswith(b"\x89PNG")
