@@ -33,6 +33,7 @@ import jax  # noqa: E402
 import jaxtyping  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -106,6 +107,11 @@ def _compiler(request):
         jax.config.update("jax_disable_most_optimizations", less)
         jax.clear_caches()
         _compiler_now["less"] = less
+    # Elastic ranks as threads carry programs between devices themselves (``elastic.executables``).
+    cached = path.parent.name != "elastic"
+    if jax.config.jax_enable_compilation_cache != cached:
+        jax.config.update("jax_enable_compilation_cache", cached)
+        compilation_cache.reset_cache()
 
 
 @pytest.fixture(autouse=True, scope="module")

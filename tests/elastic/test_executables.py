@@ -78,10 +78,14 @@ def test_another_process_finds_it_on_disk(devices, tmp_path):
 
 
 def test_a_program_that_jax_has_in_its_own_cache_is_compiled_all_the_same(devices, tmp_path):
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    names = (
+        "jax_compilation_cache_dir",
+        "jax_persistent_cache_min_compile_time_secs",
+        "jax_enable_compilation_cache",
+    )
     before = [getattr(jax.config, name) for name in names]
     try:
-        for name, value in zip(names, (str(tmp_path / "jax"), 0.0), strict=True):
+        for name, value in zip(names, (str(tmp_path / "jax"), 0.0, True), strict=True):
             jax.config.update(name, value)
         compilation_cache.reset_cache()
         step, arguments = _program(devices[:2])

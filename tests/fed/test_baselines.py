@@ -73,7 +73,7 @@ def test_one_place_has_no_attackers_and_nothing_to_aggregate(runs, models):
     assert support.equal(found.small, runs["centralised"].small)
 
 
-@pytest.mark.parametrize("aggregator", ["secure", "private:1:1:6"])
+@pytest.mark.parametrize("aggregator", ["secure", "private:1:1:3"])
 def test_who_reads_members_refuses_an_aggregator_that_hides_them(models, aggregator):
     run = dataclasses.replace(RUN, aggregator=by_name(aggregator))
     for name in METHODS:
