@@ -197,6 +197,7 @@ def main() -> None:
     options.add_argument("--prompt", type=int, default=64)
     options.add_argument("--new", type=int, default=64)
     options.add_argument("--drafts", type=int, nargs="+", default=[1, 2, 3])
+    options.add_argument("--rounding", choices=("truncate", "nested"), default="truncate")
     options.add_argument("--no-bfloat16", action="store_true", help="leave bfloat16 weights out")
     parts = ("decode", "encode", "switch", "speculate")
     options.add_argument("--part", nargs="+", choices=parts, default=list(parts))
@@ -210,7 +211,7 @@ def main() -> None:
         plain, config = load(args.model, mtp=False)
     else:
         plain, config = _harness.weights(args.preset, args.seed, dense=args.dense)
-    stored = quant.quantize_params(plain)
+    stored = quant.quantize_params(plain, rounding=args.rounding)
     rows, ratios = _sizes(stored)
     runs: dict[str, Callable[[], tuple[list[dict], dict]]] = {
         "decode": lambda: _decoding(plain, stored, config, args),
