@@ -261,7 +261,8 @@ class TestXla(Cases):
         self, own, rng, monkeypatch
     ):
         q, k, weights = map(jnp.asarray, inputs(rng, batch=5, tokens=2))
-        own = 0.7 * (k[:, :2] if own == "of each sequence" else k[:1, :3])  # no ties with the others
+        own = k[:, :2] if own == "of each sequence" else k[:1, :3]
+        own = 0.7 * own  # no ties with the others
         spans = jnp.asarray(rng.integers(0, own.shape[1] + 1, (5, 2, 2)), jnp.int32)
         lengths, visible = (jnp.asarray(rng.integers(0, 10, n), jnp.int32) for n in (5, (5, 2)))
 
