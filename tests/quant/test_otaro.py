@@ -91,7 +91,7 @@ def joint_config(steps=60):
 
 def test_the_joint_gradient_is_the_mean_of_the_widths():
     widths = jnp.asarray(bps.WIDTHS, jnp.int32)
-    (value, _), grads = otaro._joint_gradient(loss, quant.DEFAULT_RULES, PARAMS, widths, data(0))
+    (value, _), grads = otaro._joint_gradient(loss, quant.fake_quantize, PARAMS, widths, data(0))
     each = [
         jax.value_and_grad(lambda p, w=w: loss(quant.fake_quantize(p, w), data(0)))(PARAMS)
         for w in bps.WIDTHS
