@@ -78,11 +78,8 @@ def rows_of(name: str, record: dict[str, Any], **shape: Any) -> list[dict[str, A
     if "index_recall" in record:
         layers = record["index_recall_layers"]
         value = record["index_recall"]
-        more = {
-            "layers": layers,
-            "at_most": record.get("index_recall_at_most"),
-            **shape,
-        }  # runs from before lack it
+        at_most = record.get("index_recall_at_most")  # runs from before lack it
+        more = {"layers": layers, "at_most": at_most, **shape}
         rows.append({"name": f"{name}, recall", "value": value, "unit": "share", **more})
     return rows
 

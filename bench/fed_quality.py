@@ -138,6 +138,7 @@ def run_one(preset: Preset, path: str | None, method: str, alpha: str, seed: int
     }
 
 
+@functools.cache
 def savings(preset: Preset, path: str | None) -> dict[str, float]:
     """What the clients of each mode save against clients with the large model."""
     large, small = models(preset, path)

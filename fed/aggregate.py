@@ -18,7 +18,8 @@ class Aggregator(Protocol):
     Attributes:
       individual: whether the server sees each update (secure aggregation: it does not, so nothing that needs members may follow).
 
-    One that needs more than one update has an attribute ``minimum_replies`` besides: see the function of that name.
+    One that needs more than one update has an attribute ``minimum_replies`` besides, and one with limits of its own a method
+    ``check_clients``: see the functions of those names.
     """
 
     individual: bool
@@ -133,10 +134,7 @@ class Krum:
 
 def minimum_replies(aggregator: Aggregator) -> int:
     """The fewest updates of one architecture that ``aggregator`` combines."""
-    from fed.secure_aggregation import SecureMean
-
-    # Of two, each would learn the other's from the sum.
-    return 3 if isinstance(aggregator, SecureMean) else getattr(aggregator, "minimum_replies", 1)
+    return getattr(aggregator, "minimum_replies", 1)
 
 
 def check_clients(aggregator: Aggregator, sizes: np.ndarray, most: int) -> None:
@@ -150,26 +148,13 @@ def check_clients(aggregator: Aggregator, sizes: np.ndarray, most: int) -> None:
     Raises:
       ValueError: for fewer clients than it needs; for secure aggregation, one with too many examples (named) or too many clients.
     """
-    from fed.secure_aggregation import SecureMean
-
     name, least = type(aggregator).__name__, minimum_replies(aggregator)
     if most < least:
         raise ValueError(
             f"{name} needs {least} replies of an architecture; got at most {most} per round; raise participation or clients."
         )
-    if not isinstance(aggregator, SecureMean):
-        return
-    config, largest = aggregator.config, int(np.argmax(sizes))
-    if sizes[largest] > config.weight_limit:
-        raise ValueError(
-            f"clients of {name} must have at most weight_limit={config.weight_limit} examples; client {largest} has "
-            f"{sizes[largest]}; raise the limit in SecureConfig."
-        )
-    if most > config.most_clients():
-        raise ValueError(
-            f"{name} must have at most {config.most_clients()} clients of an architecture in a round at levels={config.levels}; got "
-            f"up to {most}; lower participation, levels or weight_limit."
-        )
+    if hasattr(aggregator, "check_clients"):
+        aggregator.check_clients(sizes, most)
 
 
 def by_name(name: str) -> Aggregator:

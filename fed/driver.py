@@ -231,7 +231,7 @@ class Driver:
     def train(self, state: State, plan: Plan, number: int) -> list[Cohort]:
         """Phase (i) of a round, simulated: one cohort per architecture."""
         options, out = self.options, []
-        key = jax.random.fold_in(jax.random.fold_in(self.key, 2), number)
+        key = training_key(self.options.seed, number)
         keep = self.method.keep or not isinstance(options.aggregator, Mean)
         weights = self.context.sizes.astype(np.float32)
         architecture = self.context.assignment[plan.replied]
@@ -375,6 +375,11 @@ class Driver:
             {"clients": per_client},
             tuple(spent(self.private, len(records))),
         )
+
+
+def training_key(seed: int, round_number: int) -> Array:
+    """Key of a round's local training: the same in a simulation and in a deployment."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 2), round_number)
 
 
 def _assigned(assignment: Sequence[int] | None, clients: int, architectures: int) -> np.ndarray:

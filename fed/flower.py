@@ -33,7 +33,7 @@ import numpy as np
 
 from fed.cohort import Cohort, EngineOptions, join, train_cohort, weighted_mean
 from fed.compress import Codec
-from fed.driver import Driver
+from fed.driver import Driver, training_key
 from fed.experiment import Experiment, Setup
 from fed.flower_grid import PatientGrid
 from fed.history import History
@@ -137,7 +137,7 @@ def train_client(
         params,
         (jnp.asarray(mine.inputs), jnp.asarray(mine.labels)),
         _schedule(setup, client, round_number, limit),
-        secret_key() if private else _training_key(options.seed, round_number),
+        secret_key() if private else training_key(options.seed, round_number),
         local,
         EngineOptions(chunk=1, buckets=1),
         weights=setup.partition.sizes.astype(np.float32),
@@ -172,11 +172,6 @@ def _schedule(setup: Setup, client: int, round_number: int, limit: int) -> list[
         limits=np.array([limit]),
     )
     return [Bucket(b.clients, place[b.index], b.mask) for b in made]
-
-
-def _training_key(seed: int, round_number: int) -> jax.Array:
-    """As the driver's."""
-    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 2), round_number)
 
 
 def _architecture(setup: Setup, client: int) -> int:

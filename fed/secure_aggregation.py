@@ -16,7 +16,7 @@ Homogeneous mode only: a heterogeneous ensemble needs each member's own outputs,
 import dataclasses
 import secrets
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
@@ -431,10 +431,25 @@ class SecureMean:
 
     config: SecureConfig = SecureConfig()
     individual: bool = False
+    minimum_replies: ClassVar[int] = 3  # of two, each would learn the other's from the sum
 
     def __post_init__(self):
         if self.individual:
             raise ValueError("individual must be False; got True. Use Mean to see members.")
+
+    def check_clients(self, sizes: np.ndarray, most: int) -> None:
+        """See ``fed.aggregate.check_clients``."""
+        config, largest = self.config, int(np.argmax(sizes))
+        if sizes[largest] > config.weight_limit:
+            raise ValueError(
+                f"clients of SecureMean must have at most weight_limit={config.weight_limit} examples; client {largest} has "
+                f"{sizes[largest]}; raise the limit in SecureConfig."
+            )
+        if most > config.most_clients():
+            raise ValueError(
+                f"SecureMean must have at most {config.most_clients()} clients of an architecture in a round at levels={config.levels}; "
+                f"got up to {most}; lower participation, levels or weight_limit."
+            )
 
     def combine(
         self, updates: Any, weights: Float[Array, " K"], clients: Int[Array, " K"], key: Array

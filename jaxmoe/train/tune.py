@@ -17,6 +17,7 @@ import quant
 from jaxmoe import checkpoint
 from jaxmoe import params as params_lib
 from jaxmoe.config import ModelConfig
+from jaxmoe.report import write_report
 from jaxmoe.train.config import TrainConfig
 from jaxmoe.train.data import Batch, Corpus, Loader
 from jaxmoe.train.dsa import initial_params, note_origin, origin_of
@@ -205,9 +206,7 @@ class _Files:
         c = self.train_config
         kept = {"step": c.steps, "eval_bytes": c.eval_bytes, "unquantised": unquantised}
         kept |= dict(zip(_BY_WIDTH, (losses, bits, sizes), strict=True))
-        temporary = self.directory / f".{SCORES}.{os.getpid()}"
-        temporary.write_text(json.dumps(kept, indent=2) + "\n")
-        temporary.replace(self.directory / SCORES)
+        write_report(self.directory / SCORES, kept)
 
     def save(self, state: TuneState) -> None:
         """Saves what ``start`` needs."""
