@@ -134,8 +134,8 @@ def measured(
         call, size = build(config, use, form, length, args.seed, dtype)
         measure = _harness.device_timed(call, calls=3)
         first = measure()
-        rounds = max(1, min(args.rounds, int(args.budget_s / 2 / max(first, 1e-4))))
-        values = [measure() * 1e3 for _ in range(rounds)]
+        rounds = min(args.rounds, int(args.budget_s / 2 / max(first, 1e-4)))
+        values = [measure() * 1e3 for _ in range(rounds)] or [first * 1e3]
         more = {"temporary_bytes": size, "context": length, **shape}
         rows.append(median_row(f"{use}, {form}, {length}", values, "ms", **more))
         print(f"{rows[-1]['name']}: {rows[-1]['value']:.4g} ms, {size / 2**20:.1f} MiB", flush=True)
