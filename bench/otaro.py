@@ -30,6 +30,7 @@ from jaxmoe.train.tune import (
     score_source,
     tune,
 )
+from quant import Lora
 
 PLAIN = ("otaro", "uniform", "joint", "fixed:3", "fixed:8", "ptq")
 METHODS = (*PLAIN, "otaro+nested", "uniform+nested", "ptq+nested")
@@ -101,7 +102,11 @@ def run_seed(args: argparse.Namespace, seed: int, corpus: Corpus) -> list[Widths
     results = [score_source(source, MODEL, c, corpus, r) for r in baselines(args.methods)]
     for method in args.methods:
         name = method.replace(":", "_") + (args.name if method.startswith("otaro") else "")
-        results.append(tune(source, method, MODEL, c, corpus, home / name, search=search))
+        lora = None if args.lora_rank is None else Lora(args.lora_rank)
+        name += "" if lora is None else f"_lora_{lora.rank}"
+        results.append(
+            tune(source, method, MODEL, c, corpus, home / name, search=search, lora=lora)
+        )
     return results
 
 
@@ -114,6 +119,7 @@ def main() -> None:
     options.add_argument("--steps", type=int, default=200)
     options.add_argument("--learning-rate", type=float, default=1e-3)
     options.add_argument("--eval-bytes", type=int, default=32768)
+    options.add_argument("--lora-rank", type=int, help="tune low-rank additions")
     for field in SEARCH:
         name, default = "--" + field.name.replace("_", "-"), field.default
         if field.name == "low_widths":

@@ -3,6 +3,7 @@
 from quant.bps import BpsConfig, BpsState
 from quant.fake_quant import fake_quantize, fake_quantize_array
 from quant.laa import LaaConfig, LaaState
+from quant.lora import Lora
 from quant.otaro import OtaroConfig, Tuned, TuneState, otaro_tune
 from quant.params import (
     at_width,
@@ -25,6 +26,7 @@ __all__ = [
     "LaaConfig",
     "LaaState",
     "Layout",
+    "Lora",
     "OtaroConfig",
     "PlanesCorrupt",
     "Rule",

@@ -3,6 +3,9 @@
 Weights stay arrays; a step sees them as SEFP has them at its width, and its gradient goes straight through (specification 2.4).
 ``bps`` says which width is next, ``laa`` when gradients become a step. With other settings of the same two the loop is every
 baseline: one width, widths at random, or the mean loss of all widths in each step.
+
+What is tuned is all of the weights, or something that makes them together with frozen ones (``quant.Lora``). Then a step rounds the merged
+weights, since these are what one file stores, and gradients, moments and accumulation are of what is tuned only.
 """
 
 import dataclasses
@@ -25,6 +28,7 @@ from quant.rules import DEFAULT_RULES, Rule
 OBJECTIVES = ("single", "joint")
 Loss = Callable[[Any, Any], Any]
 Quantize = Callable[[Any, Any], Any]  # (params, width) -> params as they are at that width
+Merge = Callable[[Any, Any], Any]  # (frozen, what is tuned) -> params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +71,7 @@ class TuneState:
 
     Attributes:
       step: int32, steps taken.
-      params: arrays, never quantised.
+      params: what is tuned: arrays, never quantised.
       opt_state: the optimiser's.
       bps, laa: what the search and the accumulation know.
     """
@@ -84,7 +88,7 @@ class Tuned:
     """Result of a run.
 
     Attributes:
-      params: the tuned weights, unquantised; ``quantize_params`` makes one of all widths.
+      params: the tuned weights, unquantised; ``quantize_params`` makes one of all widths. With ``merge`` they must be merged first.
       state: the last one.
       history: one dict per step: "step" (from 1), "width" (0 for all), "loss", "grad_norm", "applied" (the weights moved) and
         "skipped" (loss or gradient wasn't finite, so nothing did).
@@ -114,6 +118,13 @@ def init_state(
         bps.init(config.bps),
         laa.init(config.laa, params),
     )
+
+
+def _settled(state: TuneState) -> TuneState:
+    """The state bound to its device, as a step's results are: for arrays that may lie anywhere the step would be compiled again."""
+    arrays = [x for x in jax.tree.leaves(state) if isinstance(x, jax.Array)]
+    devices = set().union(*(x.devices() for x in arrays))
+    return jax.device_put(state, *devices) if len(devices) == 1 else state
 
 
 def _with_aux(loss: Loss, params: Any, batch: Any) -> tuple[jax.Array, Any]:
@@ -165,18 +176,30 @@ def _apply(
     return params if adjust is None else adjust(params, aux), opt_state
 
 
-_STATIC = ("loss", "optimizer", "adjust", "schedule", "rules", "rounding", "laa_config", "joint")
+_STATIC = (
+    "loss",
+    "optimizer",
+    "merge",
+    "adjust",
+    "schedule",
+    "rules",
+    "rounding",
+    "laa_config",
+    "joint",
+)
 
 
 # Not a closure: runs with the same loss and optimiser share the program, whatever their widths.
 @functools.partial(jax.jit, static_argnames=_STATIC, donate_argnums=(0,))
 def _step(
     carry: tuple[Any, ...],
+    frozen: Any,
     width: jax.Array,
     batch: Any,
     *,
     loss: Loss,
     optimizer: optax.GradientTransformation,
+    merge: Merge | None,
     adjust: Callable[[Any, Any], Any] | None,
     schedule: Callable[[jax.Array], jax.Array] | None,
     rules: tuple[Rule, ...],
@@ -187,7 +210,11 @@ def _step(
     """One batch at ``width`` (with ``joint`` at each of [B]): (step, params, optimiser's and accumulation's state), figures."""
     step, params, opt_state, collected = carry
     of = _joint_gradient if joint else _gradient
-    quantize = functools.partial(fake_quantize, rules=rules, rounding=rounding)
+
+    def quantize(tuned: Any, width: Any) -> Any:
+        whole = tuned if merge is None else merge(frozen, tuned)
+        return fake_quantize(whole, width, rules, rounding=rounding)
+
     (value, aux), grads = of(loss, quantize, params, width, batch)
     norm = optax.tree_utils.tree_norm(grads)
     finite = jnp.isfinite(value) & jnp.isfinite(norm)
@@ -226,6 +253,8 @@ def otaro_tune(
     optimizer: optax.GradientTransformation,
     schedule: Callable[[jax.Array], jax.Array] | None = None,
     adjust: Callable[[Any, Any], Any] | None = None,
+    frozen: Any = None,
+    merge: Merge | None = None,
     state: TuneState | None = None,
     on_step: Callable[[TuneState, dict[str, Any]], bool | None] | None = None,
 ) -> Tuned:
@@ -234,13 +263,16 @@ def otaro_tune(
     The width is data: one program serves all of them. A step costs one forward and backward pass, however many widths there are.
 
     Args:
-      params: a tree of floating arrays, of a model of any kind.
+      params: a tree of floating arrays, of a model of any kind; with ``merge`` what is tuned in their place.
       config: the run.
       data: the batch of step 0, 1, ...: a function of the step, so that a run that goes on sees what it would have seen.
       loss: (params, batch) -> float32 scalar, or (scalar, aux).
-      optimizer: of the weights. Its own step count counts updates, of which accumulation makes fewer than steps.
+      optimizer: of what is tuned. Its own step count counts updates, of which accumulation makes fewer than steps.
       schedule: step -> factor on the optimiser's updates: a learning rate over steps rather than updates.
-      adjust: (params, aux) -> params, after an update: what moves without a gradient, such as routers' biases.
+      adjust: (params, aux) -> params, after an update: what moves without a gradient, such as routers' biases. Of what is tuned only:
+        what is frozen stays.
+      frozen: what ``merge`` takes; steps read it and have no gradient or moments of it.
+      merge: (frozen, what is tuned) -> the model's parameters; hashable, static. ``Lora`` is one.
       state: of the run to go on with; ``params`` are then ignored.
       on_step: called with the state and the record of each step; may save the state before the next step reuses its memory, and ends
         the run by returning True.
@@ -250,6 +282,7 @@ def otaro_tune(
 
     Raises:
       TypeError: if config is none.
+      ValueError: for ``frozen`` without ``merge``, or the other way around.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -269,11 +302,17 @@ def otaro_tune(
         raise TypeError(
             f"config must be a quant.OtaroConfig; got {type(config).__name__}. The model's own belongs into loss."
         )
-    state = init_state(params, config, optimizer) if state is None else state
+    if (frozen is None) != (merge is None):
+        given = "merge" if frozen is None else "frozen"
+        raise ValueError(
+            f"frozen and merge belong together; got {given} only. Give both, or neither to tune params as they are."
+        )
+    state = _settled(init_state(params, config, optimizer) if state is None else state)
     joint, widths = config.objective == "joint", config.bps.widths
     options = {
         "loss": loss,
         "optimizer": optimizer,
+        "merge": merge,
         "adjust": adjust,
         "schedule": schedule,
         "rules": tuple(config.rules),
@@ -289,7 +328,8 @@ def otaro_tune(
         chosen = 0 if joint else widths[int(index)]
         width = jnp.asarray(widths if joint else chosen, jnp.int32)
         carry = (state.step, state.params, state.opt_state, state.laa)
-        (step, new, opt_state, collected), figures = _step(carry, width, data(number), **options)
+        carry, figures = _step(carry, frozen, width, data(number), **options)
+        step, new, opt_state, collected = carry
         search = _observe(config.bps, state.bps, index, figures["loss"])
         state = TuneState(step, new, opt_state, search, collected)
         record = {"step": number + 1, "width": chosen} | _plain(jax.device_get(figures))
@@ -329,7 +369,7 @@ def losses_by_width(
     rules: Sequence[Rule] = DEFAULT_RULES,
     rounding: str = "truncate",
 ) -> dict[int, float]:
-    """Mean loss over ``batches`` at each width: one program."""
+    """Mean loss over ``batches`` at each width of ``params``, merged if only a part was tuned: one program."""
     total = {}
     for width in widths:
         values = [

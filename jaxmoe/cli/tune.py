@@ -1,11 +1,9 @@
 """``jaxmoe tune``: one model for every SEFP width, beside the methods that it is compared with."""
 
 import dataclasses
-import functools
 import pathlib
 from typing import Annotated, Any
 
-import jax
 import rich.box
 import rich.console
 import rich.progress
@@ -18,10 +16,10 @@ from jaxmoe.params import abstract_params
 from jaxmoe.report import make_report, write_report
 from jaxmoe.train import TrainConfig
 from jaxmoe.train.data import DataOptions, load_corpus
-from jaxmoe.train.step import make_optimizer
 from jaxmoe.train.tune import (
     SearchOptions,
     Widths,
+    abstract_state,
     baselines,
     check,
     compare,
@@ -30,8 +28,7 @@ from jaxmoe.train.tune import (
     score_source,
 )
 from jaxmoe.train.tune import tune as run_tuning
-from quant import bps
-from quant.otaro import init_state
+from quant import Lora, bps
 
 _DEFAULTS = TrainConfig(steps=200, learning_rate=3e-4, warmup_steps=20, eval_bytes=131072)
 
@@ -74,14 +71,28 @@ def report_rows(results: list[Widths]) -> tuple[list[dict[str, Any]], dict[str, 
         {"name": f"{r.method}, unquantised", "value": r.unquantised, "unit": "nats/token"}
         for r in results
     ]
-    rows += [
-        {"name": f"{r.method}, tuning", "value": r.seconds, "unit": "s"}
-        for r in results
-        if r.directory is not None
-    ]
+    for r in results:
+        if r.directory is not None:
+            rows.append({"name": f"{r.method}, tuning", "value": r.seconds, "unit": "s"})
+            rows.append({"name": f"{r.method}, tuned", "value": r.tuned, "unit": "parameters"})
     sizes = results[0].bytes
     ratios = {"bytes_m3_over_m8": sizes[3] / sizes[8]} | compare(results)
     return rows, ratios
+
+
+def lora_of(rank: int | None, alpha: float | None) -> Lora | None:
+    """What --lora-rank and --lora-alpha ask for; None for tuning of all weights.
+
+    Raises:
+      ValueError: for an alpha without a rank, or one that ``Lora`` refuses.
+    """
+    if rank is None:
+        if alpha is not None:
+            raise ValueError(
+                f"lora_alpha needs lora_rank; got {alpha} alone. Give --lora-rank, too."
+            )
+        return None
+    return Lora(rank) if alpha is None else Lora(rank, alpha)
 
 
 def tune(
@@ -91,6 +102,8 @@ def tune(
     data: Annotated[DataOptions, tyro.conf.arg(name="")] = DataOptions(),
     options: Annotated[TrainConfig, tyro.conf.arg(name="")] = _DEFAULTS,
     search: Annotated[SearchOptions, tyro.conf.arg(name="")] = SearchOptions(),
+    lora_rank: int | None = None,
+    lora_alpha: float | None = None,
     json: pathlib.Path | None = None,
 ) -> None:
     """Tunes a trained model for every SEFP width, by each of the methods for the same steps on the same batches, and compares them.
@@ -107,6 +120,9 @@ def tune(
       data: What to train on.
       options: Hyper-parameters.
       search: Of method otaro.
+      lora_rank: Tune low-rank additions to every matrix (LoRA) instead of all weights: their inner size. Less memory for moments; the learning
+        rate is usually some ten times higher.
+      lora_alpha: Scale of the additions, times lora_rank; default 16.
       json: Also write a JSON report.
     """
     console = rich.console.Console(soft_wrap=True, highlight=False)
@@ -116,11 +132,12 @@ def tune(
         )
     # Before anything is read or trained.
     runs = [otaro_config(name, options.steps, search) for name in method]
+    lora = lora_of(lora_rank, lora_alpha)
     check(options)
     config = find_config(str(locate(source)))
+    frozen = None if lora is None else abstract_params(config)
     for run in runs:  # of which some collect gradients beside the moments
-        init = functools.partial(init_state, config=run, optimizer=make_optimizer(config, options))
-        check_memory(config, options, jax.eval_shape(init, abstract_params(config)))
+        check_memory(config, options, (abstract_state(config, options, run, lora), frozen))
     corpus = load_corpus(data)
     results = [score_source(source, config, options, corpus, r) for r in baselines(method)]
     for name in method:
@@ -140,15 +157,19 @@ def tune(
                     corpus,
                     directory,
                     search=search,
+                    lora=lora,
                     on_step=update,
                 )
             )
         visits = ", ".join(f"{w or 'all'}: {n}" for w, n in results[-1].visits.items())
-        console.print(f"{name}: {results[-1].seconds:.0f} s; steps at each width: {visits}")
+        console.print(
+            f"{name}: {results[-1].seconds:.0f} s; {results[-1].tuned:,} parameters tuned; steps at each width: {visits}"
+        )
     console.print(_table(results))
     console.print(f"plot: {plot_widths(results, output / 'widths.png')}")
     console.print(f"generate with: jaxmoe generate {directory} --width 3")
     if json is not None:
         report = make_report("tune", *report_rows(results))
         given = dataclasses.asdict(options) | dataclasses.asdict(search)
+        given |= {"lora_rank": lora and lora.rank, "lora_alpha": lora and lora.alpha}
         write_report(json, report | {"options": given})

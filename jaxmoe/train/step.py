@@ -81,14 +81,18 @@ def _clip(max_norm: float) -> optax.GradientTransformation:
 
 
 def make_optimizer(
-    config: ModelConfig, train_config: TrainConfig, schedule: optax.Schedule | None = None
+    config: ModelConfig,
+    train_config: TrainConfig,
+    schedule: optax.Schedule | None = None,
+    decays: Any = None,
 ) -> optax.GradientTransformation:
     """AdamW with clipping, for what the stage trains (``dsa.trained``). Only matrices decay: neither norms nor biases.
 
-    Its learning rate is ``learning_rate``, unless there is another ``schedule``.
+    Its learning rate is ``learning_rate``, unless there is another ``schedule``; ``decays`` says of another tree what of it decays.
     """
     c = train_config
-    decays = jax.tree.map(lambda s: s.init == "normal", trained(params_lib.spec(config), c))
+    if decays is None:
+        decays = jax.tree.map(lambda s: s.init == "normal", trained(params_lib.spec(config), c))
     return optax.chain(
         _clip(c.clip_norm),
         optax.adamw(

@@ -14,28 +14,21 @@ import jax
 import jax.numpy as jnp
 
 import quant
-from jaxmoe import checkpoint
 from jaxmoe import params as params_lib
 from jaxmoe.config import ModelConfig
-from jaxmoe.report import write_report
+from jaxmoe.train._tune_files import Files, Scores, Weights, told
 from jaxmoe.train.config import TrainConfig
 from jaxmoe.train.data import Batch, Corpus, Loader
 from jaxmoe.train.dsa import initial_params, note_origin, origin_of
-from jaxmoe.train.loop import CHECKPOINTS, SkippedSteps, evaluate, same_run
+from jaxmoe.train.loop import SkippedSteps, evaluate
 from jaxmoe.train.loss import loss as model_loss
 from jaxmoe.train.metrics import Metrics
 from jaxmoe.train.step import learning_rate, make_optimizer, update_biases
 from pallas_kernels.sefp.format import NARROWEST
-from quant import BpsConfig, LaaConfig, OtaroConfig, TuneState, bps, otaro
+from quant import BpsConfig, LaaConfig, Lora, OtaroConfig, TuneState, bps, otaro
 
-IDENTITY, SCORES = "tune.json", "widths.json"
-_BY_WIDTH = ("losses", "bits_per_byte", "bytes")
 METHODS = ("otaro", "uniform", "round_robin", "joint", "fixed:W", "ptq")
 NESTED = "+nested"  # after a method's name: weights are rounded so, in training and after it
-
-
-# Held-out nats per token and bits per byte at each width, nats of the weights as they are, bytes at each width.
-Scores = tuple[dict[int, float], dict[int, float], float, dict[int, int]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +62,7 @@ class Widths:
       unquantised: held-out nats per token of the weights as they are.
       bytes: of the parameters at each width.
       visits: steps at each width; 0 stands for all of them.
+      tuned: how many numbers were: all parameters, or those of the adapters; 0 if nothing was.
       seconds: of tuning; what an earlier process spent isn't in it.
       directory: checkpoints and metrics; None if nothing was tuned.
     """
@@ -79,6 +73,7 @@ class Widths:
     unquantised: float
     bytes: dict[int, int]
     visits: dict[int, int]
+    tuned: int
     seconds: float
     directory: pathlib.Path | None
 
@@ -130,14 +125,14 @@ def check(train_config: TrainConfig) -> None:
     c = train_config
     if not c.trains_model or c.index_weight == 0:
         raise ValueError(
-            f"tuning trains all weights; got stage={c.stage}, index_weight={c.index_weight}. Choose another stage, and a positive weight."
+            f"tuning trains the whole model; got stage={c.stage}, index_weight={c.index_weight}. Choose another stage, and a positive weight."
         )
     if c.accumulate != 1:
         raise ValueError(f"tuning reads a batch in one pass; got accumulate={c.accumulate}. Use 1.")
 
 
 @functools.lru_cache(maxsize=4)
-def _parts(config: ModelConfig, c: TrainConfig) -> dict[str, Callable[..., Any]]:
+def _parts(config: ModelConfig, c: TrainConfig, lora: Lora | None) -> dict[str, Any]:
     """What ``otaro_tune`` needs of the model; the same objects for the same options, so that methods share programs."""
 
     def loss(params: Any, batch: Batch) -> tuple[jax.Array, dict]:
@@ -152,73 +147,29 @@ def _parts(config: ModelConfig, c: TrainConfig) -> dict[str, Callable[..., Any]]
     # The rate falls with steps, of which accumulation makes fewer updates: so it is a factor outside of the optimiser.
     return {
         "loss": loss,
-        "adjust": adjust,
-        "optimizer": make_optimizer(config, c, whole),
+        "merge": lora,
+        # With adapters the routers' biases stay, as everything does that is no matrix.
+        "adjust": adjust if lora is None else None,
+        "optimizer": make_optimizer(config, c, whole, None if lora is None else True),
         "schedule": learning_rate(c),
     }
 
 
-class _Files:
-    """Owns a run's checkpoints and metrics."""
+def abstract_state(
+    config: ModelConfig, train_config: TrainConfig, run: OtaroConfig, lora: Lora | None = None
+) -> TuneState:
+    """The state of a run as ``jax.ShapeDtypeStruct``s. With ``lora`` there are the model's parameters beside it.
 
-    def __init__(self, directory: pathlib.Path, config: ModelConfig, c: TrainConfig, identity: Any):
-        self.directory, self.config, self.train_config = directory, config, c
-        self.checkpoints = directory / CHECKPOINTS
-        directory.mkdir(parents=True, exist_ok=True)
-        self._claim(json.loads(json.dumps(identity)))  # as JSON gives it back
+    Raises:
+      ValueError: for a ``lora`` that doesn't fit the model.
+    """
+    optimizer = _parts(config, train_config, lora)["optimizer"]
 
-    def _claim(self, identity: dict[str, Any]) -> None:
-        """Writes down whose directory this is.
+    def init(params: params_lib.Params) -> TuneState:
+        tuned = params if lora is None else lora.init(params, jax.random.key(0))
+        return otaro.init_state(tuned, run, optimizer)
 
-        Raises:
-          ValueError: if it is another run's.
-        """
-        path = self.directory / IDENTITY
-        if not path.exists():
-            path.write_text(json.dumps(identity, indent=2) + "\n")
-        same_run(json.loads(path.read_text()), identity, self.directory)
-
-    def start(self, initial: Callable[[], Any], state_of: Callable[[Any], TuneState]) -> TuneState:
-        """The last checkpoint's state, or one of the ``initial`` parameters, which are not read otherwise."""
-        if checkpoint.latest_step(self.checkpoints) is None:
-            return state_of(initial())
-        target = jax.eval_shape(state_of, params_lib.abstract_params(self.config))
-        rest = (target.opt_state, target.bps, target.laa)
-        restored = checkpoint.restore(self.checkpoints, train_state=rest)
-        step = jnp.asarray(restored.step, jnp.int32)
-        return TuneState(step, restored.params, *restored.train_state)
-
-    @property
-    def scored(self) -> Scores | None:
-        """Of the last step, if an earlier call made them on as many bytes."""
-        path, c = self.directory / SCORES, self.train_config
-        if not path.exists():
-            return None
-        kept = json.loads(path.read_text())
-        if (kept["step"], kept["eval_bytes"]) != (c.steps, c.eval_bytes):
-            return None
-        losses, bits, sizes = ({int(w): x for w, x in kept[k].items()} for k in _BY_WIDTH)
-        return losses, bits, kept["unquantised"], sizes
-
-    def keep_scores(self, scores: Scores) -> None:
-        """Writes down what takes as long as half of the tuning."""
-        losses, bits, unquantised, sizes = scores
-        c = self.train_config
-        kept = {"step": c.steps, "eval_bytes": c.eval_bytes, "unquantised": unquantised}
-        kept |= dict(zip(_BY_WIDTH, (losses, bits, sizes), strict=True))
-        write_report(self.directory / SCORES, kept)
-
-    def save(self, state: TuneState) -> None:
-        """Saves what ``start`` needs."""
-        checkpoint.save(
-            self.checkpoints,
-            state.params,
-            self.config,
-            int(state.step),
-            train_state=(state.opt_state, state.bps, state.laa),
-            keep=self.train_config.keep,
-            overwrite=True,
-        )
+    return jax.eval_shape(init, params_lib.abstract_params(config))
 
 
 def tune(
@@ -230,9 +181,13 @@ def tune(
     directory: str | os.PathLike[str],
     *,
     search: SearchOptions = SearchOptions(),
+    lora: Lora | None = None,
     on_step: Callable[[dict[str, Any]], None] | None = None,
 ) -> Widths:
     """Tunes a trained model by one method and scores it at every width; goes on where a run in ``directory`` stopped.
+
+    With ``lora`` the weights stay, routers' biases included, and low-rank additions to them are tuned. Checkpoints then hold merged weights,
+    so that they are read like any other, and the adapters beside them; going on reads ``source`` again.
 
     Args:
       source: run or checkpoint with the parameters to start from.
@@ -242,6 +197,7 @@ def tune(
       corpus: what to train on, and what is held out.
       directory: gets ``checkpoints/`` (unquantised weights, ready for ``quant.quantize_params``) and ``metrics.jsonl``.
       search: of method otaro.
+      lora: the additions; None to tune all weights.
       on_step: called with every line of the metrics.
 
     Raises:
@@ -252,11 +208,12 @@ def tune(
     check(c)
     c.check(config)
     corpus.check(config.vocab_size, source)
-    run, parts = otaro_config(method, c.steps, search, c.seed), _parts(config, c)
-    directory = pathlib.Path(directory)
+    run, parts = otaro_config(method, c.steps, search, c.seed), _parts(config, c, lora)
+    directory, target = pathlib.Path(directory), abstract_state(config, c, run, lora)
     identity = {
         "method": method,
         "search": dataclasses.asdict(search) if method.startswith("otaro") else {},
+        "lora": told(lora),
         "training options": c.trajectory(),
         "corpus": corpus.fingerprint,
         "model config": config.to_dict(),
@@ -264,11 +221,9 @@ def tune(
     }
     if run.rounding == "nested":
         identity["rounding"] = {"nested": NARROWEST}
-    files = _Files(directory, config, c, identity)
-    state = files.start(
-        lambda: initial_params(config, c.seed, source),
-        lambda params: otaro.init_state(params, run, parts["optimizer"]),
-    )
+    weights = Weights(source, config, c, lora)
+    files = Files(directory, config, c, identity, weights)
+    state = files.start(run, parts["optimizer"], target)
     corpus.put_tokenizer(directory)
     note_origin(directory, source)
     loader, began = Loader(corpus, c.seed, c.batch_size, c.seq_len), time.perf_counter()
@@ -278,21 +233,23 @@ def tune(
             (),
             run,
             lambda step: Batch(*map(jnp.asarray, loader(step))),
+            frozen=weights.frozen,
             state=state,
             on_step=keep,
             **parts,
         )
     seconds = time.perf_counter() - began
     rounding = "nearest" if method == "ptq" else run.rounding
-    scored = files.scored or score(tuned.params, config, c, corpus, rounding)
+    scored = files.scored or score(weights.whole(tuned.params), config, c, corpus, rounding)
     files.keep_scores(scored)
-    return Widths(method, *scored, _visits(directory), seconds, directory)
+    numbers = sum(x.size for x in jax.tree.leaves(target.params))
+    return Widths(method, *scored, _visits(directory), numbers, seconds, directory)
 
 
 class _Recorder:
     """What happens after each step."""
 
-    def __init__(self, files: _Files, metrics: Metrics, on_step: Callable[[dict], None] | None):
+    def __init__(self, files: Files, metrics: Metrics, on_step: Callable[[dict], None] | None):
         self.files, self.metrics, self.on_step = files, metrics, on_step
         self.skipped, self.began = SkippedSteps(), time.perf_counter()
 
@@ -363,7 +320,7 @@ def score_source(
     """The model as it was before tuning, rounded as ``sefp.encode`` says."""
     params = initial_params(config, train_config.seed, source)
     scored = score(params, config, train_config, corpus, rounding)
-    return Widths("untuned" + (NESTED if rounding == "nested" else ""), *scored, {}, 0.0, None)
+    return Widths("untuned" + (NESTED if rounding == "nested" else ""), *scored, {}, 0, 0.0, None)
 
 
 def baselines(methods: Sequence[str]) -> list[str]:

@@ -26,6 +26,38 @@ def test_shifted_slices_are_a_convolution(size, stride):
     np.testing.assert_allclose(layer(IMAGE), native, atol=2e-6)
 
 
+@pytest.mark.parametrize("shape", [(8, 6), (9, 6), (6, 9), (7, 5), (1, 1)])
+def test_a_convolution_by_squares_is_one_and_a_maximum(shape):
+    """The tolerance is float32's: sums of 27 products."""
+    kernel = zoo.Conv(3, 4, rngs=nnx.Rngs(0)).kernel[...]
+    bias = jnp.arange(4.0)
+    image = jax.random.normal(jax.random.key(0), (2, *shape, 3))
+    goal = jax.random.normal(jax.random.key(1), (2, *(-(-n // 2) for n in shape), 4))
+
+    def ours(kernel, bias, x):
+        layer = zoo.Conv(3, 4, rngs=nnx.Rngs(0))
+        layer.kernel[...], layer.bias[...] = kernel, bias
+        return jnp.sum(layer.halved(x) * goal)
+
+    def theirs(kernel, bias, x):
+        native = nnx.Conv(3, 4, (3, 3), rngs=nnx.Rngs(0))
+        native.kernel[...], native.bias[...] = kernel.reshape(3, 3, 3, 4), bias
+        edge = [(0, 0), *((0, n % 2) for n in shape), (0, 0)]
+        y = jnp.pad(native(x), edge, constant_values=-jnp.inf)
+        return jnp.sum(nnx.max_pool(y, (2, 2), (2, 2)) * goal)
+
+    pairs = [jax.value_and_grad(f, (0, 1, 2))(kernel, bias, image) for f in (ours, theirs)]
+    for a, b in zip(*map(jax.tree.leaves, pairs), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+def test_equal_values_share_the_gradient_of_their_maximum():
+    y = jnp.array([[2.0, 1.0, 0.0], [2.0, 3.0, 0.0], [0.0, 3.0, 0.0], [1.0, 3.0, 0.0]])
+    y = y.reshape(4, 3, 1, 1, 1)
+    share = jax.grad(lambda y: jnp.sum(zoo.largest(y)))(y)
+    np.testing.assert_allclose(share, jax.grad(lambda y: jnp.sum(jnp.max(y, axis=0)))(y))
+
+
 @pytest.mark.parametrize("stride", [1, 2])
 def test_depthwise_is_a_grouped_convolution(stride):
     layer = zoo.Depthwise(3, 3, stride, rngs=nnx.Rngs(0))

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 
 import jax
 import numpy as np
@@ -89,6 +90,111 @@ def test_a_killed_run_goes_on_to_the_same_weights_and_is_scored_at_every_width(
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+LORA = quant.Lora(rank=4)
+LOW = dataclasses.replace(C, steps=18, learning_rate=1e-2)
+
+
+def adapters_of(directory):
+    """What a checkpoint holds beside merged weights."""
+    abstract = tuning.abstract_state(DENSE, LOW, otaro_config("otaro", 18), LORA)
+    target = (abstract.opt_state, abstract.bps, abstract.laa, abstract.params)
+    return checkpoint.restore(directory / "checkpoints", train_state=target).train_state
+
+
+@pytest.fixture(scope="module")
+def adapted(source, corpus, tmp_path_factory):
+    """Of a run with adapters that was killed, and that the command ended: its directory and its report."""
+    from jaxmoe.cli import main
+
+    home = tmp_path_factory.mktemp("adapted")
+    path = write_corpus(home / "text")
+
+    def kill(record):
+        if record["step"] == 12:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        tune(source, "otaro", DENSE, LOW, corpus, home / "otaro", lora=LORA, on_step=kill)
+    given = dataclasses.asdict(LOW)
+    same = ("steps", "batch_size", "seq_len", "learning_rate", "warmup_steps", "eval_every")
+    names = (*same, "eval_bytes", "probe_bytes", "save_every")
+    flags = [str(x) for n in names for x in ("--" + n.replace("_", "-"), given[n])]
+    outputs = ["--output", str(home), "--json", str(home / "r.json"), "--lora-rank", "4"]
+    main(["tune", str(source), "--data", str(path), *flags, *outputs])
+    return home / "otaro", json.loads((home / "r.json").read_text())
+
+
+def test_a_killed_run_of_adapters_goes_on_to_the_same_bits(source, corpus, adapted, tmp_path):
+    whole = tune(source, "otaro", DENSE, LOW, corpus, tmp_path / "whole", lora=LORA)
+    exact = ("step", "width", "loss", "grad_norm", "applied")
+    lines = [[[r[k] for k in exact] for r in records(d)] for d in (adapted[0], tmp_path / "whole")]
+    assert lines[0] == lines[1] and len(lines[0]) == 18
+    both = [checkpoint.load(d)[0] for d in (adapted[0], tmp_path / "whole")]
+    jax.tree.map(np.testing.assert_array_equal, *both)
+    both = [adapters_of(d) for d in (adapted[0], tmp_path / "whole")]
+    jax.tree.map(np.testing.assert_array_equal, *both)
+    named = {r["name"]: r["value"] for r in adapted[1]["rows"]}
+    assert whole.losses == {w: named[f"otaro, E5M{w}"] for w in range(3, 9)}
+    assert whole.tuned == named["otaro, tuned"] == sum(x.size for x in jax.tree.leaves(both[0][3]))
+
+
+def test_a_checkpoint_has_the_merged_weights_and_every_width_is_better(source, adapted):
+    directory, report = adapted
+    base, merged = (checkpoint.load(d)[0] for d in (source, directory))
+    *_, adapters = adapters_of(directory)
+    expected = jax.jit(LORA)(base, adapters)
+    jax.tree.map(np.testing.assert_array_equal, merged, expected)
+    kept = jax.tree.map(lambda a, b: bool((a == b).all()), base, merged)
+    assert kept["norm"]["weight"] and not kept["embed"]["weight"] and not kept["lm_head"]["weight"]
+    rows = {r["name"]: r["value"] for r in report["rows"]}
+    for width in range(3, 9):
+        assert rows[f"otaro, E5M{width}"] < 0.9 * rows[f"untuned, E5M{width}"]
+    assert 0 < rows["otaro, tuned"] < 0.5 * jaxmoe.param_count(DENSE)
+    assert report["options"]["lora_rank"] == 4
+
+
+def test_a_directory_belongs_to_its_adapters_and_to_the_base_under_them(
+    source, corpus, adapted, tmp_path
+):
+    directory = tmp_path / "otaro"
+    shutil.copytree(adapted[0], directory)
+    arguments = ("otaro", DENSE, LOW, corpus, directory)
+    for lora in (quant.Lora(rank=8), quant.Lora(rank=4, alpha=8.0), None):
+        with pytest.raises(ValueError, match="another lora"):
+            tune(source, *arguments, lora=lora)
+    # Of the same name and step, with other weights.
+    other = tmp_path / source.name
+    params = jax.tree.map(lambda x: x * 1.5, checkpoint.load(source)[0])
+    checkpoint.save(other / "checkpoints", params, DENSE, 1)
+    with pytest.raises(ValueError, match="source must hold the weights that the run began with"):
+        tune(other, *arguments, lora=LORA)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["joint", "ptq", "uniform+nested"])
+def test_every_method_takes_adapters(method, source, corpus, tmp_path):
+    lowered = dataclasses.replace(LOW, steps=8)
+    found = tune(source, method, DENSE, lowered, corpus, tmp_path, lora=LORA)
+    before = score_source(source, DENSE, lowered, corpus)
+    assert found.mean < before.mean and found.unquantised < before.unquantised
+
+
+def test_adapters_that_do_not_fit_are_refused_before_anything_is_read(source, capsys, tmp_path):
+    from jaxmoe.cli import main
+
+    for flags, words in (
+        (["--lora-rank", "0"], "rank must be at least 1; got 0."),
+        (["--lora-rank", "64"], "there is none with both sides above rank=64"),
+        (["--lora-alpha", "8"], "lora_alpha needs lora_rank; got 8.0 alone."),
+        (["--lora-rank", "4", "--lora-alpha", "-1"], "alpha must be positive and finite; got -1.0"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["tune", str(source), "--output", str(tmp_path), *flags])
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
+        assert len(lines) == 1 and words in lines[0]
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 def test_the_command_compares_methods_in_a_table_a_picture_and_a_report(tmp_path, capsys):
     from jaxmoe.cli import main
@@ -151,3 +257,10 @@ def test_memory_is_counted_with_what_a_method_collects(source, monkeypatch):
         cli.tune(str(source), ("fixed:3",), options=C)
     with pytest.raises(ValueError, match="needs at least"):
         cli.tune(str(source), ("fixed:3", "otaro"), options=C)
+    # Of adapters the weights that stay, and no more moments than they have numbers.
+    memory["SC_PAGE_SIZE"] = 8
+    with pytest.raises(Interrupted):
+        cli.tune(str(source), ("otaro",), options=C, lora_rank=2)
+    memory["SC_PAGE_SIZE"] = 4
+    with pytest.raises(ValueError, match="needs at least"):
+        cli.tune(str(source), ("otaro",), options=C, lora_rank=2)
