@@ -25,11 +25,10 @@ from jaxmoe.train.tune import (
     SearchOptions,
     Widths,
     baselines,
-    compare,
-    plot_widths,
     score_source,
     tune,
 )
+from jaxmoe.train.widths import compare, plot_widths
 from quant import Lora
 
 PLAIN = ("otaro", "uniform", "joint", "fixed:3", "fixed:8", "ptq")

@@ -10,6 +10,7 @@ import rich.progress
 import rich.table
 import tyro
 
+from jaxmoe import checkpoint
 from jaxmoe.cli._models import find_config, locate
 from jaxmoe.cli.train import check_memory
 from jaxmoe.params import abstract_params
@@ -22,18 +23,17 @@ from jaxmoe.train.tune import (
     abstract_state,
     baselines,
     check,
-    compare,
     otaro_config,
-    plot_widths,
     score_source,
 )
 from jaxmoe.train.tune import tune as run_tuning
+from jaxmoe.train.widths import compare, decode_speeds, plot_widths
 from quant import Lora, bps
 
 _DEFAULTS = TrainConfig(steps=200, learning_rate=3e-4, warmup_steps=20, eval_bytes=131072)
 
 
-def _table(results: list[Widths]) -> rich.table.Table:
+def _table(results: list[Widths], speeds: dict[int, float]) -> rich.table.Table:
     # As narrow as a terminal of 80 columns.
     table = rich.table.Table(
         title="held-out nats per token",
@@ -48,11 +48,17 @@ def _table(results: list[Widths]) -> rich.table.Table:
         table.add_row(r.method, *(f"{value:.4f}" for value in figures))
     sizes = results[0].bytes.values()
     table.add_row("MB", *(f"{size / 1e6:.3g}" for size in sizes), "", "", style="dim")
+    if speeds:
+        figures = (*(f"{speeds[w]:.4g}" for w in bps.WIDTHS), "", f"{speeds[0]:.4g}")
+        table.add_row("tokens/s", *figures, style="dim")
     return table
 
 
-def report_rows(results: list[Widths]) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """Rows and ratios of a tuning report: a row per method and width; how otaro's mean and ends compare with the others'."""
+def report_rows(
+    results: list[Widths], speeds: dict[int, float]
+) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """Rows and ratios of a tuning report: a row per method and width, and of ``decode_speeds``; how otaro's mean and ends compare with
+    the others'."""
     rows = [
         {
             "name": f"{r.method}, E5M{width}",
@@ -75,6 +81,10 @@ def report_rows(results: list[Widths]) -> tuple[list[dict[str, Any]], dict[str, 
         if r.directory is not None:
             rows.append({"name": f"{r.method}, tuning", "value": r.seconds, "unit": "s"})
             rows.append({"name": f"{r.method}, tuned", "value": r.tuned, "unit": "parameters"})
+    rows += [
+        {"name": f"{f'E5M{w}' if w else 'unquantised'}, decode", "value": speed, "unit": "tokens/s"}
+        for w, speed in speeds.items()
+    ]
     sizes = results[0].bytes
     ratios = {"bytes_m3_over_m8": sizes[3] / sizes[8]} | compare(results)
     return rows, ratios
@@ -104,6 +114,7 @@ def tune(
     search: Annotated[SearchOptions, tyro.conf.arg(name="")] = SearchOptions(),
     lora_rank: int | None = None,
     lora_alpha: float | None = None,
+    decode_tokens: int = 32,
     json: pathlib.Path | None = None,
 ) -> None:
     """Tunes a trained model for every SEFP width, by each of the methods for the same steps on the same batches, and compares them.
@@ -122,7 +133,8 @@ def tune(
       search: Of method otaro.
       lora_rank: Tune low-rank additions to every matrix (LoRA) instead of all weights: their inner size. Less memory for moments; the learning
         rate is usually some ten times higher.
-      lora_alpha: Scale of the additions, times lora_rank; default 16.
+      lora_alpha: The additions' scale is this over lora_rank; default 16.
+      decode_tokens: How many tokens are timed at each width at the end; 0: none.
       json: Also write a JSON report.
     """
     console = rich.console.Console(soft_wrap=True, highlight=False)
@@ -131,6 +143,10 @@ def tune(
             f"method must name at least one, and each once; got {' '.join(method) or 'none'}."
         )
     # Before anything is read or trained.
+    if decode_tokens < 0:
+        raise ValueError(
+            f"decode_tokens must be at least 0; got {decode_tokens}. Use 0 to leave the speeds out."
+        )
     runs = [otaro_config(name, options.steps, search) for name in method]
     lora = lora_of(lora_rank, lora_alpha)
     check(options)
@@ -165,11 +181,14 @@ def tune(
         console.print(
             f"{name}: {results[-1].seconds:.0f} s; {results[-1].tuned:,} parameters tuned; steps at each width: {visits}"
         )
-    console.print(_table(results))
-    console.print(f"plot: {plot_widths(results, output / 'widths.png')}")
+    speeds = {}
+    if decode_tokens:
+        speeds = decode_speeds(checkpoint.load(directory)[0], config, tokens=decode_tokens)
+    console.print(_table(results, speeds))
+    console.print(f"plot: {plot_widths(results, output / 'widths.png', speeds)}")
     console.print(f"generate with: jaxmoe generate {directory} --width 3")
     if json is not None:
-        report = make_report("tune", *report_rows(results))
+        report = make_report("tune", *report_rows(results, speeds))
         given = dataclasses.asdict(options) | dataclasses.asdict(search)
         given |= {"lora_rank": lora and lora.rank, "lora_alpha": lora and lora.alpha}
         write_report(json, report | {"options": given})

@@ -15,7 +15,7 @@ import quant
 from jaxmoe import checkpoint
 from jaxmoe.cli import tune as cli
 from jaxmoe.config import ModelConfig
-from jaxmoe.train import load_corpus
+from jaxmoe.train import load_corpus, widths
 from jaxmoe.train import tune as tuning
 from jaxmoe.train.tune import SearchOptions, otaro_config, score_source, tune
 
@@ -86,8 +86,20 @@ def test_a_killed_run_goes_on_to_the_same_weights_and_is_scored_at_every_width(
     again = tune(*arguments, tmp_path / "whole")
     assert (again.losses, again.bytes, again.visits) == (whole.losses, whole.bytes, whole.visits)
     assert before.unquantised != whole.unquantised and before.losses[8] != before.losses[3]
-    picture = tuning.plot_widths([before, whole], tmp_path / "widths.png")
+    picture = widths.plot_widths([before, whole], tmp_path / "widths.png")
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_speed_of_every_width_is_measured_and_drawn(tmp_path):
+    params = jaxmoe.init_params(DENSE, jax.random.key(0))
+    speeds = widths.decode_speeds(params, DENSE, tokens=4, rounds=1)
+    assert set(speeds) == {0, 3, 4, 5, 6, 7, 8} and min(speeds.values()) > 0
+    ones = dict.fromkeys(range(3, 9), 1.0)
+    result = tuning.Widths("untuned", ones, ones, 1.0, dict.fromkeys(ones, 1), {}, 0, 0.0, None)
+    plain = widths.plot_widths([result], tmp_path / "plain.png").read_bytes()
+    assert widths.plot_widths([result], tmp_path / "speeds.png", speeds).read_bytes() != plain
+    with pytest.raises(ValueError, match="at least 1; got 0 and 1"):
+        widths.decode_speeds(params, DENSE, tokens=0, rounds=1)
 
 
 LORA = quant.Lora(rank=4)
@@ -185,6 +197,7 @@ def test_adapters_that_do_not_fit_are_refused_before_anything_is_read(source, ca
     for flags, words in (
         (["--lora-rank", "0"], "rank must be at least 1; got 0."),
         (["--lora-rank", "64"], "there is none with both sides above rank=64"),
+        (["--decode-tokens", "-1"], "decode_tokens must be at least 0; got -1."),
         (["--lora-alpha", "8"], "lora_alpha needs lora_rank; got 8.0 alone."),
         (["--lora-rank", "4", "--lora-alpha", "-1"], "alpha must be positive and finite; got -1.0"),
     ):
@@ -207,7 +220,7 @@ def test_the_command_compares_methods_in_a_table_a_picture_and_a_report(tmp_path
     main(["tune", str(source), "--method", *methods, "--data", str(path), *flags, *outputs])
     shown = capsys.readouterr().out
     assert all(
-        name in shown for name in (*methods, "untuned+nested", "E5M8", "E5M3", "mean", "float")
+        name in shown for name in (*methods, "untuned+nested", "E5M8", "E5M3", "mean", "tokens/s")
     )
     assert (tmp_path / "out" / "widths.png").is_file()
     report = json.loads((tmp_path / "r.json").read_text())
@@ -215,6 +228,8 @@ def test_the_command_compares_methods_in_a_table_a_picture_and_a_report(tmp_path
     untuned = ("untuned", "untuned+nested")
     assert set(rows) == {(m, w) for m in (*methods, *untuned) for w in range(3, 9)}
     assert rows["fixed:3", 3]["steps"] == 6 and rows["otaro", 3]["bytes"] == rows["ptq", 3]["bytes"]
+    speeds = {r["name"]: r["value"] for r in report["rows"] if r["unit"] == "tokens/s"}
+    assert len(speeds) == 7 and speeds["E5M3, decode"] > 0 and speeds["unquantised, decode"] > 0
     asked = {
         "mean_otaro_over_uniform",
         "m3_otaro_over_fixed:3",

@@ -1,0 +1,41 @@
+"""The comparison's presets: what differs between methods, and what must not."""
+
+import dataclasses
+
+import pytest
+
+from bench import fed_quality
+from fed.compare import METHODS
+
+pytest.importorskip("sklearn")
+
+
+@pytest.mark.parametrize("name", fed_quality.PRESETS)
+def test_methods_differ_in_nothing_of_local_training_but_the_learning_rate(name):
+    preset = fed_quality.PRESETS[name]
+    rates = dict(preset.learning_rates)
+    assert set(rates) <= set(METHODS)
+    for method in METHODS:
+        rate = rates.get(method, preset.local.learning_rate)
+        assert preset.local_for(method) == dataclasses.replace(preset.local, learning_rate=rate)
+
+
+def test_a_run_trains_with_its_own_learning_rate(monkeypatch):
+    """What the run is given, not only what the preset says."""
+    given = {}
+
+    def stop(method, cut, partition, models, options, koala):
+        given[method] = options.local.learning_rate
+        raise InterruptedError
+
+    monkeypatch.setattr(fed_quality, "run_method", stop)
+    preset = dataclasses.replace(
+        fed_quality.PRESETS["digits"],
+        small=("mlp:4",),
+        large="mlp:8",
+        learning_rates=(("fedavg-large", 0.25),),
+    )
+    for method in ("fedavg-large", "koala-homo"):
+        with pytest.raises(InterruptedError):
+            fed_quality.run_one(preset, None, method, "iid", 100)
+    assert given == {"fedavg-large": 0.25, "koala-homo": preset.local.learning_rate}
