@@ -65,7 +65,7 @@ PRESETS = {
         50,
         ("mlp:96", "mlp:104", "mlp:88"),
         "mlp:512,512",
-        fed.LocalOptions(epochs=5, batch_size=16, learning_rate=0.8),
+        fed.LocalOptions(epochs=5, batch_size=16, learning_rate=0.1),
         fed.KoalaOptions(
             reverse=fed.Distillation(steps=100),
             forward=fed.Distillation(steps=100, learning_rate=3e-3, features=0.1),
@@ -74,25 +74,26 @@ PRESETS = {
             augment="mix",
             copies=4,
         ),
-        learning_rates=(("fedavg-large", 0.4), ("centralised", 0.4)),
+        learning_rates=(("fedavg-large", 0.4), ("centralised", 0.4), ("koala-homo", 0.8)),
     ),
     "mnist": Preset(
         "mnist",
         4000,
         1000,
         20,
-        10,
-        ("mlp:44", "mlp:48", "mlp:40"),
+        15,
+        ("mlp:36", "mlp:40", "mlp:32"),
         "mlp:768,768",
-        fed.LocalOptions(epochs=2, batch_size=32, learning_rate=0.1),
+        fed.LocalOptions(epochs=2, batch_size=32, learning_rate=0.4),
         fed.KoalaOptions(
             reverse=fed.Distillation(steps=100, batch_size=128),
             forward=fed.Distillation(steps=50, batch_size=128, features=0.1),
             merge=fed.Merge("uniform", space="logits"),
             members="clients",
         ),
+        learning_rates=(("fedmd", 0.1),),
         examples=15000,
-        evaluate_every=2,
+        evaluate_every=5,
     ),
 }
 
@@ -128,6 +129,7 @@ def run_one(preset: Preset, path: str | None, method: str, alpha: str, seed: int
         seed=seed,
         local=preset.local_for(method),
         evaluate_every=preset.evaluate_every,
+        engine=fed.EngineOptions("auto"),  # clients' copies of the large model leave the cache
     )
     began = time.perf_counter()
     history = run_method(method, cut, partition, models(preset, path), options, preset.koala)
