@@ -202,27 +202,21 @@ def train(
         raise ValueError(
             "an elastic run makes its own mesh of --ranks; leave --*-parallel and --coordinator-address out."
         )
-    devices.connect()
-    console.quiet = jax.process_index() > 0
     if elastic and init_from is not None:
         raise ValueError(
             f"--init-from {init_from} cannot be given to an elastic run; leave one out."
         )
-    config = fit_vocabulary(find_config(model or str(init_from or "tiny")), source, vocab_size)
-    if index_topk is not None:
-        config = config.replace(index_topk=index_topk)
-    _, rows, ratios = run_and_report(
-        config,
-        options,
-        output,
-        source,
-        console,
-        ranks if elastic else None,
-        init_from,
-        None if elastic else devices.mesh(),
-    )
-    console.print(f"generate with: jaxmoe generate {output}")
-    if json is not None and jax.process_index() == 0:
-        report = make_report("train", rows, ratios)
-        given = dataclasses.asdict(options) | (dataclasses.asdict(ranks) if elastic else {})
-        write_report(json, report | {"options": given})
+    with devices.connected():
+        console.quiet = jax.process_index() > 0
+        config = fit_vocabulary(find_config(model or str(init_from or "tiny")), source, vocab_size)
+        if index_topk is not None:
+            config = config.replace(index_topk=index_topk)
+        chosen, mesh = (ranks, None) if elastic else (None, devices.mesh())
+        _, rows, ratios = run_and_report(
+            config, options, output, source, console, chosen, init_from, mesh
+        )
+        console.print(f"generate with: jaxmoe generate {output}")
+        if json is not None and jax.process_index() == 0:
+            report = make_report("train", rows, ratios)
+            given = dataclasses.asdict(options) | (dataclasses.asdict(ranks) if elastic else {})
+            write_report(json, report | {"options": given})

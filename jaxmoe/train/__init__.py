@@ -3,6 +3,7 @@
 from jaxmoe.train.config import TrainConfig, demo_config
 from jaxmoe.train.data import Batch, Corpus, DataOptions, load_corpus
 from jaxmoe.train.loop import LossNotFinite, Progress, Summary, train
+from jaxmoe.train.processes import ProcessLost
 from jaxmoe.train.step import TrainState, init_state, train_step
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "Corpus",
     "DataOptions",
     "LossNotFinite",
+    "ProcessLost",
     "Progress",
     "Summary",
     "TrainConfig",

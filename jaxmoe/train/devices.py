@@ -1,12 +1,16 @@
 """Which devices a run trains on: the mesh's axes, and the processes that share it."""
 
+import atexit
+import contextlib
 import dataclasses
 import math
+from collections.abc import Iterator
 
 import jax
 from jax.sharding import Mesh
 
 from jaxmoe.sharding import make_mesh
+from jaxmoe.train.processes import ProcessLost, leave
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,14 +46,25 @@ class DeviceOptions:
                 f"coordinator_address {address} needs num_processes and a process_id from 0 to one less; got {numbers[0]} and {numbers[1]}."
             )
 
-    def connect(self) -> None:
-        """Joins the other processes, if there are any; before JAX's first computation."""
+    @contextlib.contextmanager
+    def connected(self) -> Iterator[None]:
+        """Inside, this process belongs to the run's, if there are several; enter before JAX's first computation.
+
+        After a ``ProcessLost`` the process ends without waiting for the others.
+        """
+        # SIGTERM is ours (``signals``). JAX's service catches it too, and where nobody asks the service it is lost.
+        jax.config.update("jax_enable_preemption_service", False)
         if self.coordinator_address == "auto":
             jax.distributed.initialize()
         elif self.coordinator_address is not None:
             jax.distributed.initialize(
                 self.coordinator_address, self.num_processes, self.process_id
             )
+        try:
+            yield
+        except ProcessLost:
+            atexit.register(leave)  # runs before what JAX has registered
+            raise
 
     def mesh(self) -> Mesh | None:
         """The mesh over the first devices, all of them with several processes; None for one device.

@@ -4,10 +4,10 @@ import contextlib
 import dataclasses
 import functools
 import json
+import logging
 import math
 import os
 import pathlib
-import signal
 import time
 from collections.abc import Callable
 from typing import Any
@@ -29,8 +29,9 @@ from jaxmoe.train.dsa import index_recall, note_origin, origin_of
 from jaxmoe.train.flops import peak_flops, step_flops
 from jaxmoe.train.loss import cross_entropy
 from jaxmoe.train.metrics import Metrics
+from jaxmoe.train.processes import with_others
 from jaxmoe.train.saver import Saver
-from jaxmoe.train.signals import anywhere, deferred_signals
+from jaxmoe.train.signals import agree, deferred_signals, take_course
 from jaxmoe.train.step import (
     TrainState,
     abstract_state,
@@ -41,7 +42,9 @@ from jaxmoe.train.step import (
     train_step,
 )
 
-CHECKPOINTS = "checkpoints"
+logger = logging.getLogger(__name__)
+
+CHECKPOINTS, TOKENS = "checkpoints", "tokens"  # of a run's directory
 MAX_SKIPPED = 10  # steps in a row; parameters that give no finite loss on ten batches will give none on the next
 
 
@@ -199,12 +202,12 @@ class Run:
             )
         )
 
-    def peak_flops(self) -> float:
-        """Of all the run's devices. CPU devices of one process share its cores."""
+    def peak_flops(self, ranks: int = 1) -> float:
+        """Of all the run's devices: those of the mesh, or one of each of ``ranks``. CPU devices of one machine share its cores."""
         one = peak_flops(self.train_config.compute_dtype)
         if jax.default_backend() == "cpu":
             return one * jax.process_count()
-        return one * (1 if self.mesh is None else self.mesh.size)
+        return one * (ranks if self.mesh is None else self.mesh.size)
 
     def start(self) -> TrainState:
         """The last checkpoint's state, or a fresh one."""
@@ -271,9 +274,15 @@ class Run:
         state, metrics = train_step(state, rows, self.config, c, self.mesh)
         metrics = jax.device_get(metrics)
         seconds = time.perf_counter() - began
-        record = record_of(step + 1, metrics, seconds, c.batch_size * c.seq_len)
-        record["mfu"] = round(self.flops / seconds / self.peak_flops(), 4)
-        return state, record
+        return state, self.record(step + 1, metrics, seconds)
+
+    def record(
+        self, step: int, metrics: dict[str, Any], seconds: float, ranks: int = 1
+    ) -> dict[str, Any]:
+        """A step's line of ``metrics.jsonl``; ``ranks`` as of ``peak_flops``."""
+        c = self.train_config
+        line = record_of(step, metrics, seconds, c.batch_size * c.seq_len)
+        return line | {"mfu": round(self.flops / seconds / self.peak_flops(ranks), 4)}
 
 
 class SkippedSteps:
@@ -307,7 +316,7 @@ def metrics_of(directory: pathlib.Path, step: int) -> contextlib.AbstractContext
 
 
 def record_of(step: int, metrics: dict[str, Any], seconds: float, tokens: int) -> dict[str, Any]:
-    """A line of ``metrics.jsonl``."""
+    """Of a line of ``metrics.jsonl`` what does not depend on the run."""
     record: dict[str, Any] = {"step": step}
     record |= {name: float(value) for name, value in metrics.items() if name != "load"}
     if "load" in metrics:
@@ -331,12 +340,14 @@ def train(
     """Trains a language model, or goes on where a run in ``directory`` stopped.
 
     After a crash or SIGKILL at any moment the resumed run has bit-identical losses: parameters, optimiser state
-    and step are restored, and batches are a function of (seed, step) (``data.Loader``). SIGTERM and Ctrl-C save first.
+    and step are restored, and batches are a function of (seed, step) (``data.Loader``). SIGTERM and Ctrl-C save first, and
+    whichever of several processes receives one, all save the same step and end.
 
     Args:
       config: the model; its vocabulary must hold the tokenizer's, for bytes ``presets.BYTE_VOCAB_SIZE``.
       train_config: the run.
-      directory: gets ``checkpoints/``, ``metrics.jsonl`` with one JSON object per step, and TensorBoard's events.
+      directory: gets ``checkpoints/``, ``metrics.jsonl`` with one JSON object per step, and TensorBoard's events; and ``tokens/``
+        if they are made by a tokenizer file.
       data: what to train on, or just the path of text; default the standard library's sources, as bytes.
       on_progress: called after every step.
       resume: go on with a run found in ``directory``; otherwise finding one is an error.
@@ -350,26 +361,28 @@ def train(
       ValueError: for options that do not fit each other, the model or the mesh; too little data; or a directory
         that holds another run.
       LossNotFinite: the checkpoint before it is intact.
+      ProcessLost: if another process of the run is gone.
     """
     train_config.check(config)
     directory = pathlib.Path(directory)
-    corpus = load_corpus(data)
+    corpus = load_corpus(data, directory / TOKENS)
     corpus.check(config.vocab_size, init_from)
     this = Run(config, train_config, directory, corpus, mesh, init_from)
     if not resume and checkpoint.latest_step(this.checkpoints) is not None:
         raise ValueError(
             f"{directory} already holds a run; resume it, or choose another directory."
         )
-    this.peak_flops()  # measured while memory is free
-    state = this.start()
-    if jax.process_index() == 0:
-        directory.mkdir(parents=True, exist_ok=True)
-        corpus.put_tokenizer(directory)
-        note_origin(directory, init_from)
-    began = time.perf_counter()
-    state, held_out = _steps(this, state, on_progress)
-    if held_out is None:  # the run was complete already
-        held_out = this.evaluate(state.params, final=True)
+    with with_others(lambda: checkpoint.latest_step(this.checkpoints)):
+        this.peak_flops()  # measured while memory is free
+        state = this.start()
+        if jax.process_index() == 0:
+            directory.mkdir(parents=True, exist_ok=True)
+            corpus.put_tokenizer(directory)
+            note_origin(directory, init_from)
+        began = time.perf_counter()
+        state, held_out = _steps(this, state, on_progress)
+        if held_out is None:  # the run was complete already
+            held_out = this.evaluate(state.params, final=True)
     return this.summary(state, held_out, time.perf_counter() - began)
 
 
@@ -377,7 +390,7 @@ def _steps(
     this: Run, state: TrainState, on_progress: Callable[[Progress], None] | None
 ) -> tuple[TrainState, dict[str, float] | None]:
     """The remaining steps: the last state, and the last evaluation if there was a step."""
-    c, held_out, stop = this.train_config, None, False
+    c, held_out, stop = this.train_config, None, None
     first = int(state.step)
     with (
         deferred_signals() as received,
@@ -391,7 +404,7 @@ def _steps(
                 held_out = this.evaluate(state.params, final=last)
                 record |= held_out
             # Asked once: a signal that comes after the decision to save must wait for the next step.
-            stop = anywhere(bool(received))
+            stop = agree(received)
             if metrics is not None:
                 metrics.write(record)  # before the checkpoint that makes it final
             if last or stop or (step + 1) % c.save_every == 0:
@@ -401,8 +414,10 @@ def _steps(
             this.skipped.check(record, c)
             if stop and not last:
                 break
-    if stop and not received:  # another process's, and this one ends with it
-        received.append(signal.SIGTERM)
-    for number in received:  # saved: now they take their usual course
-        signal.raise_signal(number)
+    if stop:
+        step = int(state.step)
+        logger.warning("%s saved_step=%d (the same command goes on from there)", stop, step)
+        received = [stop.number, *received]
+    for number in dict.fromkeys(received):  # saved: now they take their usual course
+        take_course(number)
     return state, held_out

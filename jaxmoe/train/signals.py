@@ -1,21 +1,42 @@
-"""Stopping between steps."""
+"""Stopping between steps, of all processes of a run at the same one."""
 
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
 
-def anywhere(flag: bool) -> bool:
-    """Whether ``flag`` is set in any process; all must ask."""
+class Stop(NamedTuple):
+    """A signal that ends a run.
+
+    Attributes:
+      number: the signal's.
+      process: that received it.
+    """
+
+    number: int
+    process: int
+
+    def __str__(self) -> str:
+        return f"signal={signal.Signals(self.number).name} process={self.process}"
+
+
+def agree(received: Sequence[int]) -> Stop | None:
+    """The signal that ends the run, if any process has received one; all must ask, after the same step.
+
+    It is one for all, whoever has received which, so that they end alike.
+    """
+    own = max(received, default=0)
     if jax.process_count() == 1:
-        return flag
-    return bool(multihost_utils.process_allgather(np.asarray(flag)).any())
+        return Stop(own, 0) if own else None
+    every = np.asarray(multihost_utils.process_allgather(np.asarray(own, np.int32)))
+    process = int(every.argmax())
+    return Stop(int(every[process]), process) if every[process] else None
 
 
 @contextlib.contextmanager
@@ -42,3 +63,14 @@ def deferred_signals() -> Iterator[list[int]]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def take_course(number: int) -> None:
+    """What a signal does where nobody defers it: SIGTERM ends the process, Ctrl-C raises KeyboardInterrupt.
+
+    Of several processes none is ended before all have come here: JAX's coordination ends with process 0, and whoever still
+    takes part in it then ends with an error.
+    """
+    if jax.process_count() > 1 and signal.getsignal(number) == signal.SIG_DFL:
+        jax.distributed.shutdown()
+    signal.raise_signal(number)

@@ -1,6 +1,7 @@
 """The stages from a dense to a sparse model: what each trains, on which losses, over which documents."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from jaxmoe.train import TrainConfig
 from jaxmoe.train.data import Batch
 from jaxmoe.train.dsa import index_recall, initial_params, origin_of
 from jaxmoe.train.loss import counts_of, loss
-from jaxmoe.train.step import init_state, train_step
+from jaxmoe.train.step import init_state, place_batch, train_step
 
 # Long against topk: the sparse stage attends by row, in the layers and in the MTP module.
 SPARSE = MODEL.replace(index_topk=2, index_n_heads=16, indexer_types=("full", "shared"))
@@ -71,6 +72,52 @@ def test_in_the_sparse_stage_the_two_gradients_add_up_unmixed():
     for name in both:
         expected = index[name] if "/indexer/" in name else model[name]
         np.testing.assert_array_equal(both[name], expected, err_msg=name)
+
+
+def losses_and_gradients(config, mesh=None):
+    """Of the sparse stage, on a mesh or on one device: losses and loads, and the gradient of all losses by name."""
+    options = with_options(stage="dsa_sparse", seq_len=LENGTH)
+    where = None if mesh is None else sharding.shardings(config, mesh)
+    params = jaxmoe.init_params(config, jax.random.key(0), shardings=where)
+    rows = tokens() if mesh is None else place_batch(mesh, np.asarray(tokens()))
+
+    @jax.jit
+    def compute(params, rows):
+        of = functools.partial(loss, config=config, train_config=options, rows=rows, mesh=mesh)
+        (total, aux), grads = jax.value_and_grad(of, has_aux=True)(params)
+        return aux | {"total_loss": total}, grads
+
+    values, grads = jax.device_get(compute(params, rows))
+    return values, flatten(grads)
+
+
+on_one_device = functools.cache(losses_and_gradients)
+ONE_LAYER = SPARSE.replace(
+    num_hidden_layers=1, first_k_dense_replace=0, num_nextn_predict_layers=0, indexer_types=None
+)
+
+
+@pytest.mark.parametrize(
+    ("config", "shape"),
+    [
+        (ONE_LAYER, {"data": 2, "expert": 2, "tensor": 2}),
+        pytest.param(SPARSE, {"data": 2, "expert": 2, "tensor": 2}, marks=pytest.mark.slow),
+        pytest.param(SPARSE, {"expert": 4}, marks=pytest.mark.slow),
+    ],
+    ids=["one layer, 2x2x2", "2x2x2", "experts only"],
+)
+def test_the_sparse_stage_on_a_mesh_has_the_losses_and_gradients_of_one_device(
+    devices, config, shape
+):
+    mesh = sharding.make_mesh(**shape, devices=devices[: math.prod(shape.values())])
+    values, grads = losses_and_gradients(config, mesh)
+    expected, gradients = on_one_device(config)
+    jax.tree.map(np.testing.assert_array_equal, values.pop("load"), expected["load"])
+    for name, value in values.items():  # sums in another order
+        np.testing.assert_allclose(value, expected[name], rtol=1e-4, err_msg=name)
+    for name, g in gradients.items():
+        atol = 1e-4 * np.abs(g).max()
+        np.testing.assert_allclose(grads[name], g, rtol=1e-4, atol=atol, err_msg=name)
 
 
 @functools.cache

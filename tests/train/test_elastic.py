@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,9 +15,11 @@ from train.support import MODEL, REPOSITORY, losses, records, with_options, writ
 
 from jaxmoe import checkpoint
 from jaxmoe.elastic.cluster.messages import Fault
-from jaxmoe.train import train
+from jaxmoe.train import DataOptions, load_corpus, loop, train
 from jaxmoe.train.elastic import ElasticOptions, RanksLost, train_elastic
 from jaxmoe.train.elastic import run as run_module
+from jaxmoe.train.elastic.messages import StepValue
+from jaxmoe.train.loop import Run
 
 # One sparse layer: what is tested compiles for three numbers of ranks.
 SMALL = MODEL.replace(num_hidden_layers=1, first_k_dense_replace=0, num_nextn_predict_layers=0)
@@ -112,6 +115,24 @@ def _at(step, act):
     return on_step
 
 
+def test_a_step_on_ranks_has_the_utilisation_of_an_ordinary_one(corpus, tmp_path, monkeypatch):
+    run = Run(SMALL, with_options(), tmp_path, load_corpus(corpus), None)
+    elastic = run_module.ElasticRun(run, DataOptions(corpus), ElasticOptions(), lambda event: None)
+    metrics = {"loss": np.float32(1.0), "skipped": np.float32(0.0)}
+    answers = {
+        rank: SimpleNamespace(value=StepValue(metrics, {"bits_per_byte": 2.0}, scoring_s, 0))
+        for rank, scoring_s in enumerate((0.5, 0.4))
+    }
+    elastic._team = SimpleNamespace(epoch=0, tell=lambda _: None, gather=lambda *_: answers)
+    clock = iter((10.0, 12.5))
+    monkeypatch.setattr(run_module, "time", SimpleNamespace(perf_counter=clock.__next__))
+    monkeypatch.setattr(loop, "peak_flops", lambda dtype: run.flops)
+    record = elastic._advance()
+    # 2.5 s, of which the slowest has scored half a second.
+    assert (record["seconds"], record["mfu"], record["ranks"]) == (2.0, 0.5, 2)
+    assert record == run.record(1, metrics, 2.0) | {"ranks": 2, "bits_per_byte": 2.0}
+
+
 @pytest.fixture(scope="module")
 def killed(corpus, programs, tmp_path_factory):
     """A run whose rank 0 dies in the middle of step 13 and is back before the end."""
@@ -145,6 +166,7 @@ def test_a_killed_rank_is_done_without_and_taken_in_again(killed):
     assert (lost.step, lost.redone, lost.mesh) == (10, 2, {"data": 1, "expert": 2})
     assert (joined.redone, joined.compiled, joined.active) == (0, 0, (0, 1, 2))
     assert joined.mesh == {"data": 3, "expert": 1}
+    assert all(0 <= r["mfu"] < 1 for r in records(killed.directory))
     by_ranks = {step: r["ranks"] for step, r in enumerate(records(killed.directory), 1)}
     assert by_ranks == {s: 2 if lost.step < s <= joined.step else 3 for s in range(1, 151)}
 

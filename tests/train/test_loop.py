@@ -5,7 +5,6 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
@@ -140,11 +139,12 @@ def test_losses_after_sigkill_are_those_of_an_undisturbed_run(corpus, tmp_path, 
 
 def _saved_after_sigterm(process, directory):
     """The saved step; fails unless the process died of the signal and its last line is the saved step's."""
-    process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=1200)  # see ``finish``
     assert process.returncode == -signal.SIGTERM
     step = checkpoint.latest_step(directory / "checkpoints")
     assert step is not None
     assert records(directory)[-1]["step"] == step
+    assert f"signal=SIGTERM process=0 saved_step={step} " in errors
     return step
 
 
@@ -176,45 +176,6 @@ def test_steps_that_stay_not_finite_are_skipped_reported_and_end_the_run(corpus,
     # What was skipped changed nothing: all that is saved is finite.
     restored = checkpoint.restore(tmp_path / "checkpoints")
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(restored.params))
-
-
-@pytest.mark.slow
-def test_several_processes_train_as_one_device_does(corpus, tmp_path):
-    """The command line, on two processes of two devices each; then the run goes on on one device."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
-    options = "train --steps 4 --batch-size 4 --seq-len 32 --eval-every 100 --eval-bytes 2048"
-
-    def command(output, more="", devices=1):
-        environment = os.environ | {
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"
-        }
-        words = f"{options} --output {output} --data {corpus} {more}".split()
-        return subprocess.Popen(
-            [sys.executable, "-c", "from jaxmoe.cli import main; main()", *words],
-            cwd=REPOSITORY,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    mesh = (
-        f"--data-parallel 2 --expert-parallel 2 --coordinator-address {address} --num-processes 2"
-    )
-    processes = [
-        command(tmp_path / "both", f"{mesh} --process-id {i}", devices=2) for i in range(2)
-    ]
-    outputs = [process.communicate(timeout=500) for process in processes]
-    assert [p.returncode for p in processes] == [0, 0], outputs
-    silent = [line for line in outputs[1][0].splitlines() if not line.startswith("[Gloo]")]
-    assert not silent, "only process 0 speaks"
-    alone = command(tmp_path / "alone")
-    _, errors = alone.communicate(timeout=500)
-    assert alone.returncode == 0, errors
-    both, one = ([r["loss"] for r in records(tmp_path / name)] for name in ("both", "alone"))
-    np.testing.assert_allclose(both, one, rtol=1e-4)
 
 
 def test_another_corpus_is_refused(run, tmp_path):

@@ -1,6 +1,7 @@
 """A corpus: token streams of training and held-out documents."""
 
 import dataclasses
+import functools
 import hashlib
 import os
 import pathlib
@@ -12,7 +13,9 @@ import numpy as np
 
 from jaxmoe import chat
 from jaxmoe.tokenizer import ByteTokenizer, Encoded, FileTokenizer, load_tokenizer
+from jaxmoe.train.data import token_cache
 from jaxmoe.train.data.documents import Document, documents_of, read, stdlib_files, visible_files
+from jaxmoe.train.data.stream import Stream
 
 VALIDATION_SHARE = 20  # one document (or, in a single text, one byte) in so many is held out
 _AT_ONCE = 256  # documents that a tokenizer gets together
@@ -38,30 +41,6 @@ class DataOptions:
             path = getattr(self, name)
             if path is not None:
                 object.__setattr__(self, name, pathlib.Path(path))
-
-
-@dataclasses.dataclass(frozen=True)
-class Stream:
-    """Documents one after another, each between the tokens that begin and end it.
-
-    Attributes:
-      ids: uint16 or uint32 [N], as the vocabulary needs.
-      documents: int64 [D], where each begins.
-      sizes: uint32 [N], UTF-8 bytes of text in each token: 0 for special ones. None where nothing is scored.
-      said: bool [N], what counts as a target, or None for everything.
-      labels: where each document is from, if it must stay whole, or None.
-    """
-
-    ids: np.ndarray
-    documents: np.ndarray
-    sizes: np.ndarray | None
-    said: np.ndarray | None = None
-    labels: tuple[str, ...] | None = None
-
-    @property
-    def size(self) -> int:
-        """Number of tokens."""
-        return self.ids.size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -343,7 +322,30 @@ def _fingerprint(
     }
 
 
-def load_corpus(source: DataOptions | str | os.PathLike[str] | None = None) -> Corpus:
+def _streams(
+    name: str, contents: dict[str, bytes], files: int, tokenizer: Tokenizer
+) -> tuple[Stream, Stream]:
+    """(training, held-out) streams of files."""
+    documents = [d for relative, data in contents.items() for d in documents_of(relative, data)]
+    documents = [d for d in documents if d.content]
+    conversations = _of_one_kind(documents)
+    train, validation = _split(documents, tokenizer) if documents else ([], [])
+    if not (train and validation):
+        total = sum(map(len, contents.values()))
+        raise ValueError(
+            f"{name} holds {total} bytes in {files} files and {len(documents)} documents, too little to split; pass at "
+            "least two documents, or a text of 20 bytes."
+        )
+    return (
+        _stream(train, tokenizer, conversations=conversations, sized=False),
+        _stream(validation, tokenizer, conversations=conversations, sized=True),
+    )
+
+
+def load_corpus(
+    source: DataOptions | str | os.PathLike[str] | None = None,
+    keep_in: str | os.PathLike[str] | None = None,
+) -> Corpus:
     """The user's documents, or by default the sources of Python's standard library.
 
     A file is a document, of any bytes; a line of a ``.jsonl`` is one too, with "text" or with OpenAI-style "messages" (and "tools"),
@@ -353,6 +355,7 @@ def load_corpus(source: DataOptions | str | os.PathLike[str] | None = None) -> C
 
     Args:
       source: options, or just a path or None.
+      keep_in: folder in which the tokens of a tokenizer file are kept (``token_cache``), and found the next time.
 
     Raises:
       ValueError: if there is no such path, too little text, or a document cannot be read: names file and line.
@@ -360,19 +363,12 @@ def load_corpus(source: DataOptions | str | os.PathLike[str] | None = None) -> C
     options = source if isinstance(source, DataOptions) else DataOptions(source)
     tokenizer = make_tokenizer(options.tokenizer)
     name, contents, files = _files(options.data)
-    documents = [d for relative, data in contents.items() for d in documents_of(relative, data)]
-    documents = [d for d in documents if d.content]
-    conversations = _of_one_kind(documents)
-    parts = _split(documents, tokenizer) if documents else ([], [])
-    if not all(parts):
-        total = sum(map(len, contents.values()))
-        raise ValueError(
-            f"{name} holds {total} bytes in {files} files and {len(documents)} documents, too little to split; pass at "
-            "least two documents, or a text of 20 bytes."
-        )
-    train, validation = (
-        _stream(part, tokenizer, conversations=conversations, sized=scored)
-        for part, scored in zip(parts, (False, True), strict=True)
-    )
     fingerprint = _fingerprint(contents, files, tokenizer, truncate=options.truncate)
+    make = functools.partial(_streams, name, contents, files, tokenizer)
+    if keep_in is None or isinstance(tokenizer, ByteTokenizer):  # bytes are made as fast as read
+        train, validation = make()
+    else:
+        train, validation = token_cache.keep(
+            token_cache.path_of(keep_in, fingerprint, contents), make
+        )
     return Corpus(train, validation, fingerprint, name, tokenizer, options.truncate)

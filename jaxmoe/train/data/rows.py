@@ -14,7 +14,8 @@ import numpy as np
 
 from jaxmoe.tokenizer import PAD
 from jaxmoe.train.data.batch import Batch
-from jaxmoe.train.data.corpus import Corpus, Stream
+from jaxmoe.train.data.corpus import Corpus
+from jaxmoe.train.data.stream import Stream
 
 logger = logging.getLogger(__name__)
 

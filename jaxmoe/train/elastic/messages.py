@@ -24,7 +24,7 @@ class Setup:
       capacity: how many ranks there can be.
       devices: of each process, of which it uses one at a time (``elastic.cluster.orders``).
       config, train_config: the run.
-      data: what to train on, as of ``load_corpus``.
+      data, tokens: what to train on, and the folder of its tokens, as of ``load_corpus``.
       fingerprint: that the text must have.
       folder, key: for sockets, of one user, and what proves that a process may ask.
       programs: folder of compiled programs that all ranks share.
@@ -37,6 +37,7 @@ class Setup:
     config: ModelConfig
     train_config: TrainConfig
     data: DataOptions
+    tokens: str
     fingerprint: dict[str, Any]
     folder: str
     key: bytes
@@ -106,10 +107,17 @@ class Snapshot:
 
 @dataclasses.dataclass(frozen=True)
 class StepValue:
-    """With "done": metrics, figures of held-out text if asked for, and the last step of which this rank has all it keeps."""
+    """With "done".
+
+    Attributes:
+      metrics: of the step.
+      held_out, scoring_s: figures of held-out text if asked for, and how long they took.
+      protected: the last step of which this rank has all it keeps.
+    """
 
     metrics: dict[str, Any]
     held_out: dict[str, float] | None
+    scoring_s: float
     protected: int
 
 

@@ -59,7 +59,7 @@ class Rank:
     def __init__(self, setup: Setup, number: int, name: str, faults: Faults):
         self.setup, self._number, self._faults = setup, number, faults
         native.available()  # registers the kernels, which a program that is loaded calls by name
-        self._corpus = load_corpus(setup.data)
+        self._corpus = load_corpus(setup.data, setup.tokens)
         if self._corpus.fingerprint != setup.fingerprint:
             raise ValueError("the text has changed since the run began; restore it.")
         run = setup.train_config
@@ -218,10 +218,12 @@ class Rank:
             lambda: jax.block_until_ready(program(state, rows)),
         )
         self._faults.at("computed")
+        began = time.perf_counter()
         if message.evaluate is not None:
             final = message.evaluate == "final"
             held_out = with_others(self._mesh, lambda: self._evaluate(final=final))
-        return StepValue(jax.device_get(metrics), held_out, self._protected)
+        scoring_s = time.perf_counter() - began
+        return StepValue(jax.device_get(metrics), held_out, scoring_s, self._protected)
 
     def _evaluate(self, *, final: bool) -> dict[str, float]:
         run = self.setup.train_config

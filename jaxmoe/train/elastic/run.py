@@ -34,13 +34,9 @@ from jaxmoe.train.elastic import parts, peers
 from jaxmoe.train.elastic.events import EVENTS, Event
 from jaxmoe.train.elastic.messages import Compile, Install, Prepare, Setup, Snapshot, Step, name_of
 from jaxmoe.train.elastic.options import ElasticOptions
-from jaxmoe.train.loop import (
-    Progress,
-    Run,
-    progress_of,
-    record_of,
-)
+from jaxmoe.train.loop import TOKENS, Progress, Run, progress_of
 from jaxmoe.train.metrics import Metrics
+from jaxmoe.train.processes import kept
 from jaxmoe.train.step import TrainState, abstract_state
 
 logger = logging.getLogger(__name__)
@@ -97,6 +93,7 @@ class ElasticRun:
           RankFailed: if they do not start.
         """
         phases, options = Phases(), self.options
+        self._run.peak_flops()  # measured before the ranks keep the machine busy
         step = self._read()
         phases.mark("read")
         self._supervisor = Supervisor(
@@ -155,6 +152,7 @@ class ElasticRun:
             run.config,
             run.train_config,
             self._data,
+            str(run.directory / TOKENS),
             run.corpus.fingerprint,
             str(self._folder),
             self._key,
@@ -363,9 +361,7 @@ class ElasticRun:
         return source, self._install(step, held, phases)
 
     def _kept(self) -> str:
-        if self._saved is None:
-            return "Nothing was saved yet; run the command again to start over."
-        return f"Step {self._saved} is saved; run the command again to go on from there."
+        return kept(self._saved)
 
     def _join(self, member: Member) -> None:
         """Takes in a rank that has returned; no step is lost, since the survivors copy their state first."""
@@ -447,10 +443,11 @@ class ElasticRun:
         self._safe = min(reply.value.protected for reply in replies.values())
         value = next(iter(replies.values())).value
         self.step = number + 1
-        seconds = time.perf_counter() - began
-        record = record_of(self.step, value.metrics, seconds, c.batch_size * c.seq_len)
-        record["ranks"] = len(replies)
-        return record | (value.held_out or {})
+        # As in ``train`` an evaluation is no part of the step.
+        scoring_s = max(reply.value.scoring_s for reply in replies.values())
+        seconds, ranks = time.perf_counter() - began - scoring_s, len(replies)
+        record = self._run.record(self.step, value.metrics, seconds, ranks)
+        return record | {"ranks": ranks} | (value.held_out or {})
 
 
 def _free_port() -> int:

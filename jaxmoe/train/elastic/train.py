@@ -13,7 +13,7 @@ from jaxmoe.train.data import DataOptions, load_corpus
 from jaxmoe.train.elastic.events import Event
 from jaxmoe.train.elastic.options import ElasticOptions
 from jaxmoe.train.elastic.run import ElasticRun
-from jaxmoe.train.loop import Progress, Run, Summary, train
+from jaxmoe.train.loop import TOKENS, Progress, Run, Summary, train
 from jaxmoe.train.signals import deferred_signals
 
 
@@ -50,7 +50,7 @@ def train_elastic(
     train_config.check(config)
     directory = pathlib.Path(directory)
     data = data if isinstance(data, DataOptions) else DataOptions(data)
-    corpus = load_corpus(data)
+    corpus = load_corpus(data, directory / TOKENS)
     corpus.check(config.vocab_size)
     run = Run(config, train_config, directory, corpus, None)
     if (checkpoint.latest_step(run.checkpoints) or 0) >= train_config.steps:
