@@ -1,14 +1,16 @@
 """How the time and memory of core attention grow with the context: sparse by row, with its indexer, against dense.
 
     python -m bench.dsa_scaling --uses decode --longest 131072 --json bench/results/dsa_scaling_decode.json
-    python -m bench.dsa_scaling --uses prefill train --divide-heads 16 --topk 512 --longest 32768 --json bench/results/dsa_scaling_whole.json
+    python -m bench.dsa_scaling --uses prefill train --forms dense sparse core --divide-heads 4 --topk 512 --longest 16384 --rounds 1 --budget-s 50 \
+        --json bench/results/dsa_scaling_whole.json
 
 One layer's core. dense: the expanded form over all pairs. sparse: scoring, selection and the absorbed form over the selected rows, with
 the indexer's loss in training; core: the same for rows that are given. masked: as sparse, but over all pairs, as short sequences are
 computed (``sparse_attention.GATHER_FACTOR``). Projections are on no side. Three uses: a prompt's forward pass,
 forward and backward of training, and a decode step over a cache that holds the context. Memory is what XLA plans for temporaries.
 The layer is V3.2's. ``--divide-heads`` leaves a part of its heads, attention's and the indexer's alike, so that a CPU can take whole
-sequences: the proportions, on which ratios depend, stay, as they do with topk an equal part of the context (2048 of 128K, 512 of 32K).
+sequences: the proportions, on which ratios depend, stay (down to 16 index heads, which the CPU kernel computes together), as they do with
+topk an equal part of the context (2048 of 128K, 512 of 32K).
 Exponents are fitted (least squares of the logarithms) over the longer half of the contexts. The published figures to compare with are
 whole-model costs at 128K: decode 8.65x, prefill 3.56x cheaper (spec 8.1).
 """

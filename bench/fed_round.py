@@ -3,7 +3,8 @@
     python -m bench.fed_round --json bench/results/fed_round.json
 
 Both sides train the same clients on the same batches from the same start and end in the same sum (checked). The loop dispatches one
-compiled step per batch; for the CNN it runs with native convolutions as well, and the faster of the two is what is compared with.
+compiled step per batch; for the CNN it runs with native convolutions as well (a model of the same sizes with a start of its own), and the
+ratio to the faster of the two is reported beside those to each.
 Work is what XLA counts for the one of them that needs less: our CNN multiplies by zeros too (fed.architectures.squares).
 Where Flower and Ray are installed (an environment of its own, docs/federated.md), 100 of the MLP's clients also run on Flower's simulation.
 Clients are spread over ``--devices`` CPU devices on the vmapped side; the loop has all cores to each step. With two devices on two cores
@@ -124,7 +125,7 @@ def speed(name: str, side: int, model, rivals: dict, given, peak: float):
     loop = fed.EngineOptions("sequential")
     _check_equal(data, model, start, engine, loop)
     runs = {"vmapped": timed(lambda: data.cohort(model, start, clients, engine))}
-    for rival, other in {"loop": model, **rivals}.items():
+    for rival, other in {"loop, same model": model, **rivals}.items():
         begun = other.init(jax.random.key(0))
         runs[rival] = timed(lambda o=other, b=begun: data.cohort(o, b, clients, loop))
     seconds = interleave(runs, rounds=given.rounds, warmup=1)
@@ -225,7 +226,11 @@ def main() -> None:
     options.add_argument("--chunk-cnn", nargs="+", type=int, default=[4, 16], help="one per side")
     given = options.parse_args()
     if len(given.chunk_cnn) != len(given.sides):
-        options.error("--chunk-cnn must have as many values as --sides.")
+        options.error(
+            f"--chunk-cnn must have as many values as --sides; got {len(given.chunk_cnn)} and {len(given.sides)}."
+        )
+    if any(side < 4 or side % 4 for side in given.sides):
+        options.error(f"--sides must be multiples of 4; got {' '.join(map(str, given.sides))}.")
     cnns = {f"cnn {side}x{side}": side for side in given.sides}
     given.chunk = {"mlp": given.chunk_mlp, **dict(zip(cnns, given.chunk_cnn, strict=True))}
     if jax.config.jax_platforms in (None, "cpu"):

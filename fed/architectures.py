@@ -53,7 +53,15 @@ class Conv(nnx.Module):
         return patches @ self.kernel[...] + self.bias[...].reshape(1, 1, 1, -1)
 
     def halved(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H2 W2 D"]:
-        """The convolved image's maximum over squares of 2 x 2; an odd last row or column is its own square. For size 3, stride 1."""
+        """The convolved image's maximum over squares of 2 x 2; an odd last row or column is its own square.
+
+        Raises:
+          ValueError: for another size than 3, or a stride.
+        """
+        if (self.size, self.stride) != (3, 1):
+            raise ValueError(
+                f"halved needs size=3 and stride=1; got {self.size} and {self.stride}. Convolve, then take the maximum."
+            )
         y = largest(squares(x, self.kernel[...])).transpose(3, 1, 2, 0)
         return y + self.bias[...].reshape(1, 1, 1, -1)
 
@@ -97,7 +105,7 @@ def squares(
 
 @jax.custom_vjp
 def largest(y: Float[Array, "4 D H W B"]) -> Float[Array, "D H W B"]:
-    """Maximum over the first axis; equal ones share the gradient, as under ``jnp.max``.
+    """Maximum over the first axis; equal ones share the gradient, and NaN spreads, as under ``jnp.max``.
 
     By hand, because XLA:CPU runs a reduction and its gradient several times slower than this.
     """
@@ -113,7 +121,8 @@ def _largest_backward(kept: tuple[Array, Array], gradient: Array) -> tuple[Array
     y, top = kept
     equal = y == top[None]
     count = functools.reduce(jnp.add, (equal[i].astype(y.dtype) for i in range(4)))
-    return (jnp.where(equal, (gradient / count)[None], 0.0),)
+    # Where the maximum is NaN nothing equals it, and 0 * inf or 0 * NaN is NaN in each place.
+    return (equal.astype(y.dtype) * (gradient / count)[None],)
 
 
 largest.defvjp(_largest_forward, _largest_backward)

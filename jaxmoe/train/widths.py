@@ -2,8 +2,9 @@
 
 import functools
 import pathlib
+import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,14 +19,15 @@ from quant import bps
 def decode_speeds(
     params: Any, config: ModelConfig, *, tokens: int = 32, rounds: int = 3
 ) -> dict[int, float]:
-    """Tokens per second at which one sequence is decoded at each width, and at 0 from the weights as they are.
+    """Tokens per second at which one sequence is generated at each width, and at 0 from the weights as they are.
 
-    The best of ``rounds``, in turns. Prompts are short, so that weights and not the cache are what is read.
+    The median of ``rounds`` whole calls, in turns, their prompt of 8 tokens included: short, so that weights and not the cache are what
+    is read.
 
     Args:
       params: arrays, not in SEFP.
       config: the model.
-      tokens: how many are timed, after the first.
+      tokens: how many a call generates.
       rounds: how often.
 
     Raises:
@@ -37,19 +39,18 @@ def decode_speeds(
         )
     stored, prompt = quant.quantize_params(params), np.zeros((1, 8), np.int32)
     sides = {w: quant.at_width(stored, w) for w in bps.WIDTHS} | {0: params}
-    runs = {w: functools.partial(generate, side, config, prompt) for w, side in sides.items()}
-    best = dict.fromkeys(runs, float("inf"))
+    seconds: dict[int, list[float]] = {width: [] for width in sides}
     for turn in range(-1, rounds):
-        for width, run in runs.items():
-            whole, first = (_seconds(run, number) for number in (tokens + 1, 1))
+        for width, side in sides.items():
+            took = _seconds(functools.partial(generate, side, config, prompt, tokens))
             if turn >= 0:  # the first compiles
-                best[width] = min(best[width], max(whole - first, 1e-9))
-    return {width: tokens / seconds for width, seconds in best.items()}
+                seconds[width].append(took)
+    return {width: tokens / statistics.median(values) for width, values in seconds.items()}
 
 
-def _seconds(run: Any, number: int) -> float:
+def _seconds(run: Callable[[], Any]) -> float:
     began = time.perf_counter()
-    np.asarray(run(number))
+    np.asarray(run())
     return time.perf_counter() - began
 
 

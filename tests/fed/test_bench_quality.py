@@ -11,13 +11,8 @@ pytest.importorskip("sklearn")
 
 
 @pytest.mark.parametrize("name", fed_quality.PRESETS)
-def test_methods_differ_in_nothing_of_local_training_but_the_learning_rate(name):
-    preset = fed_quality.PRESETS[name]
-    rates = dict(preset.learning_rates)
-    assert set(rates) <= set(METHODS)
-    for method in METHODS:
-        rate = rates.get(method, preset.local.learning_rate)
-        assert preset.local_for(method) == dataclasses.replace(preset.local, learning_rate=rate)
+def test_learning_rates_are_of_methods_that_there_are(name):
+    assert set(dict(fed_quality.PRESETS[name].learning_rates)) <= set(METHODS)
 
 
 def test_a_run_trains_with_its_own_learning_rate(monkeypatch):

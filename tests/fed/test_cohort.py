@@ -102,6 +102,17 @@ def test_a_cohort_equals_a_plain_loop_over_ragged_clients(model, start, name):
         assert found.examples.tolist() == [2 * n for n in SIZES if n]
 
 
+def test_a_cohort_of_convolutions_equals_a_plain_loop(monkeypatch):
+    images = np.random.default_rng(0).normal(size=(200, 5, 5)).astype(np.float32)
+    monkeypatch.setattr(sys.modules[__name__], "ARRAYS", (jnp.asarray(images), ARRAYS[1]))
+    model = fed.architectures.cnn((5, 5), (4,), int(ARRAYS[1].max()) + 1, hidden=5)
+    start = model.init(jax.random.key(1))
+    options = fed.LocalOptions(epochs=1, batch_size=8, learning_rate=0.1)
+    expected = ragged_loop(model, start, options, optax.sgd(0.1))
+    found = train(model, start, options, fed.EngineOptions(chunk=4))
+    assert support.largest_difference(found.mean, expected) < CLOSE
+
+
 def mutate_freeze(monkeypatch):
     monkeypatch.setattr(clients, "freeze", lambda live, new, old: new)
 

@@ -56,6 +56,14 @@ def test_equal_values_share_the_gradient_of_their_maximum():
     y = y.reshape(4, 3, 1, 1, 1)
     share = jax.grad(lambda y: jnp.sum(zoo.largest(y)))(y)
     np.testing.assert_allclose(share, jax.grad(lambda y: jnp.sum(jnp.max(y, axis=0)))(y))
+    nan = jax.grad(lambda y: jnp.sum(zoo.largest(y)))(y.at[2, 0].set(jnp.nan))
+    assert jnp.isnan(nan[:, 0]).all() and jnp.isfinite(nan[:, 1:]).all()
+
+
+@pytest.mark.parametrize(("size", "stride"), [(1, 1), (3, 2)])
+def test_a_maximum_over_squares_is_of_one_kind_of_convolution(size, stride):
+    with pytest.raises(ValueError, match=f"size=3 and stride=1; got {size} and {stride}"):
+        zoo.Conv(3, 4, size, stride, rngs=nnx.Rngs(0)).halved(IMAGE)
 
 
 @pytest.mark.parametrize("stride", [1, 2])
