@@ -21,7 +21,7 @@ class Trainable:
       rank, alpha: of lora.
 
     Raises:
-      ValueError: for another name, or a rank or an alpha that ``quant.Lora`` refuses.
+      ValueError, TypeError: for another name, or a rank or an alpha that ``quant.Lora`` refuses.
     """
 
     what: str = "full"

@@ -31,6 +31,7 @@ class Lora:
 
     Raises:
       ValueError: for a rank below one, or an alpha that isn't positive and finite.
+      TypeError: for a rank that isn't an int.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -48,6 +49,11 @@ class Lora:
     rules: tuple[Rule, ...] = DEFAULT_RULES
 
     def __post_init__(self):
+        object.__setattr__(self, "rules", tuple(self.rules))
+        if not isinstance(self.rank, int):
+            raise TypeError(
+                f"rank must be an int; got {self.rank!r}. Use a whole number, such as 8."
+            )
         if self.rank < 1:
             raise ValueError(f"rank must be at least 1; got {self.rank}.")
         if not 0 < self.alpha < math.inf:
@@ -77,13 +83,23 @@ class Lora:
         return jax.tree.unflatten(structure, _pairs(key, tuple(shapes)))
 
     def __call__(self, base: Any, adapters: Any) -> Any:
-        """The parameters that ``base`` and ``adapters`` make, each in its own dtype; sums are float32."""
+        """The parameters that ``base`` and ``adapters`` make, each in its own dtype; sums are float32.
+
+        Raises:
+          ValueError, TypeError: as ``init``; or for adapters that aren't those of this rank and these rules.
+        """
         return jax.tree_util.tree_map_with_path(self._added, base, adapters)
 
     def _added(self, path: Any, w: Float[Array, "..."], pair: Pair | None) -> Float[Array, "..."]:
-        layout = self._layout(path, w)
-        if pair is None or layout is None:
+        layout, expected = self._layout(path, w), self._shapes(path, w)
+        if pair is None:
             return w
+        found = (pair["a"].shape, pair["b"].shape)
+        if layout is None or found != expected:
+            wanted = f"adapters of shapes {expected}" if expected else "no adapters"
+            raise ValueError(
+                f"{name_of(path)} must have {wanted} with rank={self.rank} and these rules; got shapes {found}. Use the Lora that made them."
+            )
         _, inputs, outputs = layout.split(w.shape)
         product = jnp.matmul(pair["a"], pair["b"], precision=lax.Precision.HIGHEST)
         change = layout.restored(self.alpha / self.rank * product, inputs, outputs)
@@ -113,6 +129,10 @@ class Lora:
             raise ValueError(
                 f"LoRA must know which axes of a parameter are its matrix's; got {name} of shape {w.shape}. Give it a Rule."
             )
+        try:
+            rule.layout.split(w.shape)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
         return rule.layout
 
 

@@ -91,13 +91,19 @@ def fit_vocabulary(
     return config
 
 
-def check_memory(config: ModelConfig, train_config: TrainConfig, state: Any = None) -> None:
+def check_memory(
+    config: ModelConfig,
+    train_config: TrainConfig,
+    state: Any = None,
+    hint: str = "Choose a smaller --model, such as tiny or small.",
+) -> None:
     """Raises ValueError if not even the state of training fits into this machine, before the system kills the process.
 
     Args:
       config: the model.
       train_config: the run.
       state: its arrays' shapes; default: parameters and moments.
+      hint: the way out.
     """
     if jax.default_backend() != "cpu" or not hasattr(os, "sysconf"):
         return
@@ -107,7 +113,7 @@ def check_memory(config: ModelConfig, train_config: TrainConfig, state: Any = No
     if needed > memory:
         raise ValueError(
             f"stage {train_config.stage} of {param_count(config, include_mtp=True):,} parameters needs at least {needed / 2**30:.0f} GiB; this "
-            f"machine has {memory / 2**30:.0f}. Choose a smaller --model, such as tiny or small."
+            f"machine has {memory / 2**30:.0f}. {hint}"
         )
 
 

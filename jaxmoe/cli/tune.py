@@ -151,9 +151,11 @@ def tune(
     lora = lora_of(lora_rank, lora_alpha)
     check(options)
     config = find_config(str(locate(source)))
-    frozen = None if lora is None else abstract_params(config)
+    # With adapters the weights that stay, and those that both make.
+    beside = () if lora is None else (abstract_params(config),) * 2
+    hint = f"{'Add' if lora is None else 'Choose a smaller'} --lora-rank, or a smaller source."
     for run in runs:  # of which some collect gradients beside the moments
-        check_memory(config, options, (abstract_state(config, options, run, lora), frozen))
+        check_memory(config, options, (abstract_state(config, options, run, lora), beside), hint)
     corpus = load_corpus(data)
     results = [score_source(source, config, options, corpus, r) for r in baselines(method)]
     for name in method:

@@ -189,6 +189,41 @@ def test_adapters_of_latent_attention_and_experts_make_every_width_better():
         assert last < 0.8 * first
 
 
+def test_adapters_of_another_lora_are_refused_by_name():
+    base = drawn(SHAPES)
+    adapters = LORA.init(base, jax.random.key(0))
+    for other, words in (
+        (Lora(3), r"attention/o/weight must have adapters of .*rank=3.*got shapes \(\(3, 10, 2\)"),
+        (Lora(6), "attention/o/weight must have no adapters with rank=6"),
+        (
+            Lora(2, rules=(Rule("experts"), *quant.DEFAULT_RULES)),
+            "experts/down must have no adapters with rank=2",
+        ),
+    ):
+        with pytest.raises(ValueError, match=words):
+            other(base, adapters)
+        with pytest.raises(ValueError, match=words):
+            jax.jit(other)(base, adapters)
+
+
+def test_a_layout_that_does_not_fit_is_refused_by_name():
+    adapters = LORA.init(BASE, jax.random.key(0))
+    lora = Lora(2, rules=(Rule("proj", quant.Layout(2, 1)),))
+    words = r"proj/weight: a parameter of shape \(64, 8\) lacks axes"
+    with pytest.raises(ValueError, match=words):
+        lora.init(BASE, jax.random.key(0))
+    with pytest.raises(ValueError, match=words):
+        lora(BASE, adapters)
+
+
+@pytest.mark.misuse
+def test_rules_may_be_a_list_and_a_rank_is_an_int():
+    assert hash(Lora(2, rules=list(quant.DEFAULT_RULES))) == hash(Lora(2))
+    for rank in (4.0, "4", None):
+        with pytest.raises(TypeError, match=f"rank must be an int; got {rank!r}"):
+            Lora(rank)
+
+
 def test_rules_choose_and_what_cannot_be_is_refused():
     base = drawn(SHAPES)
     some = Lora(2, rules=(Rule("experts|embed"), *quant.DEFAULT_RULES))
