@@ -74,7 +74,13 @@ PRESETS = {
             augment="mix",
             copies=4,
         ),
-        learning_rates=(("fedavg-large", 0.4), ("centralised", 0.4), ("koala-homo", 0.8)),
+        learning_rates=(
+            ("fedavg-large", 0.4),
+            ("centralised", 0.4),
+            ("koala-homo", 0.8),
+            ("feddf", 0.4),
+            ("koala-hete", 0.4),
+        ),
     ),
     "mnist": Preset(
         "mnist",
