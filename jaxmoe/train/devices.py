@@ -10,7 +10,8 @@ import jax
 from jax.sharding import Mesh
 
 from jaxmoe.sharding import make_mesh
-from jaxmoe.train.processes import ProcessLost, leave
+from jaxmoe.train.processes import leave, status_of
+from jaxmoe.train.signals import Stopped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +51,8 @@ class DeviceOptions:
     def connected(self) -> Iterator[None]:
         """Inside, this process belongs to the run's, if there are several; enter before JAX's first computation.
 
-        After a ``ProcessLost`` the process ends without waiting for the others.
+        After an exception the process ends without waiting for the others, which may be waiting for it; after one that all
+        processes get together (``signals.Stopped``) it waits.
         """
         # SIGTERM is ours (``signals``). JAX's service catches it too, and where nobody asks the service it is lost.
         jax.config.update("jax_enable_preemption_service", False)
@@ -62,8 +64,11 @@ class DeviceOptions:
             )
         try:
             yield
-        except ProcessLost:
-            atexit.register(leave)  # runs before what JAX has registered
+        except Stopped:
+            raise
+        except BaseException as error:
+            if jax.distributed.is_initialized():
+                atexit.register(leave, status_of(error))  # runs before what JAX has registered
             raise
 
     def mesh(self) -> Mesh | None:

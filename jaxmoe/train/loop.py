@@ -25,6 +25,7 @@ from jaxmoe.moe import options_on
 from jaxmoe.params import Params
 from jaxmoe.train.config import TrainConfig, trajectory_of
 from jaxmoe.train.data import Batch, Corpus, DataOptions, Loader, evaluation_rows, load_corpus
+from jaxmoe.train.data.corpus import Tokenizer, check_tokenizer
 from jaxmoe.train.dsa import index_recall, note_origin, origin_of
 from jaxmoe.train.flops import peak_flops, step_flops
 from jaxmoe.train.loss import cross_entropy
@@ -167,8 +168,36 @@ def same_run(saved: dict[str, Any], ours: dict[str, Any], directory: pathlib.Pat
             )
 
 
+def corpus_of(
+    config: ModelConfig,
+    directory: pathlib.Path,
+    data: DataOptions | str | os.PathLike[str] | None,
+    *,
+    resume: bool = True,
+    init_from: str | os.PathLike[str] | None = None,
+) -> Corpus:
+    """The corpus of a run, as of ``train``: what is refused is refused before tokens are made and kept in the directory."""
+    checkpoints = directory / CHECKPOINTS
+    begun = checkpoint.latest_step(checkpoints) is not None
+    if begun and not resume:
+        raise ValueError(
+            f"{directory} already holds a run; resume it, or choose another directory."
+        )
+
+    def check(tokenizer: Tokenizer, fingerprint: dict[str, Any]) -> None:
+        check_tokenizer(tokenizer, config.vocab_size, init_from)
+        if begun:
+            same_run(checkpoint.restore_extra(checkpoints), {"corpus": fingerprint}, directory)
+
+    return load_corpus(data, directory / TOKENS, check)
+
+
 class Run:
-    """Owns a run's files."""
+    """Owns a run's files.
+
+    Raises:
+      ValueError: if the directory holds another run.
+    """
 
     def __init__(
         self,
@@ -201,9 +230,11 @@ class Run:
                 }
             )
         )
+        if self.saved is not None:
+            same_run(self.saved, self.identity, directory)
 
     def peak_flops(self, ranks: int = 1) -> float:
-        """Of all the run's devices: those of the mesh, or one of each of ``ranks``. CPU devices of one machine share its cores."""
+        """Of all the run's devices: those of the mesh, or one of each of ``ranks``. CPU devices of one process share its cores."""
         one = peak_flops(self.train_config.compute_dtype)
         if jax.default_backend() == "cpu":
             return one * jax.process_count()
@@ -213,7 +244,6 @@ class Run:
         """The last checkpoint's state, or a fresh one."""
         if self.saved is None:
             return init_state(self.config, self.train_config, self.mesh, init_from=self.init_from)
-        same_run(self.saved, self.identity, self.directory)
         target = abstract_state(self.config, self.train_config).opt_state
         restored = checkpoint.restore(self.checkpoints, self.mesh, train_state=target)
         step = jnp.asarray(restored.step, jnp.int32)
@@ -365,13 +395,8 @@ def train(
     """
     train_config.check(config)
     directory = pathlib.Path(directory)
-    corpus = load_corpus(data, directory / TOKENS)
-    corpus.check(config.vocab_size, init_from)
+    corpus = corpus_of(config, directory, data, resume=resume, init_from=init_from)
     this = Run(config, train_config, directory, corpus, mesh, init_from)
-    if not resume and checkpoint.latest_step(this.checkpoints) is not None:
-        raise ValueError(
-            f"{directory} already holds a run; resume it, or choose another directory."
-        )
     with with_others(lambda: checkpoint.latest_step(this.checkpoints)):
         this.peak_flops()  # measured while memory is free
         state = this.start()

@@ -16,8 +16,8 @@ import jax
 
 from jaxmoe.errors import JaxMoeError
 
-# What errors of communication have in them; their types tell nothing.
-_COMMUNICATION = re.compile("gloo|nccl|barrier|heartbeat|coordination", re.IGNORECASE)
+# What errors of communication have in their first line, after JAX's status; their types tell nothing.
+_COMMUNICATION = re.compile("[A-Z_]+: .*(?i:gloo|nccl|barrier|heartbeat|coordination)")
 _GRACE_S = 2.0
 
 
@@ -49,7 +49,7 @@ def with_others(saved: Callable[[], int | None]) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ValueError) as error:  # JAX raises both
-        if jax.process_count() == 1 or not _COMMUNICATION.search(str(error)):
+        if jax.process_count() == 1 or not _COMMUNICATION.match(str(error)):
             raise
         number, count = jax.process_index(), jax.process_count()
         reason = str(error).splitlines()[0]
@@ -58,10 +58,19 @@ def with_others(saved: Callable[[], int | None]) -> Iterator[None]:
         ) from error
 
 
-def leave() -> None:
-    """Ends this process with status 1, without JAX's own ending, which waits for all processes, so for one that is gone too."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if jax.process_index() == 0:
-        time.sleep(_GRACE_S)  # JAX's coordination ends with it: the others are to have said why
-    os._exit(1)
+def status_of(error: BaseException) -> int:
+    """The status with which a process ends by an error that nobody catches, or by Ctrl-C."""
+    if isinstance(error, SystemExit) and isinstance(error.code, int | None):
+        return error.code or 0
+    return 130 if isinstance(error, KeyboardInterrupt) else 1
+
+
+def leave(status: int) -> None:
+    """Ends this process, without JAX's own ending, which waits for all processes, so for one that is gone too."""
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if jax.process_index() == 0:
+            time.sleep(_GRACE_S)  # JAX's coordination ends with it: the others are to have said why
+    finally:
+        os._exit(status)

@@ -11,6 +11,10 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C that has ended all processes of a run together, after a step."""
+
+
 class Stop(NamedTuple):
     """A signal that ends a run.
 
@@ -43,13 +47,15 @@ def agree(received: Sequence[int]) -> Stop | None:
 def deferred_signals() -> Iterator[list[int]]:
     """Collects SIGTERM and SIGINT instead of dying in the middle of a step; a second one takes its course.
 
-    Signals can only be caught in the main thread; in others nothing changes.
+    Signals can only be caught in the main thread; in others nothing changes. One that is ignored, as of a job in the background,
+    stays so.
     """
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield received
         return
-    previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    previous = {n: handler for n, handler in handlers.items() if handler != signal.SIG_IGN}
 
     def remember(number: int, frame: Any) -> None:
         del frame
@@ -66,11 +72,17 @@ def deferred_signals() -> Iterator[list[int]]:
 
 
 def take_course(number: int) -> None:
-    """What a signal does where nobody defers it: SIGTERM ends the process, Ctrl-C raises KeyboardInterrupt.
+    """What a signal does where nobody defers it: SIGTERM ends the process, Ctrl-C raises KeyboardInterrupt (``Stopped``).
 
-    Of several processes none is ended before all have come here: JAX's coordination ends with process 0, and whoever still
-    takes part in it then ends with an error.
+    Of several processes none is ended before all have come here, or 300 s have passed: JAX's coordination ends with process 0,
+    and whoever still takes part in it then ends with an error.
     """
+    if signal.getsignal(number) == signal.SIG_IGN:  # another process has received it: all end
+        default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+        signal.signal(number, default)
     if jax.process_count() > 1 and signal.getsignal(number) == signal.SIG_DFL:
         jax.distributed.shutdown()
-    signal.raise_signal(number)
+    try:
+        signal.raise_signal(number)
+    except KeyboardInterrupt as error:
+        raise Stopped(*error.args) from None

@@ -4,11 +4,17 @@ import dataclasses
 import json
 import logging
 import mmap
+import os
 
+import jax
 import numpy as np
 import pytest
+from train.support import MODEL, RUN
 
+from jaxmoe import checkpoint
+from jaxmoe.params import init_params
 from jaxmoe.tokenizer import FileTokenizer
+from jaxmoe.train import train
 from jaxmoe.train.data import DataOptions, load_corpus, token_cache
 
 
@@ -114,11 +120,75 @@ def test_another_text_or_tokenizer_gets_tokens_of_its_own(kept):
 
 
 def test_other_code_makes_other_tokens(kept, monkeypatch):
-    kept.load()
-    monkeypatch.setattr(token_cache, "_code", lambda: "changed")
-    before = kept.calls
-    kept.load()
-    assert kept.calls == before + 2
+    copies = []
+    for number, source in enumerate(token_cache._sources()):
+        copies.append(kept.text.with_name(f"{number}.py"))
+        copies[-1].write_bytes(source.read_bytes())
+    for changed in (None, *copies):
+        if changed is not None:
+            changed.write_bytes(changed.read_bytes() + b"\n")
+        token_cache._code.cache_clear()
+        monkeypatch.setattr(token_cache, "_sources", lambda: tuple(copies))
+        before = kept.calls
+        kept.load()
+        assert kept.calls == before + 2
+
+
+def test_the_code_is_that_of_tokenizer_documents_streams_and_chat():
+    names = {path.name for path in token_cache._sources()}
+    assert {"tokenizer.py", "documents.py", "corpus.py", "stream.py", "_messages.py"} <= names
+
+
+def test_without_its_sources_tokens_are_made_and_not_kept(kept, monkeypatch, caplog):
+    monkeypatch.setattr(token_cache, "_sources", lambda: (kept.text.with_name("missing.py"),))
+    assert kept.load().train.size > 0 and "kept=no" in caplog.text
+    assert not kept.folder.exists()
+
+
+def test_of_two_writers_the_second_keeps_the_file_of_the_first(kept, monkeypatch):
+    """Both have found none; others may have mapped the first's."""
+    first = kept.load()
+    (path,) = kept.files
+    before, finds, read = path.stat(), iter([None]), token_cache._read
+    monkeypatch.setattr(token_cache, "_read", lambda path: next(finds, read(path)))
+    second = kept.load()
+    assert kept.calls == 4
+    assert (path.stat().st_ino, path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    assert kept.files == [path] and mapped(second.train.ids)
+    assert_equal(first, second)
+
+
+def test_who_may_read_what_is_kept_follows_the_umask(kept):
+    before = os.umask(0o027)
+    try:
+        kept.load()
+    finally:
+        os.umask(before)
+    assert kept.files[0].stat().st_mode & 0o777 == 0o640
+
+
+def test_a_disk_without_links_keeps_them_too(kept, monkeypatch):
+    def link(source, target):
+        raise PermissionError
+
+    monkeypatch.setattr(os, "link", link)
+    assert mapped(kept.load().train.ids)
+    assert [path.suffix for path in kept.files] == [".tokens"]
+
+
+def test_a_command_that_is_refused_makes_no_tokens(kept):
+    run = kept.folder.parent
+    options = DataOptions(kept.text, kept.tokenizer)
+    with pytest.raises(ValueError, match="vocab_size"):
+        train(MODEL.replace(vocab_size=100), RUN, run, data=options)
+    checkpoint.save(
+        run / "checkpoints", init_params(MODEL, jax.random.key(0)), MODEL, 1, extra={"corpus": {}}
+    )
+    with pytest.raises(ValueError, match="already holds a run"):
+        train(MODEL, RUN, run, data=options, resume=False)
+    with pytest.raises(ValueError, match="another corpus"):
+        train(MODEL, RUN, run, data=options)
+    assert kept.calls == 0 and not kept.folder.exists()
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import hashlib
 import os
 import pathlib
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -69,19 +69,7 @@ class Corpus:
 
     def check(self, vocab_size: int, origin: str | os.PathLike[str] | None = None) -> None:
         """Raises ValueError if a model's vocabulary is too small, or the run it starts from had another tokenizer file."""
-        check_vocabulary(self.tokenizer, vocab_size)
-        theirs = load_tokenizer(origin)
-        if not isinstance(theirs, FileTokenizer):
-            return
-        ours = self.tokenizer
-        if not isinstance(ours, FileTokenizer):
-            raise ValueError(
-                f"{origin} was trained on the tokens of {theirs.path}, not on bytes; pass --tokenizer {theirs.path}."
-            )
-        if ours.path.read_bytes() != theirs.path.read_bytes():
-            raise ValueError(
-                f"{origin} was trained on the tokens of {theirs.path}, not on those of {ours.path}; pass --tokenizer {theirs.path}."
-            )
+        check_tokenizer(self.tokenizer, vocab_size, origin)
 
     def put_tokenizer(self, directory: str | os.PathLike[str]) -> None:
         """Leaves a tokenizer file in a run's directory, for whoever generates from it."""
@@ -113,6 +101,24 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
         raise ValueError(
             f"vocab_size ({vocab_size}) must be >= {tokenizer.vocab_size}, the tokens of {tokenizer.path}; pass "
             f"--vocab-size {tokenizer.vocab_size}, or another tokenizer."
+        )
+
+
+def check_tokenizer(
+    tokenizer: Tokenizer, vocab_size: int, origin: str | os.PathLike[str] | None
+) -> None:
+    """``Corpus.check`` before there is a corpus."""
+    check_vocabulary(tokenizer, vocab_size)
+    theirs = load_tokenizer(origin)
+    if not isinstance(theirs, FileTokenizer):
+        return
+    if not isinstance(tokenizer, FileTokenizer):
+        raise ValueError(
+            f"{origin} was trained on the tokens of {theirs.path}, not on bytes; pass --tokenizer {theirs.path}."
+        )
+    if tokenizer.path.read_bytes() != theirs.path.read_bytes():
+        raise ValueError(
+            f"{origin} was trained on the tokens of {theirs.path}, not on those of {tokenizer.path}; pass --tokenizer {theirs.path}."
         )
 
 
@@ -345,6 +351,7 @@ def _streams(
 def load_corpus(
     source: DataOptions | str | os.PathLike[str] | None = None,
     keep_in: str | os.PathLike[str] | None = None,
+    check: Callable[[Tokenizer, dict[str, Any]], None] | None = None,
 ) -> Corpus:
     """The user's documents, or by default the sources of Python's standard library.
 
@@ -356,6 +363,7 @@ def load_corpus(
     Args:
       source: options, or just a path or None.
       keep_in: folder in which the tokens of a tokenizer file are kept (``token_cache``), and found the next time.
+      check: gets the tokenizer and the fingerprint before there are tokens, and raises an error if they are not wanted.
 
     Raises:
       ValueError: if there is no such path, too little text, or a document cannot be read: names file and line.
@@ -364,11 +372,11 @@ def load_corpus(
     tokenizer = make_tokenizer(options.tokenizer)
     name, contents, files = _files(options.data)
     fingerprint = _fingerprint(contents, files, tokenizer, truncate=options.truncate)
+    if check is not None:
+        check(tokenizer, fingerprint)
     make = functools.partial(_streams, name, contents, files, tokenizer)
     if keep_in is None or isinstance(tokenizer, ByteTokenizer):  # bytes are made as fast as read
         train, validation = make()
     else:
-        train, validation = token_cache.keep(
-            token_cache.path_of(keep_in, fingerprint, contents), make
-        )
+        train, validation = token_cache.keep(keep_in, fingerprint, contents, make)
     return Corpus(train, validation, fingerprint, name, tokenizer, options.truncate)

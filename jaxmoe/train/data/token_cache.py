@@ -1,7 +1,8 @@
 """Tokens that are kept from one start of a run to the next, because a tokenizer file takes its time.
 
 A file is named by everything that its tokens depend on, so there is no stale one: the text, the tokenizer, the package that reads the
-tokenizer, and the code that makes documents and streams. It appears by a rename, and ends in the SHA-256 of all before it.
+tokenizer, and the code that makes documents and streams (its files as they are at the first use; who edits them meanwhile must start
+again). It appears whole, is not replaced unless it is damaged, and ends in the SHA-256 of all before it.
 
 Format: magic, length of the header (uint64), header (JSON: each array's dtype, length and offset, and labels), arrays, digest;
 the header and each array are padded to 64 bytes.
@@ -15,7 +16,7 @@ import logging
 import mmap
 import os
 import pathlib
-import tempfile
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -35,37 +36,52 @@ _PARTS, _ARRAYS = ("train", "validation"), ("ids", "documents", "sizes", "said")
 Streams = tuple[Stream, Stream]
 
 
-@functools.lru_cache(maxsize=1)
-def _code() -> str:
-    """Digest of the code that turns files into tokens."""
+def _sources() -> tuple[pathlib.Path, ...]:
+    """The code that turns files into tokens."""
     packages = (pathlib.Path(__file__).parent, pathlib.Path(jaxmoe.chat.__file__).parent)
-    files = [pathlib.Path(jaxmoe.tokenizer.__file__)]
-    files += [path for package in packages for path in sorted(package.glob("*.py"))]
+    files = (path for package in packages for path in sorted(package.glob("*.py")))
+    return (pathlib.Path(jaxmoe.tokenizer.__file__), *files)
+
+
+@functools.lru_cache
+def _code(files: tuple[pathlib.Path, ...]) -> str:
+    """Digest of code."""
     return hashlib.sha256(b"\0".join(path.read_bytes() for path in files)).hexdigest()
 
 
-def path_of(
+def _path_of(
     folder: str | os.PathLike[str], fingerprint: dict[str, Any], names: Iterable[str]
 ) -> pathlib.Path:
-    """Where the tokens of a corpus are kept.
-
-    Args:
-      folder: of kept tokens.
-      fingerprint: the corpus's.
-      names: of its files, which decide how they are read.
-    """
+    """Where the tokens of a corpus are kept."""
     depends_on = {
         "corpus": {k: v for k, v in fingerprint.items() if k != "truncate"},  # rows are cut, not streams
         "names": [*names],
         "tokenizers": importlib.metadata.version("tokenizers"),
-        "code": _code(),
+        "code": _code(_sources()),
     }  # fmt: skip
     key = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
     return pathlib.Path(folder) / f"{key[:32]}.tokens"
 
 
-def keep(path: pathlib.Path, make: Callable[[], Streams]) -> Streams:
-    """The (training, held-out) streams in a file, memory-mapped; made and written if it is not there, or damaged."""
+def keep(
+    folder: str | os.PathLike[str],
+    fingerprint: dict[str, Any],
+    names: Iterable[str],
+    make: Callable[[], Streams],
+) -> Streams:
+    """The (training, held-out) streams of a corpus, memory-mapped; made and written if they are not there, or damaged.
+
+    Args:
+      folder: of kept tokens.
+      fingerprint: the corpus's.
+      names: of its files, which decide how they are read.
+      make: makes the streams.
+    """
+    try:
+        path = _path_of(folder, fingerprint, names)
+    except OSError as error:  # of the sources
+        _not_kept(folder, error)
+        return make()
     found = _read(path)
     if found is not None:
         return found
@@ -73,9 +89,13 @@ def keep(path: pathlib.Path, make: Callable[[], Streams]) -> Streams:
     try:
         _write(path, made)
     except OSError as error:
-        logger.warning("tokens=%s kept=no reason=%r (made again at the next start)", path, error)
+        _not_kept(path, error)
         return made
     return _read(path) or made
+
+
+def _not_kept(path: str | os.PathLike[str], error: OSError) -> None:
+    logger.warning("tokens=%s kept=no reason=%r (made again at the next start)", path, error)
 
 
 def _padding(size: int) -> bytes:
@@ -109,17 +129,20 @@ def _write(path: pathlib.Path, streams: Streams) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256()
     # Of a name of its own: all processes of a run may write the same at once.
-    file = tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False)
+    ours = path.with_name(f"{path.stem}.{uuid.uuid4().hex}.tmp")
     try:
-        with file:
+        with ours.open("xb") as file:
             for piece in _pieces(path, streams):
                 digest.update(piece)
                 file.write(piece)
             file.write(digest.digest())
-        os.replace(file.name, path)
-    except BaseException:
-        pathlib.Path(file.name).unlink(missing_ok=True)
-        raise
+        try:
+            os.link(ours, path)
+        except OSError:  # there is one, which others may have mapped; or the disk has no links
+            if _read(path) is None:
+                os.replace(ours, path)
+    finally:
+        ours.unlink(missing_ok=True)
 
 
 def _read(path: pathlib.Path) -> Streams | None:

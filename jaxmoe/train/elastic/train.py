@@ -9,11 +9,11 @@ from collections.abc import Callable
 from jaxmoe import checkpoint
 from jaxmoe.config import ModelConfig
 from jaxmoe.train.config import TrainConfig
-from jaxmoe.train.data import DataOptions, load_corpus
+from jaxmoe.train.data import DataOptions
 from jaxmoe.train.elastic.events import Event
 from jaxmoe.train.elastic.options import ElasticOptions
 from jaxmoe.train.elastic.run import ElasticRun
-from jaxmoe.train.loop import TOKENS, Progress, Run, Summary, train
+from jaxmoe.train.loop import Progress, Run, Summary, corpus_of, train
 from jaxmoe.train.signals import deferred_signals
 
 
@@ -50,8 +50,7 @@ def train_elastic(
     train_config.check(config)
     directory = pathlib.Path(directory)
     data = data if isinstance(data, DataOptions) else DataOptions(data)
-    corpus = load_corpus(data, directory / TOKENS)
-    corpus.check(config.vocab_size)
+    corpus = corpus_of(config, directory, data)
     run = Run(config, train_config, directory, corpus, None)
     if (checkpoint.latest_step(run.checkpoints) or 0) >= train_config.steps:
         return train(config, train_config, directory, data=data)  # complete already: it only scores
