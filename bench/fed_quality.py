@@ -4,8 +4,8 @@
     python -m bench.fed_quality --preset mnist --data mnist.npz --json bench/results/fed_quality_mnist.json
 
 Every method gets the same splits, seeds, rounds, local training, proxy inputs and number of distillation steps per round, and the learning
-rate of its clients that ``learning_rates`` has for it, chosen with --learning-rate. Accuracy is on the test part at the last round; settings were chosen by accuracy
-on the validation part, of seed 100 (digits: 100 to 102), which no reported run uses.
+rate of its clients that ``learning_rates`` has for it, chosen with --learning-rate. Accuracy is on the test part at the last round; settings
+were chosen by accuracy on the validation part, of seed 100 (digits: 100 to 102), which no reported run uses.
 """
 
 import dataclasses

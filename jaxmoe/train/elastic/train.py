@@ -2,7 +2,6 @@
 
 import os
 import pathlib
-import signal
 import time
 from collections.abc import Callable
 
@@ -14,7 +13,7 @@ from jaxmoe.train.elastic.events import Event
 from jaxmoe.train.elastic.options import ElasticOptions
 from jaxmoe.train.elastic.run import ElasticRun
 from jaxmoe.train.loop import Progress, Run, Summary, corpus_of, train
-from jaxmoe.train.signals import deferred_signals
+from jaxmoe.train.signals import deferred_signals, take_course
 
 
 def train_elastic(
@@ -63,5 +62,5 @@ def train_elastic(
         with deferred_signals() as received:
             record = this.train(received, on_progress)
     for number in received:  # saved: now they take their usual course
-        signal.raise_signal(number)
+        take_course(number)
     return run.summary(this.state, record, time.perf_counter() - began)
