@@ -217,8 +217,8 @@ class Run:
         self.flops = step_flops(config, train_config)
         # A run that goes on doesn't need what it began with.
         begun = checkpoint.latest_step(self.checkpoints) is not None
-        self.saved = checkpoint.restore_extra(self.checkpoints) if begun else None
-        origin = (self.saved or {}).get("initial parameters")
+        saved = checkpoint.restore_extra(self.checkpoints) if begun else None
+        origin = (saved or {}).get("initial parameters")
         # As JSON gives them back.
         self.identity = json.loads(
             json.dumps(
@@ -230,8 +230,8 @@ class Run:
                 }
             )
         )
-        if self.saved is not None:
-            same_run(self.saved, self.identity, directory)
+        if saved is not None:
+            same_run(saved, self.identity, directory)
 
     def peak_flops(self, ranks: int = 1) -> float:
         """Of all the run's devices: those of the mesh, or one of each of ``ranks``. CPU devices of one process share its cores."""
@@ -241,8 +241,8 @@ class Run:
         return one * (ranks if self.mesh is None else self.mesh.size)
 
     def start(self) -> TrainState:
-        """The last checkpoint's state, or a fresh one."""
-        if self.saved is None:
+        """The last checkpoint's state, which this run may have saved itself, or a fresh one."""
+        if checkpoint.latest_step(self.checkpoints) is None:
             return init_state(self.config, self.train_config, self.mesh, init_from=self.init_from)
         target = abstract_state(self.config, self.train_config).opt_state
         restored = checkpoint.restore(self.checkpoints, self.mesh, train_state=target)

@@ -1,5 +1,6 @@
 """Training on real processes that are killed, stopped and started again: the run is that of an undisturbed one."""
 
+import dataclasses
 import os
 import pathlib
 import shutil
@@ -9,6 +10,7 @@ import sys
 import time
 from types import SimpleNamespace
 
+import chex
 import numpy as np
 import pytest
 from train.support import MODEL, REPOSITORY, losses, records, with_options, write_corpus
@@ -131,6 +133,17 @@ def test_a_step_on_ranks_has_the_utilisation_of_an_ordinary_one(corpus, tmp_path
     # 2.5 s, of which the slowest has scored half a second.
     assert (record["seconds"], record["mfu"], record["ranks"]) == (2.0, 0.5, 2)
     assert record == run.record(1, metrics, 2.0) | {"ranks": 2, "bits_per_byte": 2.0}
+
+
+def test_a_run_goes_back_to_what_it_has_saved_itself(corpus, tmp_path):
+    run = Run(SMALL, with_options(), tmp_path, load_corpus(corpus), None)
+    state = run.start()
+    assert int(state.step) == 0
+    state = dataclasses.replace(state, step=np.int32(7))
+    run.save(state)
+    again = run.start()
+    assert int(again.step) == 7
+    chex.assert_trees_all_equal(again.params, state.params)
 
 
 @pytest.fixture(scope="module")
