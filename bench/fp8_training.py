@@ -36,22 +36,17 @@ def product_errors(seed: int) -> dict[str, float]:
     return {n: float(jnp.std(ours[n] - exact[n]) / jnp.std(exact[n])) for n in exact}
 
 
-def held_out_losses(
-    config: ModelConfig, run: TrainConfig, data: str | None, rows: list[dict]
-) -> tuple[float, float]:
-    """Held-out loss of the run without and with 8-bit products, in nats; adds a row for each."""
-    losses = []
+def held_out_losses(config: ModelConfig, run: TrainConfig, data: str | None) -> list[dict]:
+    """Rows of the held-out loss of the run without and with 8-bit products, in nats."""
+    rows = []
     with tempfile.TemporaryDirectory() as directory:
         for fp8 in (False, True):
             output = pathlib.Path(directory) / str(fp8)
             summary = train(config, dataclasses.replace(run, fp8=fp8), output, data=data)
-            losses.append(summary.held_out_loss)
-            name = "8-bit products" if fp8 else run.compute_dtype
-            rows.append(
-                {"name": f"held-out loss, {name}, seed {run.seed}", "value": losses[-1], "unit": "nats"}
-                | {"steps": run.steps, "seconds": summary.seconds}
-            )  # fmt: skip
-    return losses[0], losses[1]
+            name = f"held-out loss, {'8-bit products' if fp8 else 'float32'}, seed {run.seed}"
+            row = {"name": name, "value": summary.held_out_loss, "unit": "nats"}
+            rows.append(row | {"steps": run.steps, "seconds": summary.seconds})
+    return rows
 
 
 def main() -> None:
@@ -61,7 +56,7 @@ def main() -> None:
     options.add_argument("--steps", type=int, default=200)
     options.add_argument("--batch", type=int, default=8)
     options.add_argument("--seq-len", type=int, default=256)
-    options.add_argument("--seeds", nargs="+", type=int, help="several, instead of --seed")
+    options.add_argument("--seeds", nargs="+", type=int, help="of the runs; default --seed")
     options.add_argument("--data", help="text; default the standard library's sources")
     args = options.parse_args()
     config = presets[args.preset].replace(initializer_range=0.06)
@@ -79,10 +74,10 @@ def main() -> None:
     ]
     ratios = {}
     for seed in args.seeds or [args.seed]:
-        exact, rounded = held_out_losses(
-            config, dataclasses.replace(run, seed=seed), args.data, rows
-        )
-        ratios[f"held-out loss, 8-bit products / float32, seed {seed}"] = rounded / exact
+        exact, rounded = held_out_losses(config, dataclasses.replace(run, seed=seed), args.data)
+        rows += [exact, rounded]
+        ratio = rounded["value"] / exact["value"]
+        ratios[f"held-out loss, 8-bit products / float32, seed {seed}"] = ratio
     ratios["held-out loss, 8-bit products / float32, mean"] = statistics.mean(ratios.values())
     _harness.finish("fp8_training", rows, ratios, args.json)
 

@@ -20,7 +20,7 @@ _FLAGS = {
     "--xla_cpu_collective_call_terminate_timeout_seconds": 600,
 }
 if importlib.metadata.version("jaxlib").split(".")[:2] == ["0", "10"]:
-    # XLA's older way to make CPU code of a fusion; it compiles in less than half the time. Later versions know no such flag.
+    # XLA's older way to make CPU code of a fusion; it compiles in less than half the time. Versions from 0.11.2 on have no such flag.
     _FLAGS["--xla_cpu_use_fusion_emitters"] = "false"
 _given = os.environ.get("XLA_FLAGS", "")
 _added = [f"{flag}={value}" for flag, value in _FLAGS.items() if flag not in _given]

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 
+import children
 import httpx2
 import jax
 import numpy as np
@@ -64,13 +65,12 @@ def process(*args, model=(MODEL, "--random-weights"), warm_up=False):
     """A real ``jaxmoe serve``; yields it and its address, once it is ready or has begun to warm up."""
     command = [sys.executable, "-u", "-c", "from jaxmoe.cli import main; main()", "serve"]
     root = os.path.dirname(os.path.dirname(jaxmoe.__file__))
-    flags = "--xla_force_host_platform_device_count=1"
     child = subprocess.Popen(
         [*command, *model, "--port", "0", f"--{'' if warm_up else 'no-'}warm-up", *args],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
-        env=os.environ | {"PYTHONPATH": root, "XLA_FLAGS": flags},
+        env=children.environment(PYTHONPATH=root),
     )
     try:
         line = child.stdout.readline()

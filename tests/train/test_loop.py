@@ -10,6 +10,7 @@ import sys
 import textwrap
 import time
 
+import children
 import jax
 import numpy as np
 import pytest
@@ -54,11 +55,11 @@ def run(corpus, tmp_path_factory):
 
 
 def start(directory, corpus, steps, signal_at=0):
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    # The processes run the same programs: compile them once.
-    environment["JAX_COMPILATION_CACHE_DIR"] = str(corpus.parent / "compiled")
-    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
-    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+    environment = children.environment(
+        JAX_COMPILATION_CACHE_DIR=str(corpus.parent / "compiled"),  # the same programs, once
+        JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0.2",
+        JAX_DISABLE_MOST_OPTIMIZATIONS="1",
+    )
     return subprocess.Popen(
         [sys.executable, "-c", _SCRIPT, str(directory), str(corpus), str(steps), str(signal_at)],
         cwd=REPOSITORY,

@@ -2,13 +2,13 @@
 
 import atexit
 import json
-import os
 import signal
 import socket
 import subprocess
 import sys
 import time
 
+import children
 import jax
 import numpy as np
 import pytest
@@ -51,12 +51,12 @@ def no_orphans():
 
 def command(folder, output, steps, more="", devices=1):
     """``jaxmoe train``, in a process of its own."""
-    environment = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
-    }
+    environment = children.environment(
+        devices,
+        JAX_DISABLE_MOST_OPTIMIZATIONS="1",
+        JAX_COMPILATION_CACHE_DIR=str(folder / "compiled"),
+        JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0.2",
+    )
     options = f"--steps {steps} --batch-size 4 --seq-len 32 --eval-every 1000 --eval-bytes 1024"
     words = f"train --model {folder / 'small.json'} --output {output} --data {folder / 'text'} {options} {more}"
     process = subprocess.Popen(

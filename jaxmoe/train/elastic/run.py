@@ -83,6 +83,8 @@ class ElasticRun:
             0  # steps of the last snapshot, and of the last of which all ranks have all they keep
         )
         self._saved = checkpoint.latest_step(run.checkpoints)
+        self.state: TrainState | None = None
+        """As this run saved it last; None before."""
 
     # -- life --------------------------------------------------------------------------------------
 
@@ -283,7 +285,7 @@ class ElasticRun:
             whole.put(self.step, part)
         leaves = parts.put_together(whole.get(self.step), self._axes, range(self._experts))
         structure = jax.tree.structure(abstract_state(self._run.config, self._run.train_config))
-        self.state: TrainState = jax.tree.unflatten(structure, leaves)
+        self.state = jax.tree.unflatten(structure, leaves)
         self._run.save(self.state)
         self._saved = self.step
 

@@ -63,4 +63,6 @@ def train_elastic(
             record = this.train(received, on_progress)
     for number in received:  # saved: now they take their usual course
         take_course(number)
-    return run.summary(this.state, record, time.perf_counter() - began)
+    # Stopped before there was anything more to save, it is as it began.
+    state = run.start() if this.state is None else this.state
+    return run.summary(state, record, time.perf_counter() - began)
