@@ -98,7 +98,6 @@ PRESETS = {
             augment="mix",
             copies=4,
         ),
-        learning_rates=(("fedavg-large", 0.2), ("fedmd", 0.1)),
         evaluate_every=5,
     ),
 }
