@@ -51,6 +51,9 @@ class Admission:
         on_chunk: Callable[[Chunk], None] | None,
     ) -> Request:
         """A request with its progress. Arguments and errors as of ``Engine.submit``."""
+        submitted = (
+            time.monotonic()
+        )  # what follows counts, in the deadline and in the request's times
         ids = self._ids(prompt)
         room = self._max_length - len(ids)
         if room < 1:
@@ -70,7 +73,9 @@ class Admission:
             sampling = dataclasses.replace(sampling, width=width)
         if not isinstance(priority, int):
             raise TypeError(f"priority must be an integer; got {priority!r}.")
-        request = Request(ids, sampling, priority, _deadline(timeout_s), request_id or "")
+        request = Request(
+            ids, sampling, priority, _deadline(submitted, timeout_s), request_id or ""
+        )
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
         own = frozenset() if sampling.ignore_eos else self._eos
         request.progress = Progress(
@@ -80,6 +85,7 @@ class Admission:
             own | frozenset(sampling.stop_token_ids),
             on_chunk,
             grammar.start(sampling.output_form(), self._tokenizer, self._config, self._eos),
+            submitted,
         )
         return request
 
@@ -98,9 +104,9 @@ class Admission:
         return [int(i) for i in ids]
 
 
-def _deadline(timeout_s: float | None) -> float | None:
+def _deadline(submitted: float, timeout_s: float | None) -> float | None:
     if timeout_s is None:
         return None
     if not isinstance(timeout_s, int | float) or not timeout_s > 0:
         raise ValueError(f"timeout_s must be > 0 or None; got {timeout_s!r}.")
-    return time.monotonic() + timeout_s
+    return submitted + timeout_s

@@ -84,8 +84,8 @@ class Progress:
     key: np.ndarray
     stop_ids: frozenset[int]
     on_chunk: Callable[[Chunk], None] | None
-    grammar: Any = None
-    submitted: float = dataclasses.field(default_factory=time.monotonic)
+    grammar: Any
+    submitted: float
     first_token: float | None = None
     shown: list[int] = dataclasses.field(default_factory=list)
     pieces: list[str] = dataclasses.field(default_factory=list)
