@@ -51,9 +51,8 @@ class Admission:
         on_chunk: Callable[[Chunk], None] | None,
     ) -> Request:
         """A request with its progress. Arguments and errors as of ``Engine.submit``."""
-        submitted = (
-            time.monotonic()
-        )  # what follows counts, in the deadline and in the request's times
+        # What follows counts, in the deadline and in the request's times.
+        submitted = time.monotonic()
         ids = self._ids(prompt)
         room = self._max_length - len(ids)
         if room < 1:

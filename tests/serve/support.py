@@ -9,13 +9,13 @@ import sys
 import threading
 import time
 
-import children
 import httpx2
 import jax
 import numpy as np
 
 import jaxmoe
 from jaxmoe import checkpoint
+from jaxmoe.elastic.cluster.supervisor import environment
 from jaxmoe.engine import Engine, EngineOptions
 from jaxmoe.serve.api import Lifecycle, build_app
 from jaxmoe.serve.options import ApiOptions, ServerOptions
@@ -70,7 +70,7 @@ def process(*args, model=(MODEL, "--random-weights"), warm_up=False):
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
-        env=children.environment(PYTHONPATH=root),
+        env=environment() | {"PYTHONPATH": root},
     )
     try:
         line = child.stdout.readline()

@@ -9,7 +9,6 @@ import sys
 import time
 from types import SimpleNamespace
 
-import children
 import jax
 import numpy as np
 import pytest
@@ -17,6 +16,7 @@ from train.support import MODEL, REPOSITORY, losses, records, with_options, writ
 
 from jaxmoe import checkpoint
 from jaxmoe.elastic.cluster.messages import Fault
+from jaxmoe.elastic.cluster.supervisor import environment
 from jaxmoe.train import DataOptions, load_corpus, loop, train
 from jaxmoe.train.elastic import ElasticOptions, RanksLost, train_elastic
 from jaxmoe.train.elastic import run as run_module
@@ -355,7 +355,7 @@ def _command(directory, corpus, programs):
     return subprocess.Popen(
         [sys.executable, "-c", script, str(directory), str(corpus), programs],
         cwd=REPOSITORY,
-        env=children.environment(),
+        env=environment(),
         stdout=subprocess.PIPE,
         text=True,
     )

@@ -10,13 +10,13 @@ import sys
 import textwrap
 import time
 
-import children
 import jax
 import numpy as np
 import pytest
 from train.support import MODEL, REPOSITORY, RUN, losses, records, with_options, write_corpus
 
 from jaxmoe import checkpoint
+from jaxmoe.elastic.cluster.supervisor import environment
 from jaxmoe.sharding import make_mesh
 from jaxmoe.train import TrainConfig, train
 from jaxmoe.train.loop import MAX_SKIPPED, LossNotFinite
@@ -55,15 +55,15 @@ def run(corpus, tmp_path_factory):
 
 
 def start(directory, corpus, steps, signal_at=0):
-    environment = children.environment(
-        JAX_COMPILATION_CACHE_DIR=str(corpus.parent / "compiled"),  # the same programs, once
-        JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0.2",
-        JAX_DISABLE_MOST_OPTIMIZATIONS="1",
-    )
+    own = {
+        "JAX_COMPILATION_CACHE_DIR": str(corpus.parent / "compiled"),  # the same programs, once
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    }
     return subprocess.Popen(
         [sys.executable, "-c", _SCRIPT, str(directory), str(corpus), str(steps), str(signal_at)],
         cwd=REPOSITORY,
-        env=environment,
+        env=environment() | own,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

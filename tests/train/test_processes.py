@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 
-import children
 import jax
 import numpy as np
 import pytest
@@ -16,6 +15,7 @@ from jax.experimental import multihost_utils
 from train.support import MODEL, REPOSITORY, losses, records, write_corpus
 
 from jaxmoe import checkpoint
+from jaxmoe.elastic.cluster.supervisor import environment
 from jaxmoe.train.devices import DeviceOptions
 from jaxmoe.train.processes import ProcessLost, status_of, with_others
 from jaxmoe.train.signals import Stop, Stopped, agree, deferred_signals, take_course
@@ -51,18 +51,17 @@ def no_orphans():
 
 def command(folder, output, steps, more="", devices=1):
     """``jaxmoe train``, in a process of its own."""
-    environment = children.environment(
-        devices,
-        JAX_DISABLE_MOST_OPTIMIZATIONS="1",
-        JAX_COMPILATION_CACHE_DIR=str(folder / "compiled"),
-        JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0.2",
-    )
+    own = {
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+    }
     options = f"--steps {steps} --batch-size 4 --seq-len 32 --eval-every 1000 --eval-bytes 1024"
     words = f"train --model {folder / 'small.json'} --output {output} --data {folder / 'text'} {options} {more}"
     process = subprocess.Popen(
         [sys.executable, "-c", "from jaxmoe.cli import main; main()", *words.split()],
         cwd=REPOSITORY,
-        env=environment,
+        env=environment(devices) | own,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -81,8 +81,8 @@ class Member:
             self.connection.close()
 
 
-def _environment(devices: int) -> dict[str, str]:
-    """This process's, with so many CPU devices: flags that say otherwise are for this one."""
+def environment(devices: int = 1) -> dict[str, str]:
+    """This process's environment, with so many CPU devices: flags that say otherwise are for this one."""
     flags = os.environ.get("XLA_FLAGS", "").split()
     kept = [flag for flag in flags if "host_platform_device_count" not in flag]
     return {**os.environ, "XLA_FLAGS": " ".join(kept), "JAX_NUM_CPU_DEVICES": str(devices)}
@@ -149,7 +149,7 @@ class Supervisor:
             stdin=subprocess.PIPE,
             # Libraries print there, and what is on the controller's standard output is for others to read.
             stdout=2,
-            env=_environment(self._devices),
+            env=environment(self._devices),
             process_group=0,  # Ctrl-C is for the controller
         )
         with contextlib.suppress(BrokenPipeError):  # it is dead already, which will be noticed

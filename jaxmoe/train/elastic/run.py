@@ -69,9 +69,8 @@ class ElasticRun:
         self._run, self._data, self.options, self._on_event = run, data, options, on_event
         self._experts = run.config.n_routed_experts
         self._axes = parts.expert_axes(run.config, run.train_config)
-        self._store = (
-            peers.Store()
-        )  # the controller's own: what it has read from the last checkpoint
+        # The controller's own: what it has read from the last checkpoint.
+        self._store = peers.Store()
         self._orders = Orders(options.devices)
         self._used: set[Order] = set()
         self._planned: dict[frozenset[int], Order] = {}  # meshes that may come next
@@ -79,9 +78,8 @@ class ElasticRun:
         self._tries = 0
         self.step = 0
         """Steps done."""
-        self._snapshot = self._safe = (
-            0  # steps of the last snapshot, and of the last of which all ranks have all they keep
-        )
+        # Steps of the last snapshot, and of the last of which all ranks have all they keep.
+        self._snapshot = self._safe = 0
         self._saved = checkpoint.latest_step(run.checkpoints)
         self.state: TrainState | None = None
         """As this run saved it last; None before."""
