@@ -155,26 +155,20 @@ def _check(name: str, stored: str, case: _Decode) -> None:
 
 
 def _variants(case: _Decode, batch: int, context: int) -> list[tuple[str, Callable[[], Any]]]:
-    """The kernel in every setting that makes sense for the batch, without the arithmetic on addresses."""
+    """The kernel in every setting that makes sense for the batch."""
     blocks = batch * -(-case.args.heads // 64)
     settings = FULL
     if blocks < _pallas.multiprocessors():
         settings = tuple(Config(splits=s) for s in SPLITS if s * blocks <= 4 * 132)
-    address_of = jax.jit(lambda *x: addresses.of_step(*x).address)
-    operands = [
-        (q[:, 0], cached, own[0], address_of(cached, layer, own, rows, pages))
-        for q, cached, layer, own, rows, pages in case.operands(batch, context)
-    ]
 
-    def attend(q, cached, own, address, config):
-        table = cached.reshape(-1, cached.shape[-1])
-        rows = addresses.Rows(table, own, address)
-        return mosaic_gpu.attend(q, rows, SCALE, VALUES, config=config)
+    def attend(q, *step, config):
+        rows = addresses.chosen_of_step(*step)
+        return mosaic_gpu.attend(q[:, 0], rows, SCALE, VALUES, config=config)
 
     return [
         (
-            f"addresses given, splits {c.splits}, prefetch {c.prefetch}, registers {c.producer_registers} and {c.consumer_registers}",
-            _cycled(jax.jit(lambda *x, c=c: attend(*x, c)), operands),
+            f"splits {c.splits}, prefetch {c.prefetch}, registers {c.producer_registers} and {c.consumer_registers}",
+            _cycled(jax.jit(functools.partial(attend, config=c)), case.operands(batch, context)),
         )
         for c in settings
     ]

@@ -10,7 +10,9 @@ from typing import Any
 from jax.experimental.mosaic.gpu import utils as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm
+from jaxlib.mlir.dialects import arith
+
+from pallas_kernels.sparse_mla import _ptx
 
 BLOCK = 64  # rows
 _LINES = 16  # rows that a warpgroup's 128 threads reach at a time, 8 threads each
@@ -42,14 +44,14 @@ def copy_rows(
         del ctx
         row_bytes, eight_bit = _row_bytes(cached), _is_bytes(cached)
         tiles = ir.MemRefType(block.type).shape[1]
-        thread = arith.remui(mgpu.thread_idx(), _c(128))
-        line, piece = arith.divui(thread, _c(8)), arith.remui(thread, _c(8))
-        swizzle = arith.remui(line, _c(8))
-        first = arith.muli(arith.divui(line, _c(8)), _c(tiles * _TILE_BYTES))
-        first = arith.addi(first, arith.muli(swizzle, _c(128)))
-        first = arith.addi(first, _address(block, 32))
-        place = arith.addi(first, arith.muli(arith.xori(piece, swizzle), _c(16)))
-        offset = arith.extui(_int(64), arith.muli(piece, _c(16)))
+        thread = arith.remui(mgpu.thread_idx(), _ptx.constant(128))
+        line, piece = arith.divui(thread, _ptx.constant(8)), arith.remui(thread, _ptx.constant(8))
+        swizzle = arith.remui(line, _ptx.constant(8))
+        first = arith.muli(arith.divui(line, _ptx.constant(8)), _ptx.constant(tiles * _TILE_BYTES))
+        first = arith.addi(first, arith.muli(swizzle, _ptx.constant(128)))
+        first = arith.addi(first, _ptx.address(block, 32))
+        place = arith.addi(first, arith.muli(arith.xori(piece, swizzle), _ptx.constant(16)))
+        offset = arith.extui(_ptx.integer(64), arith.muli(piece, _ptx.constant(16)))
         step = (_LINES // 8) * tiles * _TILE_BYTES
         numbers = [_load_index(index, line, i * _LINES) for i in range(BLOCK // _LINES)]
         sources = [_source(cached, own, number, row_bytes) for number in numbers]
@@ -59,14 +61,14 @@ def copy_rows(
                 f"cp.async.cg.shared.global [$0+{i * step + tile * _TILE_BYTES}], [$1+{skip + (tile - begin) * 128}], 16, $2;"
                 for tile in range(begin, tiles)
             ]
-            valid = arith.cmpi(arith.CmpIPredicate.sge, number, _c(0))
+            valid = arith.cmpi(arith.CmpIPredicate.sge, number, _ptx.constant(0))
             # Of 16 bytes, what is copied; the rest is zeros.
-            size = arith.select(valid, _c(16), _c(0))
-            _asm("\n".join(asm), "r,l,r", [place, arith.addi(source, offset), size])
+            size = arith.select(valid, _ptx.constant(16), _ptx.constant(0))
+            _ptx.asm("\n".join(asm), "r,l,r", [place, arith.addi(source, offset), size])
         for i in range(0, BLOCK // _LINES if eight_bit else 0, 2):
-            lines = [arith.addi(first, _c(j * step)) for j in (i, i + 1)]
+            lines = [arith.addi(first, _ptx.constant(j * step)) for j in (i, i + 1)]
             _decode_values(lines, sources[i : i + 2], numbers[i : i + 2], piece, swizzle)
-        _asm("cp.async.wait_all;", "", [])
+        _ptx.asm("cp.async.wait_all;", "", [])
 
     copy(cached, own, index, block)
 
@@ -80,13 +82,15 @@ def prefetch_rows(cached: Any, own: Any, index: Any) -> None:
         del ctx
         row_bytes = _row_bytes(cached)
         lines = -(-row_bytes // 128)
-        thread = arith.remui(mgpu.thread_idx(), _c(128))
+        thread = arith.remui(mgpu.thread_idx(), _ptx.constant(128))
         # Two threads a row; with an odd number of lines both call the middle one.
-        row = _load_index(index, arith.divui(thread, _c(2)), 0)
-        begin = arith.muli(arith.remui(thread, _c(2)), _c(lines // 2 * 128))
-        source = arith.addi(_source(cached, own, row, row_bytes), arith.extui(_int(64), begin))
+        row = _load_index(index, arith.divui(thread, _ptx.constant(2)), 0)
+        begin = arith.muli(arith.remui(thread, _ptx.constant(2)), _ptx.constant(lines // 2 * 128))
+        source = arith.addi(
+            _source(cached, own, row, row_bytes), arith.extui(_ptx.integer(64), begin)
+        )
         asm = [f"prefetch.global.L2 [$0+{i * 128}];" for i in range(lines - lines // 2)]
-        _asm("\n".join(asm), "l", [source])
+        _ptx.asm("\n".join(asm), "l", [source])
 
     prefetch(cached, own, index)
 
@@ -150,41 +154,32 @@ def _decode_values(
 ) -> None:
     """Pieces ``piece``, + 8, + 16, + 24 of the 32 16-byte pieces of two rows' values, decoded to where they belong."""
     operands = decoded_places(piece, swizzle)
-    offset = arith.extui(_int(64), arith.muli(piece, _c(16)))
+    offset = arith.extui(_ptx.integer(64), arith.muli(piece, _ptx.constant(16)))
     for line, source, number in zip(lines, sources, numbers, strict=True):
-        operands += [line, arith.addi(source, offset), arith.addi(source, _c(_VALUES, 64)), number]
-    _asm(decode_asm(), "r,r,r,r,l,l,r,r,l,l,r", operands)
+        operands += [
+            line,
+            arith.addi(source, offset),
+            arith.addi(source, _ptx.constant(_VALUES, 64)),
+            number,
+        ]
+    _ptx.asm(decode_asm(), "r,r,r,r,l,l,r,r,l,l,r", operands)
 
 
 def decoded_places(piece: Any, swizzle: Any) -> list[Any]:
     """The first three operands of ``decode_asm`` for a thread of a line: byte offsets, and whether the second half comes first."""
     # 16 values from 16 * piece on, of a tile of 128: which tile of 64, and which two of its 16-byte pieces.
-    upper = arith.divui(piece, _c(4))
-    target = arith.muli(arith.remui(piece, _c(4)), _c(2))
+    upper = arith.divui(piece, _ptx.constant(4))
+    target = arith.muli(arith.remui(piece, _ptx.constant(4)), _ptx.constant(2))
 
     def place(piece: Any) -> Any:
-        at = arith.muli(arith.xori(piece, swizzle), _c(16))
-        return arith.addi(arith.muli(upper, _c(_TILE_BYTES)), at)
+        at = arith.muli(arith.xori(piece, swizzle), _ptx.constant(16))
+        return arith.addi(arith.muli(upper, _ptx.constant(_TILE_BYTES)), at)
 
-    first, second = arith.addi(target, upper), arith.addi(target, arith.xori(upper, _c(1)))
+    first, second = (
+        arith.addi(target, upper),
+        arith.addi(target, arith.xori(upper, _ptx.constant(1))),
+    )
     return [place(first), place(second), upper]
-
-
-def _int(bits: int) -> Any:
-    return ir.IntegerType.get_signless(bits)
-
-
-def _c(value: int, bits: int = 32) -> Any:
-    return arith.constant(_int(bits), ir.IntegerAttr.get(_int(bits), value))
-
-
-def _address(ref: Any, bits: int) -> Any:
-    return llvm.ptrtoint(_int(bits), mgpu.memref_ptr(ref))
-
-
-def _asm(text: str, constraints: str, operands: list[Any], result: Any = None) -> Any:
-    result = ir.Type.parse("!llvm.void") if result is None else result
-    return llvm.inline_asm(result, operands, text, constraints, has_side_effects=True)
 
 
 def _is_bytes(ref: Any) -> bool:
@@ -197,14 +192,16 @@ def _row_bytes(ref: Any) -> int:
 
 
 def _load_index(index: Any, line: Any, skip: int) -> Any:
-    at = arith.addi(_address(index, 32), arith.muli(line, _c(4)))
-    return _asm(f"ld.shared.b32 $0, [$1+{4 * skip}];", "=r,r", [at], _int(32))
+    at = arith.addi(_ptx.address(index, 32), arith.muli(line, _ptx.constant(4)))
+    return _ptx.asm(f"ld.shared.b32 $0, [$1+{4 * skip}];", "=r,r", [at], _ptx.integer(32))
 
 
 def _source(cached: Any, own: Any, row: Any, row_bytes: int) -> Any:
     """Global address of a row; of row 0 for -1."""
-    count = _c(ir.MemRefType(cached.type).shape[0])
+    count = _ptx.constant(ir.MemRefType(cached.type).shape[0])
     is_own = arith.cmpi(arith.CmpIPredicate.sge, row, count)
-    base = arith.select(is_own, _address(own, 64), _address(cached, 64))
-    row = arith.select(is_own, arith.subi(row, count), arith.maxsi(row, _c(0)))
-    return arith.addi(base, arith.muli(arith.extui(_int(64), row), _c(row_bytes, 64)))
+    base = arith.select(is_own, _ptx.address(own, 64), _ptx.address(cached, 64))
+    row = arith.select(is_own, arith.subi(row, count), arith.maxsi(row, _ptx.constant(0)))
+    return arith.addi(
+        base, arith.muli(arith.extui(_ptx.integer(64), row), _ptx.constant(row_bytes, 64))
+    )

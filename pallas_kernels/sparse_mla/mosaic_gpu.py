@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _pallas, cache_rows
-from pallas_kernels.sparse_mla import _rows_ptx, addresses, gradient, reference
+from pallas_kernels.sparse_mla import _numbers_ptx, _rows_ptx, addresses, gradient, reference
 from pallas_kernels.sparse_mla import config as configs
 from pallas_kernels.sparse_mla.config import BLOCK, HEADS
 from pallas_kernels.sparse_mla.merge import merge_partials
@@ -34,7 +34,7 @@ def sparse_mla(
 ) -> tuple[jax.Array, jax.Array]:
     """See ``api.sparse_mla``."""
     interpret = _pallas.interpret_gpu()
-    rows = addresses.of_sequences(kv, indices)
+    rows = addresses.chosen_of_sequences(kv, indices)
     return _over_tokens(q, rows, scale, value_dim, interpret)
 
 
@@ -51,8 +51,8 @@ def sparse_mla_step(
 ) -> tuple[jax.Array, jax.Array]:
     """See ``api.sparse_mla_step``."""
     interpret = _pallas.interpret_gpu()
-    table = addresses.of_step(cached, layer, own, rows, pages)
-    return _over_tokens(q, table, scale, value_dim, interpret)
+    chosen = addresses.chosen_of_step(cached, layer, own, rows, pages)
+    return _over_tokens(q, chosen, scale, value_dim, interpret)
 
 
 def _over_tokens(q, rows, scale, value_dim, interpret):
@@ -62,7 +62,7 @@ def _over_tokens(q, rows, scale, value_dim, interpret):
 
 def attend(
     q: jax.Array,
-    rows: addresses.Rows,
+    rows: addresses.Chosen,
     scale: float,
     value_dim: int,
     *,
@@ -87,7 +87,7 @@ def attend(
     """
     check(q, rows, value_dim)
     queries, heads, _ = q.shape
-    columns = rows.address.shape[1]
+    columns = rows.numbers.shape[1]
     head_blocks = -(-heads // HEADS)
     if config is None:
         config = configs.of_call(
@@ -102,19 +102,17 @@ def attend(
         raise NotImplementedError(
             f"at most {configs.MOST_COLUMNS} indices of a query per split; got {columns} in {splits}"
         )
-    address = jnp.pad(rows.address, ((0, 0), (0, padded - columns)), constant_values=-1)
+    numbers = jnp.pad(rows.numbers, ((0, 0), (0, padded - columns)), constant_values=-1)
     q = jnp.pad(q, ((0, 0), (0, head_blocks * HEADS - heads), (0, 0)))
-    used = jnp.where(address >= 0, jnp.arange(1, padded + 1, dtype=jnp.int32)[None], 0).max(-1)
     per_split = padded // splits
-    begin = jnp.arange(splits, dtype=jnp.int32)[None] * per_split
-    steps = (jnp.clip(used[:, None] - begin, 0, per_split) + BLOCK - 1) // BLOCK
     kernel = _kernel(q, rows, splits, per_split, scale, value_dim, config, interpret)
     out, lse = kernel(
         q,
         rows.cached,
         rows.own,
-        address.reshape(queries * splits, per_split // BLOCK, BLOCK),
-        steps.reshape(-1),
+        numbers.reshape(queries * splits, per_split // BLOCK, BLOCK),
+        rows.pages,
+        rows.layer.reshape(1),
     )
     out, lse = out[:, :, :heads], lse[:, :, :heads]
     if splits == 1:
@@ -123,7 +121,7 @@ def attend(
     return out.astype(q.dtype), lse
 
 
-def check(q: jax.Array, rows: addresses.Rows, value_dim: int) -> None:
+def check(q: jax.Array, rows: addresses.Chosen, value_dim: int) -> None:
     """Raises NotImplementedError for what the kernel cannot do."""
     size, table = q.shape[2], rows.cached
     if q.dtype != jnp.bfloat16 or table.dtype not in (jnp.bfloat16, jnp.uint8):
@@ -136,23 +134,44 @@ def check(q: jax.Array, rows: addresses.Rows, value_dim: int) -> None:
         )
     if table.dtype == jnp.uint8 and value_dim != 512:
         raise NotImplementedError(f"8-bit rows must have 512 values; got {value_dim}")
-    if 0 in q.shape or 0 in rows.address.shape or table.shape[0] == 0:
+    if 0 in q.shape or 0 in rows.numbers.shape or table.shape[0] == 0:
         raise NotImplementedError(f"nothing to do; got q {q.shape}, rows {table.shape}")
 
 
 def _kernel(q, rows, splits, per_split, scale, value_dim, config, interpret):
-    """The kernel as a function of q, both tables, addresses [Q * splits, steps, BLOCK] and used steps [Q * splits]."""
+    """The kernel as a function of q, both tables, numbers [Q * splits, steps, BLOCK], pages and the layer [1]."""
     queries, heads, size = q.shape
     head_blocks = heads // HEADS
     half = value_dim // _CONSUMERS
     out_dtype = q.dtype if splits == 1 else jnp.float32
     log2_scale = scale * math.log2(math.e)
+    numbering = rows.numbering
+
+    def address(numbers, last, pages, layer, query):
+        """Numbers in shared memory become addresses."""
+        sequence = lax.div(query, numbering.queries)
+        operands = pages.at[sequence], layer[0], rows.own_begin(sequence)
+        if interpret is None:
+            _numbers_ptx.address_rows(numbers, last, *operands, numbering)
+        else:
+            _address_rows_simulated(numbers, last, *operands, numbering)
 
     def produce(cached, own, index, block):
         if interpret is None:
             _rows_ptx.copy_rows(cached, own, index, block, _pallas.SWIZZLED, value_dim)
         else:
             _copy_rows_simulated(cached, own, index, block, value_dim)
+
+    def store(out, shared, part):
+        """By TMA: a thread has two neighbours, which are less than memory writes at once."""
+        shared[...] = out.astype(q.dtype)
+        plgpu.commit_smem()
+        for first in range(
+            0, HEADS, 8
+        ):  # of the block's columns only a tile's height lies together
+            lines = pl.ds(first, 8)
+            plgpu.copy_smem_to_gmem(shared.at[lines], part.at[lines])
+        plgpu.wait_smem_to_gmem(0)
 
     def step(i, carry, q_shared, row_shared, index_shared, full, empty):
         """One block of rows: (out [HEADS, half], peak, total [HEADS]) with it; the peak in units of log2."""
@@ -176,22 +195,36 @@ def _kernel(q, rows, splits, per_split, scale, value_dim, config, interpret):
         plgpu.barrier_arrive(empty.at[slot])
         return out, peak, total
 
-    def body(q_ref, cached, own, address, steps_ref, out_ref, lse_ref, *scratch):
-        q_shared, row_shared, index_shared, q_ready, index_ready, full, empty = scratch
+    def body(q_ref, cached, own, numbers, pages, layer, out_ref, lse_ref, *scratch):
+        (
+            q_shared,
+            row_shared,
+            index_shared,
+            last,
+            q_ready,
+            index_ready,
+            addressed,
+            full,
+            empty,
+            done,
+        ) = scratch
         block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
         # The blocks of a query's heads are neighbours: they read the same rows at the same time.
         part, head = lax.div(block, head_blocks), lax.rem(block, head_blocks)
         query, split = lax.div(part, splits), lax.rem(part, splits)
         head_rows = pl.ds(head * HEADS, HEADS)
-        steps = steps_ref[part]
 
         @pl.when(warpgroup == _CONSUMERS)
         def _produce():
             if interpret is None:
                 plgpu.set_max_registers(config.producer_registers, action="decrease")
-            plgpu.copy_gmem_to_smem(address.at[part], index_shared, index_ready)
+            plgpu.copy_gmem_to_smem(numbers.at[part], index_shared, index_ready)
             plgpu.copy_gmem_to_smem(q_ref.at[query, head_rows], q_shared, q_ready)
             plgpu.barrier_wait(index_ready)
+            address(index_shared, last, pages, layer, query)
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(addressed)
+            steps = _steps(last)
 
             @pl.loop(0, steps)
             def _(i):
@@ -218,8 +251,9 @@ def _kernel(q, rows, splits, per_split, scale, value_dim, config, interpret):
         def _consume():
             if interpret is None:
                 plgpu.set_max_registers(config.consumer_registers, action="increase")
-            plgpu.barrier_wait(index_ready)
+            plgpu.barrier_wait(addressed)
             plgpu.barrier_wait(q_ready)
+            steps = _steps(last)
             start = (
                 jnp.zeros((HEADS, half), jnp.float32),
                 jnp.full((HEADS,), _LOWEST, jnp.float32),
@@ -237,7 +271,13 @@ def _kernel(q, rows, splits, per_split, scale, value_dim, config, interpret):
             safe = jnp.where(total > 0, total, jnp.float32(1))
             out = out * lax.broadcast_in_dim(1 / safe, out.shape, [0])
             values = pl.ds(pl.multiple_of(warpgroup * half, 64), half)
-            out_ref[split, query, head_rows, values] = out.astype(out_dtype)
+            part = out_ref.at[split, query, head_rows, values]
+            if splits > 1:
+                part[...] = out
+            else:
+                plgpu.barrier_arrive(done)
+                plgpu.barrier_wait(done)  # the other one reads rows until here
+                store(out, row_shared.at[0, :, values], part)
 
             @pl.when(warpgroup == 0)
             def _():
@@ -254,20 +294,31 @@ def _kernel(q, rows, splits, per_split, scale, value_dim, config, interpret):
             plgpu.SMEM((HEADS, size), q.dtype, transforms=_pallas.SWIZZLED),
             plgpu.SMEM((_SLOTS, BLOCK, size), q.dtype, transforms=_pallas.SWIZZLED),
             plgpu.SMEM((per_split // BLOCK, BLOCK), jnp.int32),
+            plgpu.SMEM((_numbers_ptx.WARPS,), jnp.int32),
+            plgpu.Barrier(),
             plgpu.Barrier(),
             plgpu.Barrier(),
             plgpu.Barrier(num_barriers=_SLOTS),
             plgpu.Barrier(num_arrivals=_CONSUMERS, num_barriers=_SLOTS),
+            plgpu.Barrier(num_arrivals=_CONSUMERS),
         ],
         grid=(queries * splits * head_blocks,),
         grid_names=("block",),
         num_threads=_CONSUMERS + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(
-            lowering_semantics=_pallas.WARPGROUP, approx_math=True
+            lowering_semantics=_pallas.WARPGROUP,
+            approx_math=True,
+            reduction_scratch_bytes=512,  # less than the default: only threads of a warp reduce
         ),
         interpret=interpret,
     )
+
+
+def _steps(last):
+    """Blocks of rows up to the last one that is chosen."""
+    used = functools.reduce(jnp.maximum, (last[i] for i in range(_numbers_ptx.WARPS)))
+    return lax.div(used + (BLOCK - 1), BLOCK)
 
 
 def _logits(q, rows, interpret):
@@ -306,3 +357,11 @@ def _copy_rows_simulated(cached, own, index, block, values):
         new = own[jnp.clip(number - count, 0, own.shape[0] - 1)]
         row = cache_rows.decode(jnp.where(number >= count, new, old), values, block.dtype)
         block[r] = jnp.where(number >= 0, row, jnp.zeros_like(row))
+
+
+def _address_rows_simulated(numbers, last, pages, layer, own_begin, numbering):
+    """``_numbers_ptx.address_rows`` for JAX's simulator."""
+    values = numbers[...]
+    place = jnp.arange(1, values.size + 1, dtype=jnp.int32).reshape(values.shape)
+    last[...] = jnp.full(last.shape, jnp.where(values >= 0, place, 0).max())
+    numbers[...] = addresses.address_of(values, pages[...], own_begin, layer, numbering)

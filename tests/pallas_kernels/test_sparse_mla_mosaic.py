@@ -11,19 +11,21 @@ from pallas_kernels.sparse_mla import addresses, config, mosaic_gpu
 SCALE = 0.05
 
 
-def lowered(queries, heads, columns, stored, settings=None, rows=2**24):
+def lowered(queries, heads, columns, stored, settings=None, pages=2**18):
     """What the Hopper kernel becomes for CUDA, exported; needs no GPU."""
     size = cache_rows.stored_size(576, 512, stored)
     shapes = [
         ((queries, heads, 576), jnp.bfloat16),
-        ((rows, size), stored),
-        ((queries, size), stored),
-        ((queries, columns), jnp.int32),
+        ((1, pages, 64, size), stored),
+        ((), jnp.int32),
+        ((queries, 1, size), stored),
+        ((queries, 1, columns), jnp.int32),
+        ((queries, pages // queries), jnp.int32),
     ]
 
-    def attend(q, cached, own, address):
-        table = addresses.Rows(cached, own, address)
-        return mosaic_gpu.attend(q, table, SCALE, 512, config=settings, interpret=None)
+    def attend(q, *step):
+        chosen = addresses.chosen_of_step(*step)
+        return mosaic_gpu.attend(q, chosen, SCALE, 512, config=settings, interpret=None)
 
     arrays = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
     return jax.export.export(jax.jit(attend), platforms=["cuda"])(*arrays)
@@ -63,11 +65,12 @@ def test_splits_fill_the_gpu_and_never_exceed_shared_memory():
     ],
 )
 def test_what_the_hopper_kernel_cannot_do_is_refused(q, rows, stored, value_dim, reason):
-    table = jnp.zeros((4, rows), stored)
+    cached, own = jnp.zeros((1, 1, 4, rows), stored), jnp.zeros((1, 0, rows), stored)
+    chosen = jnp.zeros((q[0], 1, 3), jnp.int32)
     with pytest.raises(NotImplementedError, match=reason):
         mosaic_gpu.check(
             jnp.zeros(q, jnp.float32 if stored == jnp.float32 else jnp.bfloat16),
-            addresses.Rows(table, table, jnp.zeros((q[0], 3), jnp.int32)),
+            addresses.chosen_of_step(cached, 0, own, chosen, jnp.zeros((q[0], 1), jnp.int32)),
             value_dim,
         )
 
@@ -137,7 +140,7 @@ def test_the_hopper_kernel_merges_its_splits(rng, splits):
     interpret = None if jax.default_backend() == "gpu" else mosaic_gpu._pallas.interpret_gpu()
     got = mosaic_gpu.attend(
         q[0],
-        addresses.of_sequences(kv, jnp.asarray(indices)),
+        addresses.chosen_of_sequences(kv, jnp.asarray(indices)),
         SCALE,
         128,
         config=config.Config(splits=splits),

@@ -1,14 +1,15 @@
-"""The Hopper kernel's PTX that decodes 8-bit rows, interpreted: what it stores, and whether stores meet in a bank."""
+"""The Hopper kernel's PTX, interpreted: what is stored when it decodes 8-bit rows or turns row numbers into addresses."""
 
 import operator
 import re
 import types
 
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 
-from pallas_kernels.sparse_mla import _rows_ptx
+from pallas_kernels.sparse_mla import _numbers_ptx, _ptx, _rows_ptx, addresses
 
 LINES, THREADS, TILE_BYTES = 8, 8, 1024  # lines of a tile, threads of a line
 
@@ -24,7 +25,7 @@ ARITH = types.SimpleNamespace(
 
 
 class Threads:
-    """Threads that run PTX in step: registers [threads], memory in bytes; knows what ``decode_asm`` uses."""
+    """Threads that run PTX in step: registers [threads], memory in bytes; knows what the kernel's PTX uses."""
 
     def __init__(self, operands, memory, shared_bytes):
         self.registers = {f"${i}": np.asarray(v, np.int64) for i, v in enumerate(operands)}
@@ -47,33 +48,63 @@ class Threads:
             name, line = line[1:].split(" ", 1)
             predicate = self.registers[name]
         operation, rest = line.split(" ", 1)
-        names = re.findall(r"\$?\w+", rest)
-        if operation == "ld.global.v4.b32":
-            return self.load(names[:4], names[4:], predicate)
-        if operation == "st.shared.v4.b32":
-            return self.store(names[:-4], names[-4:])
+        names = re.findall(r"-?\$?\w+", rest)
+        words = 4 if ".v4" in operation else 1
+        if operation.startswith("ld"):
+            memory = self.memory if ".global" in operation else self.shared
+            return self.load(memory, names[:words], names[words:], predicate)
+        if operation.startswith("st"):
+            return self.store(names[:-words], names[-words:], predicate)
         to, *sources = names
-        self.registers[to] = getattr(self, operation.split(".")[0])(
+        result = getattr(self, operation.split(".")[0])(
             *(self.value(s) for s in sources), operation=operation
         )
+        self.registers[to] = self.chosen(predicate, result, to)
+
+    def chosen(self, predicate, result, to):
+        return result if predicate is True else np.where(predicate, result, self.value(to))
 
     def address(self, names):
         return sum((self.value(n) for n in names), np.int64(0))
 
-    def load(self, to, place, predicate):
-        at = np.where(predicate, self.address(place), 0)[:, None] + np.arange(16)
-        words = self.memory[at].view(np.uint32).astype(np.int64)
+    def load(self, memory, to, place, predicate):
+        at = np.where(predicate, self.address(place), 0)[:, None] + np.arange(4 * len(to))
+        words = memory[at].view(np.uint32 if len(to) > 1 else np.int32).astype(np.int64)
         for i, name in enumerate(to):
-            self.registers[name] = np.where(predicate, words[:, i], self.value(name))
+            self.registers[name] = self.chosen(predicate, words[:, i], name)
 
-    def store(self, place, sources):
+    def store(self, place, sources, predicate):
         at = self.address(place)
         words = np.stack([np.broadcast_to(self.value(s), at.shape) for s in sources], -1)
-        self.shared[at[:, None] + np.arange(16)] = words.astype(np.uint32).view(np.uint8)
+        which = np.broadcast_to(predicate, at.shape)
+        data = words.astype(np.uint32).view(np.uint8)
+        self.shared[(at[:, None] + np.arange(4 * len(sources)))[which]] = data[which]
         self.stores.append(at)
 
     def setp(self, a, b, operation):
-        return a >= b if ".ge" in operation else a != b
+        return {"ge": np.greater_equal, "lt": np.less, "ne": np.not_equal}[operation[5:7]](a, b)
+
+    def mad(self, a, b, c, operation):
+        return a * b + c
+
+    def sub(self, a, b, operation):
+        return a - b
+
+    def min(self, a, b, operation):
+        return np.minimum(a, b)
+
+    def max(self, a, b, operation):
+        return np.maximum(a, b)
+
+    def div(self, a, b, operation):
+        return a // b
+
+    def rem(self, a, b, operation):
+        return a % b
+
+    def redux(self, a, members, operation):
+        assert operation == "redux.sync.max.s32" and members == 0xFFFF_FFFF
+        return np.repeat(a.reshape(-1, 32).max(1), 32)
 
     def mov(self, a, operation):
         return a
@@ -133,7 +164,7 @@ def stored_rows(rng, count):
 def decoded(rng, monkeypatch):
     """(threads after the PTX, expected numbers): two rows for each line of a tile, the second row of line 5 absent."""
     monkeypatch.setattr(_rows_ptx, "arith", ARITH)
-    monkeypatch.setattr(_rows_ptx, "_c", int)
+    monkeypatch.setattr(_ptx, "constant", int)
     rows, values = stored_rows(rng, 2 * LINES)
     values[LINES + 5] = 0
     line, thread = np.divmod(np.arange(LINES * THREADS), THREADS)
@@ -163,3 +194,38 @@ def test_the_threads_of_a_line_store_to_different_banks(decoded):
     for at in stores:
         pieces = at.reshape(LINES, THREADS) // 16 % 8
         np.testing.assert_array_equal(np.sort(pieces), np.tile(np.arange(8), (LINES, 1)))
+
+
+def asked(rng, numbering, count, used):
+    """Numbers of a query, pages, layer and first own row: gaps, numbers past the ends, nothing from ``used`` on."""
+    numbers = rng.integers(-1, numbering.capacity + numbering.own + 3, count)
+    numbers[used:] = -1
+    pages = rng.permutation(1000)[: -(-numbering.capacity // numbering.page_size)]
+    pages[-1] = -1 if len(pages) > 1 else pages[-1]
+    return numbers.astype(np.int32), pages.astype(np.int32), 2, 90_000
+
+
+@pytest.mark.parametrize(
+    "numbering",
+    [
+        addresses.Numbering(1, page_size=64, layer_pages=1000, capacity=640, own=5, own_stride=5),
+        addresses.Numbering(3, page_size=48, layer_pages=70, capacity=144, own=1),
+        addresses.Numbering(7, page_size=5000, layer_pages=8, capacity=5000),
+    ],
+)
+@pytest.mark.parametrize(("count", "used"), [(64, 64), (128, 0), (192, 131), (2048, 1500)])
+def test_numbers_become_addresses_as_xla_computes_them(rng, numbering, count, used):
+    numbers, pages, layer, own_begin = asked(rng, numbering, count, used)
+    if used:
+        numbers[used - 1] = 3
+    threads = Threads(
+        [np.arange(128), 0, 4 * count, 0, layer, own_begin], pages.view(np.uint8), 4 * count + 16
+    )
+    threads.shared[: 4 * count] = numbers.view(np.uint8)
+    threads.run(_numbers_ptx.address_asm(count, numbering))
+    got, last = np.split(threads.shared.view(np.int32), [count])
+    expected = addresses.address_of(
+        *map(jnp.asarray, (numbers, pages, own_begin, layer)), numbering
+    )
+    np.testing.assert_array_equal(got, expected)
+    assert last.max() == used

@@ -1,0 +1,252 @@
+"""What the kernels promise on a Hopper GPU, measured and judged in one command.
+
+    python -m bench.kernel_goals --json bench/results/gpu_kernel_goals.json
+    python -m bench.kernel_goals --parts sefp_4096x14336 sparse_mla --limit 240
+    python -m bench.kernel_goals --try-out
+
+A part is a run of ``bench.kernels`` in a process of its own, with a time limit; the report is written after each. A goal without a
+number (the part failed, or took too long) is not met. ``--try-out`` runs every part where there is no GPU, at sizes for the simulator,
+to see that the commands work; its figures mean nothing and are not judged. Exit status: 0 if every goal is met, else 1.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+from bench import _harness
+from jaxmoe.report import make_report, write_report
+from pallas_kernels import _pallas
+from pallas_kernels.sefp import bits_per_weight
+
+Rows = Mapping[str, dict[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Goal:
+    """A figure and the least it should be.
+
+    Attributes:
+      name: what is measured.
+      least: the goal.
+      unit: of both.
+      figure: takes a part's rows by name; KeyError if one is missing.
+    """
+
+    name: str
+    least: float
+    unit: str
+    figure: Callable[[Rows], float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A run of ``bench.kernels``: its options, what replaces some of them in a simulator, and what should come out."""
+
+    options: str
+    small: str
+    goals: tuple[Goal, ...]
+
+
+def _row(rows: Rows, pattern: str) -> dict[str, Any]:
+    """The one row whose name fits.
+
+    Raises:
+      KeyError: if none or several do.
+    """
+    found = [row for name, row in rows.items() if re.search(pattern, name)]
+    if len(found) != 1:
+        raise KeyError(f"{len(found)} rows fit {pattern!r}")
+    return found[0]
+
+
+def _value(name: str, least: float, unit: str, pattern: str) -> Goal:
+    return Goal(name, least, unit, lambda rows: _row(rows, pattern)["value"])
+
+
+def _share(name: str, least: float, pattern: str) -> Goal:
+    return Goal(name, least, "of the ceiling", lambda rows: _row(rows, pattern)["of_ceiling"])
+
+
+def _ratio(name: str, least: float, pattern: str, peer: str, scale: float = 1.0) -> Goal:
+    def figure(rows: Rows) -> float:
+        return scale * _row(rows, pattern)["value"] / _row(rows, peer)["value"]
+
+    return Goal(name, least, "x", figure)
+
+
+def _grouped(columns: int) -> Part:
+    goals = [
+        _value(f"grouped matmul to {columns}, {p}", 420, "TFLOP/s", f"mosaic_gpu, {p}, [^,]*$")
+        for p in ("forward", "dx", "dw")
+    ]
+    return Part(
+        f"--op grouped_matmul --shape 256 8 7168 {columns} --tokens 16384 --calls 4 --against mosaic_gpu torch",
+        "--shape 4 2 128 128 --tokens 16 --against mosaic_gpu",
+        tuple(goals),
+    )
+
+
+def _sefp(layer: str) -> Part:
+    widths = range(3, 9)
+    shares = [_share(f"sefp_matmul {layer} E5M{w}", 0.6, f"E5M{w}, mosaic_gpu") for w in widths]
+    fewer_bytes = 16 / bits_per_weight(3)
+    names = f"sefp_matmul {layer} E5M3 over bfloat16", f"sefp_matmul {layer} E5M3 over XLA's"
+    return Part(
+        f"--op sefp --part matmul --layers {layer} --widths 3 4 5 6 7 8 --against mosaic_gpu dense xla",
+        "--layers 128x64",
+        (
+            _ratio(names[0], 2.5, "E5M3, mosaic_gpu.*turn$", ", dense .*turn$", fewer_bytes),
+            *shares,
+            _ratio(names[1], 1, "E5M3, mosaic_gpu.*turn$", "E5M3, xla.*turn$"),
+        ),
+    )
+
+
+_DECODE = "decode bfloat16, .* of {}, {}$"
+_SPARSE_MLA = Part(
+    "--op sparse_mla --contexts 8192 131072 --batches 128 --queries 0 --formats bfloat16 --against mosaic_gpu xla",
+    "--batches 1 --heads 2 --topk 64",
+    (
+        _value("sparse MLA decode", 300, "TFLOP/s", _DECODE.format(8192, "mosaic_gpu")),
+        _ratio(
+            "sparse MLA at 8K over 128K, in time",
+            0.9,
+            _DECODE.format(131072, "mosaic_gpu"),
+            _DECODE.format(8192, "mosaic_gpu"),
+        ),
+        _ratio(
+            "sparse MLA decode over XLA's",
+            1,
+            _DECODE.format(8192, "mosaic_gpu"),
+            _DECODE.format(8192, "xla"),
+        ),
+    ),
+)
+_DISPATCH = Part(
+    "--op dispatch --shape 256 8 7168 0 --tokens 16384 --calls 10 --against xla mosaic_gpu",
+    "--shape 4 2 256 0 --tokens 16",
+    (
+        _share("dispatch + combine", 0.7, "dispatch . combine, mosaic_gpu$"),
+        _ratio(
+            "dispatch + combine over XLA's",
+            1,
+            "dispatch . combine, mosaic_gpu$",
+            "dispatch . combine, xla$",
+        ),
+    ),
+)
+_INDEX = Part(
+    "--op index_topk --index-queries 2048 --index-keys 16384 --index-batches 16 --index-contexts 32768 --against xla mosaic_gpu",
+    "--index-queries 64 --index-keys 128 --index-batches 1 --index-contexts 256 --index-topk 16",
+    tuple(
+        _ratio(f"{op}'s kernel over XLA's", 1, f"^{op}, mosaic_gpu.*[0-9]$", f"^{op}, xla.*[0-9]$")
+        for op in ("index_topk", "index_topk_step")
+    ),
+)
+
+# What has no number yet comes first, for those whose time on a GPU is short.
+PARTS = {
+    "sefp_4096x14336": _sefp("4096x14336"),
+    "sparse_mla": _SPARSE_MLA,
+    "grouped_2048": _grouped(2048),
+    "grouped_1024": _grouped(1024),
+    "dispatch": _DISPATCH,
+    "index_topk": _INDEX,
+    "sefp_4096x4096": _sefp("4096x4096"),
+    "sefp_14336x4096": _sefp("14336x4096"),
+}
+
+
+def judged(goals: tuple[Goal, ...], rows: Rows) -> list[dict[str, Any]]:
+    """A row per goal: its figure or why there is none, and whether it is met."""
+    found = []
+    for goal in goals:
+        row = {"name": goal.name, "unit": goal.unit, "goal": goal.least}
+        try:
+            value = goal.figure(rows)
+        except KeyError as missing:
+            found.append(row | {"value": None, "met": False, "why": str(missing.args[0])})
+            continue
+        found.append(row | {"value": value, "met": value >= goal.least})
+    return found
+
+
+def _measure(part: Part, args: argparse.Namespace) -> tuple[Rows, str | None]:
+    """The part's rows by name, and what went wrong."""
+    with tempfile.TemporaryDirectory() as directory:
+        report = pathlib.Path(directory) / "report.json"
+        options = [*part.options.split(), "--dtype", "bfloat16", "--rounds", str(args.rounds)]
+        if args.try_out:
+            options += [*part.small.split(), "--size", "64", "--calls", "1"]
+        command = [sys.executable, "-m", "bench.kernels", *options]
+        print("$ python", *command[1:], flush=True)
+        try:
+            status = subprocess.run(
+                [*command, "--json", str(report)], timeout=args.limit, check=False
+            ).returncode
+        except subprocess.TimeoutExpired:
+            return {}, f"it took more than {args.limit:.0f} s (--limit)"
+        if status:
+            return {}, f"bench.kernels ended with {status}"
+        rows = json.loads(report.read_text())["rows"]
+    return {row["name"]: row for row in rows}, None
+
+
+def _line(row: dict[str, Any], try_out: bool) -> str:
+    if row["value"] is None:
+        return f"{row['name']:45} no number: {row['why']}"
+    verdict = "not judged" if try_out else "met" if row["met"] else "MISSED"
+    return f"{row['name']:45} {row['value']:8.3g} {row['unit']:15} goal {row['goal']:<5g} {verdict}"
+
+
+def _check_machine(try_out: bool) -> None:
+    try:
+        simulated = _pallas.interpret_gpu() is not None
+    except NotImplementedError as reason:
+        raise SystemExit(f"bench.kernel_goals: {reason}.") from None
+    if simulated and not try_out:
+        raise SystemExit(
+            f"bench.kernel_goals: the goals are for a Hopper GPU; this is {jax.default_backend()}. --try-out runs the commands in a simulator."
+        )
+
+
+def main() -> int:
+    """Runs the parts; returns the exit status."""
+    # This process and a part's share the GPU.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    options = _harness.parser(__doc__.splitlines()[0])
+    options.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    options.add_argument("--limit", type=float, default=300, help="seconds for a part")
+    options.add_argument("--try-out", action="store_true")
+    options.set_defaults(rounds=5)
+    args = options.parse_args()
+    _check_machine(args.try_out)
+    measured: list[dict[str, Any]] = []
+    verdicts: list[dict[str, Any]] = []
+    for name in args.parts:
+        part = PARTS[name]
+        rows, failure = _measure(part, args)
+        found = judged(part.goals, rows)
+        if failure:
+            found = [row | {"why": failure} for row in found]
+        verdicts += found
+        measured += [row | {"name": f"{name}: {row['name']}"} for row in rows.values()]
+        if args.json:
+            write_report(args.json, make_report("kernel_goals", verdicts + measured, {}))
+    print(*(_line(row, args.try_out) for row in verdicts), sep="\n")
+    complete = all(row["value"] is not None if args.try_out else row["met"] for row in verdicts)
+    return 0 if complete else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
