@@ -24,6 +24,7 @@ Run = Callable[[], Any]
 _TOLERANCE = 2**-7
 _ROTATE_BYTES = 2**28  # Several times the L2 of an H200.
 PRODUCTS = ("forward", "dx", "dw")
+SIDES = ("xla", "native", "mosaic_gpu", "ragged_dot", "dense", "batched", "tokamax", "torch")
 
 
 def add_arguments(parser: Any) -> None:

@@ -1,7 +1,7 @@
 """What the kernels promise on a Hopper GPU, measured and judged in one command.
 
     python -m bench.kernel_goals --json bench/results/gpu_kernel_goals.json
-    python -m bench.kernel_goals --parts sefp_4096x14336 sparse_mla --limit 240
+    python -m bench.kernel_goals --parts sefp_wide sparse_mla --limit 240
     python -m bench.kernel_goals --try-out
 
 A part is a run of ``bench.kernels`` in a process of its own, with a time limit; the report is written after each. A goal without a
@@ -50,10 +50,9 @@ class Goal:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A run of ``bench.kernels``: its options, what replaces some of them in a simulator, and what should come out."""
+    """Options of a run of ``bench.kernels``, and what should come out."""
 
     options: str
-    small: str
     goals: tuple[Goal, ...]
 
 
@@ -84,86 +83,85 @@ def _ratio(name: str, least: float, pattern: str, peer: str, scale: float = 1.0)
     return Goal(name, least, "x", figure)
 
 
-def _grouped(columns: int) -> Part:
+def _grouped(shape: str, tokens: int, columns: int) -> Part:
     goals = [
         _value(f"grouped matmul to {columns}, {p}", 420, "TFLOP/s", f"mosaic_gpu, {p}, [^,]*$")
         for p in ("forward", "dx", "dw")
     ]
-    return Part(
-        f"--op grouped_matmul --shape 256 8 7168 {columns} --tokens 16384 --calls 4 --against mosaic_gpu torch",
-        "--shape 4 2 128 128 --tokens 16 --against mosaic_gpu",
-        tuple(goals),
-    )
+    options = f"--op grouped_matmul --shape {shape} {columns} --tokens {tokens} --calls 4"
+    return Part(f"{options} --against mosaic_gpu torch", tuple(goals))
 
 
 def _sefp(layer: str) -> Part:
     widths = range(3, 9)
-    shares = [_share(f"sefp_matmul {layer} E5M{w}", 0.6, f"E5M{w}, mosaic_gpu") for w in widths]
-    fewer_bytes = 16 / bits_per_weight(3)
-    names = f"sefp_matmul {layer} E5M3 over bfloat16", f"sefp_matmul {layer} E5M3 over XLA's"
+    shares = [
+        _share(f"sefp_matmul {layer} E5M{w}", 0.6, f"E5M{w}, mosaic_gpu.*turn$") for w in widths
+    ]
+    kernel, fewer_bytes = "E5M3, mosaic_gpu.*turn$", 16 / bits_per_weight(3)
+    over_dense = f"sefp_matmul {layer} E5M3 over bfloat16"
+    over_xla = f"sefp_matmul {layer} E5M3 over XLA's"
     return Part(
         f"--op sefp --part matmul --layers {layer} --widths 3 4 5 6 7 8 --against mosaic_gpu dense xla",
-        "--layers 128x64",
         (
-            _ratio(names[0], 2.5, "E5M3, mosaic_gpu.*turn$", ", dense .*turn$", fewer_bytes),
+            _ratio(over_dense, 2.5, kernel, ", dense .*turn$", fewer_bytes),
             *shares,
-            _ratio(names[1], 1, "E5M3, mosaic_gpu.*turn$", "E5M3, xla.*turn$"),
+            _ratio(over_xla, 1, kernel, "E5M3, xla.*turn$"),
         ),
     )
 
 
-_DECODE = "decode bfloat16, .* of {}, {}$"
-_SPARSE_MLA = Part(
-    "--op sparse_mla --contexts 8192 131072 --batches 128 --queries 0 --formats bfloat16 --against mosaic_gpu xla",
-    "--batches 1 --heads 2 --topk 64",
-    (
-        _value("sparse MLA decode", 300, "TFLOP/s", _DECODE.format(8192, "mosaic_gpu")),
-        _ratio(
-            "sparse MLA at 8K over 128K, in time",
-            0.9,
-            _DECODE.format(131072, "mosaic_gpu"),
-            _DECODE.format(8192, "mosaic_gpu"),
+def _sparse_mla(sizes: str, short: int, long: int) -> Part:
+    near, far = (f"^decode bfloat16, .* of {n}, mosaic_gpu$" for n in (short, long))
+    xla = near.replace("mosaic_gpu", "xla")
+    options = f"--op sparse_mla {sizes} --contexts {short} {long} --queries 0 --formats bfloat16"
+    return Part(
+        f"{options} --against mosaic_gpu xla",
+        (
+            _value(f"sparse MLA decode over {short}", 300, "TFLOP/s", near),
+            _ratio(f"sparse MLA's speed over {long} / {short}", 0.9, far, near),
+            _ratio("sparse MLA decode over XLA's", 1, near, xla),
         ),
-        _ratio(
-            "sparse MLA decode over XLA's",
-            1,
-            _DECODE.format(8192, "mosaic_gpu"),
-            _DECODE.format(8192, "xla"),
-        ),
-    ),
-)
-_DISPATCH = Part(
-    "--op dispatch --shape 256 8 7168 0 --tokens 16384 --calls 10 --against xla mosaic_gpu",
-    "--shape 4 2 256 0 --tokens 16",
-    (
-        _share("dispatch + combine", 0.7, "dispatch . combine, mosaic_gpu$"),
-        _ratio(
-            "dispatch + combine over XLA's",
-            1,
-            "dispatch . combine, mosaic_gpu$",
-            "dispatch . combine, xla$",
-        ),
-    ),
-)
-_INDEX = Part(
-    "--op index_topk --index-queries 2048 --index-keys 16384 --index-batches 16 --index-contexts 32768 --against xla mosaic_gpu",
-    "--index-queries 64 --index-keys 128 --index-batches 1 --index-contexts 256 --index-topk 16",
-    tuple(
-        _ratio(f"{op}'s kernel over XLA's", 1, f"^{op}, mosaic_gpu.*[0-9]$", f"^{op}, xla.*[0-9]$")
+    )
+
+
+def _dispatch(shape: str, tokens: int) -> Part:
+    both = "^dispatch . combine, mosaic_gpu$"
+    over_xla = _ratio("dispatch + combine over XLA's", 1, both, both.replace("mosaic_gpu", "xla"))
+    options = f"--op dispatch --shape {shape} 0 --tokens {tokens} --calls 10"
+    return Part(
+        f"{options} --against xla mosaic_gpu", (_share("dispatch + combine", 0.7, both), over_xla)
+    )
+
+
+def _index_topk(queries: int, keys: int, batch: int, context: int, topk: int) -> Part:
+    options = f"--op index_topk --index-queries {queries} --index-keys {keys} --index-batches {batch} --index-contexts {context} --index-topk {topk}"
+    goals = [
+        _ratio(f"{op} over XLA's", 1, f"^{op}, mosaic_gpu.*[0-9]$", f"^{op}, xla.*[0-9]$")
         for op in ("index_topk", "index_topk_step")
-    ),
-)
+    ]
+    return Part(f"{options} --against xla mosaic_gpu", tuple(goals))
+
 
 # What has no number yet comes first, for those whose time on a GPU is short.
 PARTS = {
-    "sefp_4096x14336": _sefp("4096x14336"),
-    "sparse_mla": _SPARSE_MLA,
-    "grouped_2048": _grouped(2048),
-    "grouped_1024": _grouped(1024),
-    "dispatch": _DISPATCH,
-    "index_topk": _INDEX,
-    "sefp_4096x4096": _sefp("4096x4096"),
-    "sefp_14336x4096": _sefp("14336x4096"),
+    "sefp_wide": _sefp("4096x14336"),
+    "sparse_mla": _sparse_mla("--batches 128", 8192, 131072),
+    "grouped_2048": _grouped("256 8 7168", 16384, 2048),
+    "grouped_1024": _grouped("256 8 7168", 16384, 1024),
+    "dispatch": _dispatch("256 8 7168", 16384),
+    "index_topk": _index_topk(2048, 16384, 16, 32768, 2048),
+    "sefp_square": _sefp("4096x4096"),
+    "sefp_narrow": _sefp("14336x4096"),
+}
+SMALL = {
+    "sefp_wide": _sefp("128x64"),
+    "sparse_mla": _sparse_mla("--batches 1 --heads 2 --topk 64", 128, 256),
+    "grouped_2048": _grouped("4 2 128", 16, 128),
+    "grouped_1024": _grouped("4 2 128", 16, 64),
+    "dispatch": _dispatch("4 2 256", 16),
+    "index_topk": _index_topk(64, 128, 1, 256, 16),
+    "sefp_square": _sefp("64x64"),
+    "sefp_narrow": _sefp("128x64"),
 }
 
 
@@ -187,7 +185,7 @@ def _measure(part: Part, args: argparse.Namespace) -> tuple[Rows, str | None]:
         report = pathlib.Path(directory) / "report.json"
         options = [*part.options.split(), "--dtype", "bfloat16", "--rounds", str(args.rounds)]
         if args.try_out:
-            options += [*part.small.split(), "--size", "64", "--calls", "1"]
+            options += ["--size", "64", "--warmup", "0"]
         command = [sys.executable, "-m", "bench.kernels", *options]
         print("$ python", *command[1:], flush=True)
         try:
@@ -228,13 +226,12 @@ def main() -> int:
     options.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     options.add_argument("--limit", type=float, default=300, help="seconds for a part")
     options.add_argument("--try-out", action="store_true")
-    options.set_defaults(rounds=5)
     args = options.parse_args()
     _check_machine(args.try_out)
     measured: list[dict[str, Any]] = []
     verdicts: list[dict[str, Any]] = []
     for name in args.parts:
-        part = PARTS[name]
+        part = (SMALL if args.try_out else PARTS)[name]
         rows, failure = _measure(part, args)
         found = judged(part.goals, rows)
         if failure:

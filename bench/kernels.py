@@ -1,19 +1,20 @@
 """What the machine can do at best, and how near the kernels come to it.
 
     python -m bench.kernels --op ceilings --json bench/results/kernels_ceilings.json
-    python -m bench.kernels --op grouped_matmul --shape 256 8 7168 2048 --tokens 16384 --against mosaic_gpu tokamax torch
+    python -m bench.kernels --op grouped_matmul --shape 256 8 7168 2048 --tokens 16384 --against mosaic_gpu,tokamax,torch
     python -m bench.kernels --op dispatch sparse_mla sefp --against xla mosaic_gpu
 
 Times on the device, several calls queued. The ceilings, a large matrix product and a large copy, are measured in the same run, and
 each row says what part of its own it reaches. ``--op X --help`` lists the options of an op; each takes those that it knows. "dense"
 multiplies every token by every matrix, as GPUs do without a kernel; "batched" does the same work as a grouped product with groups
-of equal size; tokamax and torch are timed where they are installed.
+of equal size; tokamax and torch are timed where they are installed and have the op. Types are bfloat16 on accelerators, float32 on
+CPU, unless --dtype says otherwise. The report's ratios are our speeds over the others'. ``bench.kernel_goals`` runs what has a goal.
 """
 
 import argparse
 import importlib
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -31,7 +32,9 @@ OPS = {
     "sparse_mla": "_kernels_sparse_mla",
     "sefp": "_kernels_sefp",
 }
-_SIDES = ["xla", "ragged_dot", "native", "mosaic_gpu", "dense", "batched", "tokamax", "torch"]
+# Ours, and what they are compared with.
+_OURS = ("xla", "native", "mosaic_gpu")
+_PEERS = ("ragged_dot", "dense", "batched", "tokamax", "torch")
 
 
 def _random(seed: int, shape: tuple[int, ...], dtype: str) -> jax.Array:
@@ -70,7 +73,9 @@ def _timed(name: str, run: Callable[[], Any], calls: int) -> Callable[[], float]
 def _rows(runs: Runs, args: argparse.Namespace, ceilings: dict[str, float]) -> list[dict]:
     measures = {name: _timed(name, run, args.calls) for name, (run, _, _) in runs.items()}
     rows = []
-    for name, values in _harness.interleave(measures, rounds=args.rounds).items():
+    for name, values in _harness.interleave(
+        measures, rounds=args.rounds, warmup=args.warmup
+    ).items():
         _, work, unit = runs[name]
         row = median_row(name, [work / s for s in values], unit)
         if unit in ceilings:
@@ -82,6 +87,33 @@ def _rows(runs: Runs, args: argparse.Namespace, ceilings: dict[str, float]) -> l
     return rows
 
 
+def _sides(text: str) -> list[str]:
+    names = text.split(",")
+    for name in names:
+        if name not in _OURS + _PEERS:
+            known = ", ".join(_OURS + _PEERS)
+            raise argparse.ArgumentTypeError(f"{name!r} is none of {known}")
+    return names
+
+
+def ratios(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Speeds of ours over everything else that did the same: whose name differs in the side alone, as "OP, SIDE, SHAPE"."""
+    speeds: dict[str, dict[str, float]] = {}
+    for row in rows:
+        parts = row["name"].split(", ")
+        side = next((part for part in parts if part in _OURS + _PEERS), None)
+        if side is not None and row["unit"].endswith("/s"):
+            what = ", ".join(part for part in parts if part != side)
+            speeds.setdefault(what, {})[side] = row["value"]
+    return {
+        f"{what}: {ours} over {peer}": of_side[ours] / of_side[peer]
+        for what, of_side in speeds.items()
+        for ours in _OURS
+        for peer in of_side
+        if ours in of_side and peer != ours and not (ours == "xla" and peer in _OURS)
+    }
+
+
 def _options(module: Any | None) -> argparse.ArgumentParser:
     options = _harness.parser(__doc__.splitlines()[0])
     ops = ["ceilings", *OPS]
@@ -91,32 +123,62 @@ def _options(module: Any | None) -> argparse.ArgumentParser:
     options.add_argument("--shape", type=int, default=[64, 6, 1024, 1024], **shape)
     options.add_argument("--tokens", type=int, default=2048)
     options.add_argument("--calls", type=int, default=20, help="queued on an accelerator")
-    options.add_argument("--against", nargs="+", choices=_SIDES, default=["xla", "dense"])
+    options.add_argument("--warmup", type=int, default=2, help="rounds that don't count")
+    options.add_argument(
+        "--against",
+        nargs="+",
+        type=_sides,
+        default=[["xla"]],
+        metavar="SIDE[,SIDE]",
+        help=f"of {', '.join(_OURS + _PEERS)}",
+    )
     _harness.add_dtype(options)
+    options.set_defaults(dtype="float32" if jax.default_backend() == "cpu" else "bfloat16")
     if hasattr(module, "add_arguments"):
         module.add_arguments(options)
     return options
+
+
+def _parsed(modules: list[Any]) -> list[argparse.Namespace]:
+    """Options as each module has them; one that nobody knows is an error."""
+    found = [_options(module).parse_known_args() for module in modules or [None]]
+    known_to_none = [o for o in found[0][1] if all(o in left for _, left in found)]
+    if known_to_none:
+        _options(modules[0] if modules else None).error(
+            f"unrecognized arguments: {' '.join(known_to_none)}"
+        )
+    return [args for args, _ in found]
+
+
+def _timed_sides(op: str, module: Any, args: argparse.Namespace) -> list[str]:
+    """The sides asked for that can do the op; says which can't."""
+    asked = list(dict.fromkeys(side for group in args.against for side in group))
+    left_out = [side for side in asked if side not in module.SIDES]
+    if left_out:
+        print(f"{op}: {', '.join(left_out)} left out; there are {', '.join(module.SIDES)}")
+    if len(left_out) == len(asked):
+        raise SystemExit(f"{op}: --against must name one of {', '.join(module.SIDES)}.")
+    return [side for side in asked if side not in left_out]
 
 
 def main() -> None:
     """Runs the bench."""
     first = argparse.ArgumentParser(add_help=False)
     first.add_argument("--op", nargs="+", default=[])
-    chosen = [op for op in first.parse_known_args()[0].op if op in OPS]
-    modules = [importlib.import_module(f"bench.{OPS[op]}") for op in chosen]
-    if len(modules) <= 1:  # An unknown option is an error if there is nobody else to know it.
-        parsed = [_options(*modules or [None]).parse_args()]
-    else:
-        parsed = [_options(module).parse_known_args()[0] for module in modules]
-    args = parsed[0]
-    rows = _rows(_ceilings(args.size), args, {})
-    for module, own in zip(modules, parsed, strict=False):
+    ops = [op for op in first.parse_known_args()[0].op if op in OPS]
+    modules = [importlib.import_module(f"bench.{OPS[op]}") for op in ops]
+    parsed = _parsed(modules)
+    for op, module, args in zip(ops, modules, parsed, strict=False):
+        args.against = _timed_sides(op, module, args)
+    rows = _rows(_ceilings(parsed[0].size), parsed[0], {})
+    for module, args in zip(modules, parsed, strict=False):
+        dtype = getattr(module, "DTYPE", args.dtype)  # of those that know only one
         ceilings = {
-            r["unit"]: r["value"] for r in rows if own.dtype in r["name"] or "copy" in r["name"]
+            r["unit"]: r["value"] for r in rows if dtype in r["name"] or "copy" in r["name"]
         }
-        rows += _rows(module.runs(own), own, ceilings)
-    if args.json:
-        write_report(args.json, make_report("kernels", rows, {}))
+        rows += _rows(module.runs(args), args, ceilings)
+    if parsed[0].json:
+        write_report(parsed[0].json, make_report("kernels", rows, ratios(rows)))
 
 
 if __name__ == "__main__":
