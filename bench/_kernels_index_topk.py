@@ -9,7 +9,7 @@ import argparse
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -50,9 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def runs(args: Any) -> Runs:
     """What to run, its work and that work's unit. Prints each program's temporary memory, and checks it first."""
     names = args.against
-    cases = _cases()
+    exact = cases()
     for side, change in _sides(args, names).items():
-        check(side, change, cases)
+        check(side, change, exact)
     done: Runs = {}
     if args.index_queries:
         for keys in args.index_keys:
@@ -71,7 +71,7 @@ def check(side: str, change: dict[str, int], cases: list[Any]) -> None:
             raise SystemExit(f"{op}, {side}: {wrong} positions differ from the reference's")
 
 
-def _cases() -> list[Any]:
+def cases() -> list[Any]:
     """(op, what makes it of a side, inputs, the reference's selection), where scores are exact: small whole numbers.
 
     Rows of the one op are longer than the kernel by default holds in shared memory, of the other shorter.
@@ -147,23 +147,52 @@ def _sides(args: Any, names: list[str]) -> dict[str, dict[str, int]]:
     return sides
 
 
-def _prefill(args: Any, names: list[str], keys: int) -> Runs:
+def _prefill_inputs(args: Any, keys: int) -> tuple[jax.Array, list[tuple[jax.Array, ...]]]:
+    """(visible, several of (q, k, weights))."""
     tokens = args.index_queries
     visible = jnp.arange(keys - tokens + 1, keys + 1, dtype=jnp.int32)[None]
-    work = 2 * float(visible.sum()) * HEADS * SIZE / 1e12
     weights = _random(9, 1, tokens, HEADS).astype(jnp.float32)
-    inputs = [
+    return visible, [
         (_random(i, 1, tokens, HEADS, SIZE), _random(i + 4, 1, keys, SIZE), weights)
         for i in range(4)
     ]
+
+
+def _prefill(args: Any, names: list[str], keys: int) -> Runs:
+    visible, inputs = _prefill_inputs(args, keys)
+    work = 2 * float(visible.sum()) * HEADS * SIZE / 1e12
     done: Runs = {}
     for side, change in _sides(args, names).items():
-        name = f"index_topk, {side}, prefill {tokens} x {keys}"
+        name = f"index_topk, {side}, prefill {args.index_queries} x {keys}"
         f = functools.partial(_selection(side, change, args.index_topk), visible=visible)
         done[name] = _cycled(_compiled(name, f, *inputs[0]), inputs), work, "TFLOP/s"
     if "mosaic_gpu" in names:
         done |= _kernels(args, inputs, visible)
     return done
+
+
+def variants(
+    args: Any,
+) -> Iterator[tuple[tuple[int, int, int], list[tuple[dict[str, int], Callable[[], Any]]]]]:
+    """((batch, queries, keys), the kernel with the heuristic's sizes and with others) of every prefill and decode."""
+    changes: tuple[dict[str, int], ...] = ({}, *VARIANTS)
+    for keys in args.index_keys if args.index_queries else ():
+        visible, inputs = _prefill_inputs(args, keys)
+        runs = []
+        for change in changes:
+            select = _selection("mosaic_gpu", change, args.index_topk)
+            run = jax.jit(functools.partial(select, visible=visible))
+            runs.append((change, _cycled(run, inputs)))
+        yield (1, args.index_queries, keys), runs
+    for batch, context in itertools.product(args.index_batches, args.index_contexts):
+        lengths, pages, operands = _decode_inputs(args, batch, context)
+        runs = []
+        for change in changes:
+            if "queries" not in change:
+                select = _step_selection("mosaic_gpu", change, args.index_topk)
+                run = jax.jit(functools.partial(select, lengths=lengths, pages=pages))
+                runs.append((change, _cycled(run, operands)))
+        yield (batch, 1, context + 1), runs  # the step's own key is one of them
 
 
 def _kernels(args: Any, inputs: list[Any], visible: jax.Array) -> Runs:
@@ -190,9 +219,11 @@ def _kernels(args: Any, inputs: list[Any], visible: jax.Array) -> Runs:
     }
 
 
-def _decode(args: Any, names: list[str], batch: int, context: int) -> Runs:
-    bytes_ = 2 * SIZE * batch * context
-    layers = max(1, int(-(-ROTATED_BYTES // bytes_)))
+def _decode_inputs(
+    args: Any, batch: int, context: int
+) -> tuple[jax.Array, jax.Array, list[tuple[jax.Array, ...]]]:
+    """(lengths, pages, (q, cached, layer, own, weights) of every layer)."""
+    layers = max(1, int(-(-ROTATED_BYTES // (2 * SIZE * batch * context))))
     width = context // PAGE
     cached = _random(0, layers, batch * width, PAGE, SIZE)
     order = np.random.default_rng(args.seed).permutation(batch * width)
@@ -200,6 +231,11 @@ def _decode(args: Any, names: list[str], batch: int, context: int) -> Runs:
     q, own = _random(1, batch, 1, HEADS, SIZE), _random(2, batch, 1, SIZE)
     weights = _random(3, batch, 1, HEADS).astype(jnp.float32)
     lengths = jnp.full(batch, context, jnp.int32)
+    return lengths, pages, [(q, cached, jnp.int32(i), own, weights) for i in range(layers)]
+
+
+def _decode(args: Any, names: list[str], batch: int, context: int) -> Runs:
+    lengths, pages, operands = _decode_inputs(args, batch, context)
     done: Runs = {}
     for side, change in _sides(args, names).items():
         if "queries" in change:
@@ -208,7 +244,6 @@ def _decode(args: Any, names: list[str], batch: int, context: int) -> Runs:
         f = functools.partial(
             _step_selection(side, change, args.index_topk), lengths=lengths, pages=pages
         )
-        operands = [(q, cached, jnp.int32(i), own, weights) for i in range(layers)]
         run = _cycled(_compiled(name, f, *operands[0]), operands)
-        done[name] = run, bytes_ / 1e9, "GB/s"
+        done[name] = run, 2 * SIZE * batch * context / 1e9, "GB/s"
     return done

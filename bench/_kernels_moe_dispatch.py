@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def runs(args: Any) -> Runs:
     """What to run, its work and that work's unit. Sizes come from --tokens and --shape, of which OUT means nothing here."""
     experts, active, hidden, _ = args.shape
-    x, ids, weights = _inputs(args.tokens, hidden, experts, active, args.seed)
+    x, ids, weights = inputs(args.tokens, hidden, experts, active, args.seed)
     moved = jax.jit(lambda x, ids: dispatch(x, ids, experts, implementation="xla"))(x, ids)
     backends = args.against
     for name in backends:
@@ -71,9 +71,7 @@ def runs(args: Any) -> Runs:
     return done
 
 
-def _inputs(
-    tokens: int, hidden: int, experts: int, active: int, seed: int
-) -> tuple[jax.Array, ...]:
+def inputs(tokens: int, hidden: int, experts: int, active: int, seed: int) -> tuple[jax.Array, ...]:
     """(x, expert ids, weights): distinct experts per token, drawn on the device."""
     keys = jax.random.split(jax.random.key(seed), 3)
     x = jax.random.normal(keys[0], (tokens, hidden), jnp.bfloat16)
@@ -125,8 +123,10 @@ def _check(name: str, x: Any, ids: Any, weights: Any, experts: int, moved: Any) 
         raise SystemExit(f"{name} is wrong")
 
 
-def _pipelines(x, ids, moved, weights, rows_bytes: float, narrow_bytes: float) -> Runs:
-    """The kernels alone, without ranking, in every pipeline."""
+def variants(
+    x: jax.Array, ids: jax.Array, moved: Any, weights: jax.Array
+) -> dict[str, list[tuple[Config, Callable[[], list[jax.Array]]]]]:
+    """The kernels alone, without ranking, in every pipeline; each returns a few numbers and then its rows."""
     count = ids.size
     pair = (
         jnp.zeros(count, jnp.int32)
@@ -134,21 +134,29 @@ def _pipelines(x, ids, moved, weights, rows_bytes: float, narrow_bytes: float) -
         .set(jnp.arange(count, dtype=jnp.int32))
     )
     index = pair // ids.shape[1]
+
+    def gather(config: Config, to: Any) -> Callable[[], list[jax.Array]]:
+        run = jax.jit(lambda x, i, t: [i[:1], *mosaic_gpu.gather_rows(x, i, t, to, config=config)])
+        return lambda: run(x, index, moved.position)
+
+    def add(config: Config) -> Callable[[], list[jax.Array]]:
+        run = jax.jit(lambda r, p, w: [p[:1], mosaic_gpu.weighted_sum(r, p, w, config=config)])
+        return lambda: run(moved.rows, moved.position, weights)
+
+    return {
+        "copy": [(c, gather(c, None)) for c in COPIES],
+        "sum": [(c, add(c)) for c in SUMS],
+        "encode": [(c, gather(c, payload.FP8)) for c in (*ENCODINGS, Config(2, 8, 4, fuse=False))],
+    }
+
+
+def _pipelines(x, ids, moved, weights, rows_bytes: float, narrow_bytes: float) -> Runs:
     done: Runs = {}
-    for c in COPIES:
-        f = jax.jit(lambda x, i, t, c=c: [i[:1], mosaic_gpu.gather_rows(x, i, t, config=c)])
-        run = lambda f=f: f(x, index, moved.position)[0]  # noqa: E731
-        done[f"copy alone, {_named(c)}"] = run, rows_bytes / 1e9, "GB/s"
-    for c in SUMS:
-        f = jax.jit(lambda r, p, w, c=c: mosaic_gpu.weighted_sum(r, p, w, config=c))
-        run = lambda f=f: f(moved.rows, moved.position, weights)  # noqa: E731
-        done[f"sum alone, {_named(c)}"] = run, rows_bytes / 1e9, "GB/s"
-    for c in (*ENCODINGS, Config(2, 8, 4, fuse=False)):
-        f = jax.jit(
-            lambda x, i, t, c=c: [i[:1], mosaic_gpu.gather_rows(x, i, t, payload.FP8, config=c)]
-        )
-        run = lambda f=f: f(x, index, moved.position)[0]  # noqa: E731
-        done[f"fp8 alone, {_named(c)}"] = run, narrow_bytes / 1e9, "GB/s"
+    for movement, found in variants(x, ids, moved, weights).items():
+        work = (narrow_bytes if movement == "encode" else rows_bytes) / 1e9
+        for config, run in found:
+            # Rows are dropped at once, or queued calls would hold all of theirs.
+            done[f"{movement} alone, {_named(config)}"] = lambda f=run: f()[0], work, "GB/s"
     return done
 
 

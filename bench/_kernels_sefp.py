@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from bench._harness import Runs
-from pallas_kernels import sefp
+from pallas_kernels import _pallas, sefp
 from pallas_kernels.sefp import Sefp, reference
-from pallas_kernels.sefp.config import Tiling
+from pallas_kernels.sefp.config import Tiling, key_of, tilings
 from pallas_kernels.sefp.mosaic_gpu import sefp_matmul as gpu_matmul
 
 _ROTATED = 100e6  # bytes: more than the L2 holds (60 MB on an H200); each matrix more is one kernel more to compile
@@ -116,6 +116,21 @@ def _matmul(args: Any, layer: tuple[int, int]) -> Runs:
                 work = sum(s.nbytes() for s in narrow) / 1e9
                 runs[name] = functools.partial(run, x, narrow), work, "GB/s"
     return runs
+
+
+def variants(
+    args: argparse.Namespace, layer: tuple[int, int], batch: int, width: int
+) -> tuple[str, jax.Array, list[tuple[Tiling, Callable[[], Any]]]]:
+    """The Hopper kernel's key, what the last of several matrices gives, and every tiling's product with each."""
+    narrow = [s.truncate(width) for s in _stored(layer, width, args.seed)]
+    x = jax.random.normal(jax.random.key(args.seed + 1), (batch, layer[0]), jnp.bfloat16)
+    groups, columns = narrow[0].exponent.shape
+    shape = groups, columns, -(-batch // 8) * 8, len(narrow[0].planes)
+    runs = [
+        (t, functools.partial(_chain(functools.partial(_with_tiling, t)), x, narrow))
+        for t in tilings(*shape, _pallas.multiprocessors())
+    ]
+    return key_of(*shape), reference.sefp_matmul(x, narrow[-1]), runs
 
 
 def _with_tiling(tiling: Tiling, x: jax.Array, s: Sefp) -> jax.Array:

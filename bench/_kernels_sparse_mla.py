@@ -54,7 +54,7 @@ def runs(args: Any) -> Runs:
     backends = [name for name in args.against if name != "torch"]
     done: Runs = {}
     for stored in args.formats:
-        case = _Decode(args, stored)
+        case = Decode(args, stored)
         for name in backends:
             if name != "xla":
                 _check(name, stored, case)
@@ -64,7 +64,9 @@ def runs(args: Any) -> Runs:
             for name in backends:
                 done[f"{label}, {name}"] = (case.step(name, batch, context), *work)
             if args.variants and context == min(args.contexts):
-                done |= {f"{label}, {k}": (f, *work) for k, f in _variants(case, batch, context)}
+                done |= {
+                    f"{label}, {_named(c)}": (f, *work) for c, f in variants(case, batch, context)
+                }
             if "torch" in args.against and stored == "bfloat16" and context == min(args.contexts):
                 torch_run = _torch(batch, context, args)
                 if torch_run is not None:
@@ -84,7 +86,7 @@ def _pattern(stored: str, seed: int = 0) -> jax.Array:
     return cache_rows.encode(rows, VALUES, cache_rows.FORMATS[stored])
 
 
-class _Decode:
+class Decode:
     """A cache with a page of the longest context per sequence, and steps over it."""
 
     def __init__(self, args: Any, stored: str):
@@ -114,6 +116,7 @@ class _Decode:
         ]
 
     def step(self, name: str, batch: int, context: int) -> Callable[[], Any]:
+        """A backend's step; each call has the next operands."""
         return _cycled(_step(name), self.operands(batch, context))
 
 
@@ -137,7 +140,7 @@ def _cycled(run: Callable[..., Any], operands: list[Any]) -> Callable[[], Any]:
     return lambda: run(*next(each))
 
 
-def _check(name: str, stored: str, case: _Decode) -> None:
+def _check(name: str, stored: str, case: Decode) -> None:
     """Raises unless a backend's results are XLA's; with gaps, and rows of the step's own."""
     batch = min(4, max(case.args.batches))
     q, cached, layer, own, rows, pages = case.operands(batch, min(case.args.contexts))[0]
@@ -154,8 +157,13 @@ def _check(name: str, stored: str, case: _Decode) -> None:
         raise SystemExit(f"{name} is wrong")
 
 
-def _variants(case: _Decode, batch: int, context: int) -> list[tuple[str, Callable[[], Any]]]:
-    """The kernel in every setting that makes sense for the batch."""
+def _named(c: Config) -> str:
+    registers = f"{c.producer_registers} and {c.consumer_registers}"
+    return f"splits {c.splits}, prefetch {c.prefetch}, registers {registers}"
+
+
+def variants(case: Decode, batch: int, context: int) -> list[tuple[Config, Callable[[], Any]]]:
+    """The kernel in every setting that makes sense for the batch; each call has the next operands."""
     blocks = batch * -(-case.args.heads // 64)
     settings = FULL
     if blocks < _pallas.multiprocessors():
@@ -163,15 +171,14 @@ def _variants(case: _Decode, batch: int, context: int) -> list[tuple[str, Callab
 
     def attend(q, *step, config):
         rows = addresses.chosen_of_step(*step)
-        return mosaic_gpu.attend(q[:, 0], rows, SCALE, VALUES, config=config)
-
-    return [
-        (
-            f"splits {c.splits}, prefetch {c.prefetch}, registers {c.producer_registers} and {c.consumer_registers}",
-            _cycled(jax.jit(functools.partial(attend, config=c)), case.operands(batch, context)),
+        interpret = _pallas.interpret_gpu()
+        out, lse = mosaic_gpu.attend(
+            q[:, 0], rows, SCALE, VALUES, config=config, interpret=interpret
         )
-        for c in settings
-    ]
+        return out[:, None], lse[:, None]
+
+    operands = case.operands(batch, context)
+    return [(c, _cycled(jax.jit(functools.partial(attend, config=c)), operands)) for c in settings]
 
 
 def _prefill(name: str, args: Any) -> Runs:

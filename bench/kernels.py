@@ -114,15 +114,24 @@ def ratios(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     }
 
 
-def _options(module: Any | None) -> argparse.ArgumentParser:
+def options_of(module: Any | None) -> argparse.ArgumentParser:
+    """What ``bench.tune`` has too: shapes and calls, and what an op's module adds."""
     options = _harness.parser(__doc__.splitlines()[0])
-    ops = ["ceilings", *OPS]
-    options.add_argument("--op", nargs="+", choices=ops, required=True)
-    options.add_argument("--size", type=int, default=8192, help="of the ceilings' matrices")
     shape = {"nargs": 4, "metavar": ("EXPERTS", "ACTIVE", "IN", "OUT")}
     options.add_argument("--shape", type=int, default=[64, 6, 1024, 1024], **shape)
     options.add_argument("--tokens", type=int, default=2048)
     options.add_argument("--calls", type=int, default=20, help="queued on an accelerator")
+    _harness.add_dtype(options)
+    options.set_defaults(dtype="float32" if jax.default_backend() == "cpu" else "bfloat16")
+    if hasattr(module, "add_arguments"):
+        module.add_arguments(options)
+    return options
+
+
+def _options(module: Any | None) -> argparse.ArgumentParser:
+    options = options_of(module)
+    options.add_argument("--op", nargs="+", choices=["ceilings", *OPS], required=True)
+    options.add_argument("--size", type=int, default=8192, help="of the ceilings' matrices")
     options.add_argument("--warmup", type=int, default=2, help="rounds that don't count")
     options.add_argument(
         "--against",
@@ -132,10 +141,6 @@ def _options(module: Any | None) -> argparse.ArgumentParser:
         metavar="SIDE[,SIDE]",
         help=f"of {', '.join(_OURS + _PEERS)}",
     )
-    _harness.add_dtype(options)
-    options.set_defaults(dtype="float32" if jax.default_backend() == "cpu" else "bfloat16")
-    if hasattr(module, "add_arguments"):
-        module.add_arguments(options)
     return options
 
 

@@ -32,13 +32,18 @@ class Config:
     fuse: bool = True
 
 
+def key_of(movement: str, row_bytes: int) -> str:
+    """What measured pipelines are kept for; arguments as of ``of_rows``."""
+    return f"{movement} {row_bytes}"
+
+
 def of_rows(movement: str, row_bytes: int) -> Config:
     """For a "copy", "sum" or "encode" (what is stored are other rows than those loaded, no longer than them) of such rows.
 
     Latency times bandwidth is about 40 KB for each multiprocessor of an H200, so more than twice that gains little; two blocks
     hide each other's waits. The kernels refuse rows of which not even these few fit.
     """
-    measured = _tuned.lookup("moe_dispatch", f"{movement} {row_bytes}")
+    measured = _tuned.lookup("moe_dispatch", key_of(movement, row_bytes))
     if measured is not None:
         return Config(**measured)
     free = _SHARED_MEMORY // _BLOCKS - _RESERVED

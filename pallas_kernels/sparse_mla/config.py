@@ -3,6 +3,8 @@
 import dataclasses
 import math
 
+from pallas_kernels import _tuned
+
 BLOCK = 64  # rows of a step: the height of a wgmma tile, and what shared memory holds twice
 HEADS = 64  # heads of a block of threads
 MOST_COLUMNS = 2048  # indices that shared memory still holds beside queries and rows
@@ -32,8 +34,18 @@ _OF_BFLOAT16, _OF_8_BIT = (
 )
 
 
+def key_of(blocks: int, columns: int, eight_bit: bool) -> str:
+    """The class of calls that measured settings are kept for: powers of two."""
+    stored = "8-bit" if eight_bit else "bfloat16"
+    return f"{_power(blocks)} blocks, {_power(columns)} {stored} rows"
+
+
+def _power(count: int) -> int:
+    return 1 << (max(count, 1) - 1).bit_length()
+
+
 def of_call(blocks: int, columns: int, multiprocessors: int, *, eight_bit: bool) -> Config:
-    """As many splits as multiprocessors would else stand idle, of at least two steps each.
+    """As measured, or else as many splits as multiprocessors would stand idle, of at least two steps each.
 
     Args:
       blocks: queries times blocks of heads.
@@ -42,6 +54,9 @@ def of_call(blocks: int, columns: int, multiprocessors: int, *, eight_bit: bool)
       eight_bit: whether rows are stored in 8 bits.
     """
     needed = math.ceil(columns / MOST_COLUMNS)
+    measured = _tuned.lookup("sparse_mla", key_of(blocks, columns, eight_bit))
+    if measured is not None:
+        return Config(**{**measured, "splits": max(needed, measured["splits"])})
     useful = max(1, columns // (2 * BLOCK))
     spare = max(1, multiprocessors // max(blocks, 1))
     config = _OF_8_BIT if eight_bit else _OF_BFLOAT16

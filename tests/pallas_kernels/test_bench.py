@@ -1,12 +1,19 @@
-"""The benches of kernels: ratios, and goals that are met, missed or without a number."""
+"""The benches of kernels: ratios, goals that are met, missed or without a number, and the search for settings."""
 
+import json
 import subprocess
 import sys
+import time
+import types
 
 import jax
+import jax.numpy as jnp
 import pytest
 
-from bench import kernel_goals, kernels
+from bench import kernel_goals, kernels, tune
+from pallas_kernels import _tuned
+from pallas_kernels.sefp import config as sefp_config
+from pallas_kernels.sparse_mla import config as sparse_mla_config
 
 
 def rows(**values):
@@ -85,3 +92,84 @@ def test_a_part_runs_in_the_simulator_and_finds_all_its_figures(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "no number" not in done.stdout and done.stdout.count("not judged") == 10
     assert (tmp_path / "goals.json").exists()
+
+
+def search(*candidates):
+    return [tune.Candidate(settings, prepare) for settings, prepare in candidates]
+
+
+def test_the_search_keeps_the_fastest_setting_that_is_right(tmp_path, capsys):
+    def slow():
+        time.sleep(0.05)
+        return jnp.ones(3)
+
+    def wrong():
+        return jnp.zeros(3)
+
+    def fails():
+        raise ValueError("too much shared memory")
+
+    def right(run):
+        return lambda: tune._agrees(run, jnp.ones(3))
+
+    candidates = search(
+        ({"a": 1}, right(slow)),
+        ({"a": 2}, right(wrong)),
+        ({"a": 3}, right(lambda: jnp.ones(3))),
+        ({"a": 4}, fails),
+    )
+    args = types.SimpleNamespace(calls=1, rounds=3)
+    assert tune.best_of("key", candidates, args) == {"a": 3}
+    said = capsys.readouterr().out
+    assert "{'a': 2}: AssertionError: off by 1 of the largest" in said
+    assert "{'a': 4}: ValueError: too much shared memory" in said
+    assert tune.best_of("key", candidates[3:], args) is None
+
+    table = tmp_path / "op.json"
+    tune.keep(table, "key", {"a": 3})
+    tune.keep(table, "other", {"a": 4})
+    kept = json.loads(table.read_text())[jax.devices()[0].device_kind]
+    assert {key: entry["settings"] for key, entry in kept.items()} == {
+        "key": {"a": 3},
+        "other": {"a": 4},
+    }
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """A function that puts settings under a key; nothing else is in the table."""
+    table = {}
+    monkeypatch.setattr(_tuned, "lookup", lambda op, key: table.get((op, key)))
+    return lambda op, key, settings: table.update({(op, key): settings})
+
+
+def test_measured_settings_go_before_the_heuristic_s(measured):
+    narrow = sparse_mla_config.of_call(256, 2048, 132, eight_bit=False)
+    settings = {"splits": 3, "prefetch": True, "producer_registers": 80, "consumer_registers": 208}
+    measured("sparse_mla", sparse_mla_config.key_of(200, 2000, False), settings)
+    assert sparse_mla_config.of_call(256, 2048, 132, eight_bit=False).splits == 3 != narrow.splits
+    assert sparse_mla_config.of_call(256, 2048, 132, eight_bit=True).splits == 1
+    assert sparse_mla_config.of_call(257, 2048, 132, eight_bit=False).splits == 1
+
+    shape = 64, 4096, 8, 0
+    found = list(sefp_config.tilings(*shape, 132))
+    assert sefp_config.tiling(*shape, 132) in found
+    other = next(t for t in found if t != sefp_config.tiling(*shape, 132))
+    measured("sefp", sefp_config.key_of(*shape), vars(other))
+    assert sefp_config.tiling(*shape, 132) == other
+
+
+def test_a_measured_split_is_raised_to_what_shared_memory_needs(measured):
+    settings = {"splits": 1, "prefetch": True, "producer_registers": 80, "consumer_registers": 208}
+    measured("sparse_mla", sparse_mla_config.key_of(256, 4096, False), settings)
+    assert sparse_mla_config.of_call(256, 4096, 132, eight_bit=False).splits == 2
+
+
+def test_every_tiling_to_time_divides_the_weights_and_fits():
+    for groups, columns, planes in ((64, 14336, 0), (224, 4096, 5), (1, 64, 3), (6, 192, 1)):
+        found = list(sefp_config.tilings(groups, columns, 8, planes, 132))
+        assert found and len(set(found)) == len(found)
+        for t in found:
+            assert columns % (64 * t.warpgroups) == 0 == groups % (t.splits * t.groups)
+            slot = t.groups * (64 * t.warpgroups * (33 + 8 * planes) + 128 * 8)
+            assert t.stages == 1 or t.stages * slot <= 200 * 1024
