@@ -13,7 +13,8 @@ from engine import support
 
 import jaxmoe
 from jaxmoe.elastic import ClusterOptions, CoverageLost, Fault, Weights
-from jaxmoe.elastic.cluster.virtual import VirtualCluster
+from jaxmoe.elastic.cluster.virtual import VirtualCluster, _Hall
+from jaxmoe.elastic.cluster.worker import CollectiveFailed
 from jaxmoe.engine import Engine, EngineOptions, SamplingParams
 from jaxmoe.errors import JaxMoeError
 
@@ -255,6 +256,51 @@ def test_a_rank_that_dies_while_steps_are_compiled_does_not_hold_that_up(make):
     assert 1 not in cluster.active or cluster.status().ranks[1].incarnation > 2
     _under_load(engine)
     _whole(cluster)
+
+
+def test_a_part_of_a_rank_that_was_cut_off_is_not_computed_with():
+    hall, ranks = _Hall(), (0, 1)
+    failures = []
+
+    def leave() -> None:
+        try:
+            hall.compute((0, 1), 0, ranks, (), lambda parts: {})
+        except CollectiveFailed as error:
+            failures.append(error)
+
+    first = threading.Thread(target=leave, daemon=True)
+    first.start()
+    _until(lambda: 0 in hall._waiting)
+
+    def compute(parts: dict[int, tuple]) -> dict:
+        hall.cut(0)
+        first.join(WAIT_S)
+        return hall.launch(parts, ranks, lambda: pytest.fail("launched"))
+
+    with pytest.raises(CollectiveFailed, match="some were cut off"):
+        hall.compute((0, 1), 1, ranks, (), compute)
+    assert len(failures) == 1
+
+
+@pytest.mark.misuse
+def test_what_a_dead_rank_finishes_late_takes_nothing_from_a_later_step():
+    hall, found = _Hall(), {}
+
+    def meet(rank: int) -> None:
+        found[rank] = hall.compute((1, 2), rank, (1, 2), (), lambda parts: {1: "a", 2: "b"})
+
+    threads = [threading.Thread(target=meet, args=(rank,), daemon=True) for rank in (1, 2)]
+
+    def late(parts: dict[int, tuple]) -> dict:
+        threads[0].start()
+        _until(lambda: 1 in hall._waiting)
+        return {0: None}
+
+    hall.compute((0, 1), 0, (0,), (), late)
+    threads[1].start()
+    for thread in threads:
+        thread.join(WAIT_S)
+    assert found == {1: "a", 2: "b"}
 
 
 def test_ranks_that_cannot_hold_all_experts_refuse_and_serve_again_when_others_return(make):

@@ -45,21 +45,27 @@ class _Hall:
 
     def __init__(self):
         self._changed = threading.Condition()
-        self._parts: dict[Any, dict[int, tuple]] = {}
-        self._results: dict[Any, dict[int, StepResult] | Exception] = {}
+        self._parts: dict[tuple[int, int], dict[int, tuple]] = {}
+        self._results: dict[tuple[int, int], dict[int, StepResult] | Exception] = {}
         self._waiting: set[int] = set()
         self._cut: set[int] = set()
         self.give: dict[str, Callable[[int, int, int | None], Leaves | None]] = {}
 
     def compute(
         self,
-        what: Any,
+        what: tuple[int, int],
         rank: int,
         ranks: Iterable[int],
         part: tuple,
         compute: Callable[[dict[int, tuple]], dict[int, StepResult]],
     ) -> StepResult:
         """A rank's result of what all of ``ranks`` compute from their parts; the last to come does the work.
+
+        Args:
+          what: epoch and step: what comes later is greater.
+          rank, ranks: who comes, and all who must.
+          part: the rank's.
+          compute: does the work, by way of ``launch``.
 
         Raises:
           CollectiveFailed: if this rank was cut off meanwhile, or the work has failed.
@@ -70,14 +76,22 @@ class _Hall:
             last = set(parts) == set(ranks)
             if not last:
                 self._waiting.add(rank)
-                self._changed.wait_for(lambda: what in self._results or rank in self._cut)
+                # When later ones are done, nobody else comes to this one: a rank that has died may be late.
+                self._changed.wait_for(
+                    lambda: max(self._results, default=()) >= what or rank in self._cut
+                )
                 self._waiting.discard(rank)
                 self._cut.discard(rank)
                 result = self._results.get(what)
+                if result is None:
+                    del parts[rank]
         if last:  # without the lock: others may be cut off meanwhile
             result = self._outcome(compute, parts)
             with self._changed:
-                self._parts, self._results = {}, {what: result}  # what is older has been given up
+                # What is older has been given up; a rank that has died may itself be finishing something old.
+                self._parts = {w: p for w, p in self._parts.items() if w > what}
+                self._results = {w: r for w, r in self._results.items() if w > what}
+                self._results[what] = result
                 self._changed.notify_all()
         if not isinstance(result, dict):
             raise CollectiveFailed(f"the others did not come: {result}")
@@ -91,6 +105,21 @@ class _Hall:
             return compute(parts)
         except Exception as error:
             return error
+
+    def launch(
+        self, parts: dict[int, tuple], ranks: Iterable[int], start: Callable[[], StepResult]
+    ) -> StepResult:
+        """What ``start`` begins to compute from the parts of ``ranks``.
+
+        Raises:
+          CollectiveFailed: if some were cut off before.
+        """
+        # Nobody leaves meanwhile: who does donates its part to what it does next, and XLA's CPU client ends the process if
+        # one of several devices is launched with a donated array.
+        with self._changed:
+            if set(parts) != set(ranks):
+                raise CollectiveFailed("some were cut off.")
+            return start()
 
     def cut(self, rank: int) -> None:
         """Ends a rank's waiting."""
@@ -176,9 +205,13 @@ class _Rank(Rank):
         part = self._operands(self._mesh, message.batch)
 
         def compute(parts: dict[int, tuple]) -> dict[int, StepResult]:
-            operands = self._together([parts[rank] for rank in order])
-            program = self._program(len(message.batch.tokens), self._mesh, operands)
-            result = jax.block_until_ready(program(*operands))
+            kinds = self._operands(self._mesh, message.batch, abstract=True)
+            program = self._program(len(message.batch.tokens), self._mesh, kinds)
+
+            def start() -> StepResult:
+                return program(*self._together([parts[rank] for rank in order]))
+
+            result = jax.block_until_ready(self._hall.launch(parts, order, start))
             return {rank: _part_of(result, self._devices[rank][0]) for rank in order}
 
         what = (message.epoch, message.number)
