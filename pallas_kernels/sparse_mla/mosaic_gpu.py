@@ -7,9 +7,10 @@ warpgroup's registers, so each sums its half of the values, and both compute all
 Rows are read from HBM once; the blocks of threads with the query's other heads run beside and find them in the L2 cache.
 """
 
+import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -105,7 +106,17 @@ def attend(
     numbers = jnp.pad(rows.numbers, ((0, 0), (0, padded - columns)), constant_values=-1)
     q = jnp.pad(q, ((0, 0), (0, head_blocks * HEADS - heads), (0, 0)))
     per_split = padded // splits
-    kernel = _kernel(q, rows, splits, per_split, scale, value_dim, config, interpret)
+    kernel = _Kernel(
+        dtype=q.dtype,
+        heads=q.shape[1],
+        size=q.shape[2],
+        columns=per_split,
+        log2_scale=scale * math.log2(math.e),
+        rows=rows,
+        value_dim=value_dim,
+        config=config,
+        interpret=interpret,
+    )
     out, lse = kernel(
         q,
         rows.cached,
@@ -138,181 +149,211 @@ def check(q: jax.Array, rows: addresses.Chosen, value_dim: int) -> None:
         raise NotImplementedError(f"nothing to do; got q {q.shape}, rows {table.shape}")
 
 
-def _kernel(q, rows, splits, per_split, scale, value_dim, config, interpret):
-    """The kernel as a function of q, both tables, numbers [Q * splits, steps, BLOCK], pages and the layer [1]."""
-    queries, heads, size = q.shape
-    head_blocks = heads // HEADS
-    half = value_dim // _CONSUMERS
-    out_dtype = q.dtype if splits == 1 else jnp.float32
-    log2_scale = scale * math.log2(math.e)
-    numbering = rows.numbering
+class _Scratch(NamedTuple):
+    """Of a block of threads: queries, rows and their addresses in shared memory, and the barriers between its warpgroups."""
 
-    def address(numbers, last, pages, layer, query):
+    queries: Any  # [HEADS, C]
+    rows: Any  # [_SLOTS, BLOCK, C]
+    addresses: Any  # [steps, BLOCK]; row numbers at first
+    last: Any  # what ``_steps`` goes by
+    queries_ready: Any
+    numbers_ready: Any
+    addressed: Any
+    full: Any  # [_SLOTS]
+    empty: Any  # [_SLOTS]
+    done: Any  # with the rows
+
+
+@dataclasses.dataclass(frozen=True)
+class _Kernel:
+    """What is static of a call.
+
+    Attributes:
+      dtype: of queries and rows in shared memory.
+      heads: H, a multiple of HEADS.
+      size: C.
+      columns: K of a split.
+      log2_scale: what turns products into logits to base 2.
+      rows: what is asked for; its arrays are not used.
+      value_dim, config, interpret: as in ``attend``.
+    """
+
+    dtype: Any
+    heads: int
+    size: int
+    columns: int
+    log2_scale: float
+    rows: addresses.Chosen
+    value_dim: int
+    config: configs.Config
+    interpret: Any
+
+    def __call__(
+        self, q: jax.Array, cached: jax.Array, own: jax.Array, numbers: jax.Array, *table: jax.Array
+    ) -> list[jax.Array]:
+        """out [splits, Q, H, V], lse [splits, Q, H] of q [Q, H, C], both tables, numbers [Q * splits, steps, BLOCK],
+        pages [B, W] and layer [1]."""
+        splits, shape = self.config.splits, (self.config.splits, *q.shape[:2])
+        barrier, both = plgpu.Barrier, functools.partial(plgpu.Barrier, num_arrivals=_CONSUMERS)
+        return plgpu.kernel(
+            self.body,
+            out_type=[
+                jax.ShapeDtypeStruct(
+                    (*shape, self.value_dim), self.dtype if splits == 1 else jnp.float32
+                ),
+                jax.ShapeDtypeStruct(shape, jnp.float32),
+            ],
+            scratch_types=_Scratch(
+                plgpu.SMEM((HEADS, self.size), self.dtype, transforms=_pallas.SWIZZLED),
+                plgpu.SMEM((_SLOTS, BLOCK, self.size), self.dtype, transforms=_pallas.SWIZZLED),
+                plgpu.SMEM((self.columns // BLOCK, BLOCK), jnp.int32),
+                plgpu.SMEM((_numbers_ptx.WARPS,), jnp.int32),
+                *(barrier(), barrier(), barrier(), barrier(num_barriers=_SLOTS)),
+                both(num_barriers=_SLOTS),
+                both(),
+            ),
+            grid=(q.shape[0] * splits * (self.heads // HEADS),),
+            grid_names=("block",),
+            num_threads=_CONSUMERS + 1,
+            thread_name="warpgroup",
+            compiler_params=plgpu.CompilerParams(
+                lowering_semantics=_pallas.WARPGROUP,
+                approx_math=True,
+                reduction_scratch_bytes=512,  # less than the default: only threads of a warp reduce
+            ),
+            interpret=self.interpret,
+        )(q, cached, own, numbers, *table)
+
+    def body(self, q, cached, own, numbers, pages, layer, out, lse, *scratch):
+        """Of a block of threads: one warpgroup copies, the others compute."""
+        scratch = _Scratch(*scratch)
+        # The blocks of a query's heads are neighbours: they read the same rows at the same time.
+        head_blocks, splits = self.heads // HEADS, self.config.splits
+        block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
+        part, head = lax.div(block, head_blocks), lax.rem(block, head_blocks)
+        query, split = lax.div(part, splits), lax.rem(part, splits)
+        heads = pl.ds(head * HEADS, HEADS)
+
+        @pl.when(warpgroup == _CONSUMERS)
+        def _copy():
+            if self.interpret is None:
+                plgpu.set_max_registers(self.config.producer_registers, action="decrease")
+            plgpu.copy_gmem_to_smem(numbers.at[part], scratch.addresses, scratch.numbers_ready)
+            plgpu.copy_gmem_to_smem(q.at[query, heads], scratch.queries, scratch.queries_ready)
+            plgpu.barrier_wait(scratch.numbers_ready)
+            self.address(scratch, pages, layer, query)
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(scratch.addressed)
+            self.copy(scratch, cached, own)
+
+        @pl.when(warpgroup < _CONSUMERS)
+        def _compute():
+            if self.interpret is None:
+                plgpu.set_max_registers(self.config.consumer_registers, action="increase")
+            plgpu.barrier_wait(scratch.addressed)
+            plgpu.barrier_wait(scratch.queries_ready)
+            self.attend(scratch, out.at[split, query, heads], lse.at[split, query, heads])
+
+    def address(self, scratch, pages, layer, query):
         """Numbers in shared memory become addresses."""
+        numbering = self.rows.numbering
         sequence = lax.div(query, numbering.queries)
-        operands = pages.at[sequence], layer[0], rows.own_begin(sequence)
-        if interpret is None:
-            _numbers_ptx.address_rows(numbers, last, *operands, numbering)
+        operands = pages.at[sequence], layer[0], self.rows.own_begin(sequence), numbering
+        simulated = _address_rows_simulated
+        replace = simulated if self.interpret is not None else _numbers_ptx.address_rows
+        replace(scratch.addresses, scratch.last, *operands)
+
+    def copy(self, scratch, cached, own):
+        """Blocks of rows, each when its slot is empty."""
+        steps = _steps(scratch.last)
+
+        @pl.loop(0, steps)
+        def _(i):
+            slot = lax.rem(i, _SLOTS)
+            if self.config.prefetch and self.interpret is None:
+
+                @pl.when(i + 1 < steps)
+                def _():
+                    _rows_ptx.prefetch_rows(cached, own, scratch.addresses.at[i + 1])
+
+            @pl.when(i >= _SLOTS)
+            def _():
+                plgpu.barrier_wait(scratch.empty.at[slot])
+
+            operands = cached, own, scratch.addresses.at[i], scratch.rows.at[slot]
+            if self.interpret is None:
+                _rows_ptx.copy_rows(*operands, _pallas.SWIZZLED, self.value_dim)
+            else:
+                _copy_rows_simulated(*operands, self.value_dim)
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(scratch.full.at[slot])
+
+        @pl.loop(jnp.maximum(steps - _SLOTS, 0), steps)
+        def _(i):
+            plgpu.barrier_wait(scratch.empty.at[lax.rem(i, _SLOTS)])
+
+    @property
+    def half(self) -> int:
+        """Values that a warpgroup sums."""
+        return self.value_dim // _CONSUMERS
+
+    def attend(self, scratch, out_ref, lse_ref):
+        """A warpgroup's half of the values [HEADS, V], and lse [HEADS]."""
+        warpgroup = lax.axis_index("warpgroup")
+        start = (
+            jnp.zeros((HEADS, self.half), jnp.float32),
+            jnp.full((HEADS,), _LOWEST, jnp.float32),
+            jnp.zeros((HEADS,), jnp.float32),
+        )
+        step = functools.partial(self.step, scratch=scratch)
+        out, peak, total = lax.fori_loop(0, _steps(scratch.last), step, start)
+        safe = jnp.where(total > 0, total, jnp.float32(1))
+        out = out * lax.broadcast_in_dim(1 / safe, out.shape, [0])
+        values = pl.ds(pl.multiple_of(warpgroup * self.half, 64), self.half)
+        if self.config.splits > 1:
+            out_ref[:, values] = out
         else:
-            _address_rows_simulated(numbers, last, *operands, numbering)
+            plgpu.barrier_arrive(scratch.done)
+            plgpu.barrier_wait(scratch.done)  # the other one reads rows until here
+            _store(out, scratch.rows.at[0, :, values], out_ref.at[:, values])
 
-    def produce(cached, own, index, block):
-        if interpret is None:
-            _rows_ptx.copy_rows(cached, own, index, block, _pallas.SWIZZLED, value_dim)
-        else:
-            _copy_rows_simulated(cached, own, index, block, value_dim)
+        @pl.when(warpgroup == 0)
+        def _():
+            lse = peak * math.log(2) + jnp.log(safe)
+            lse_ref[...] = jnp.where(total > 0, lse, -jnp.inf)
 
-    def store(out, shared, part):
-        """By TMA: a thread has two neighbours, which are less than memory writes at once."""
-        shared[...] = out.astype(q.dtype)
-        plgpu.commit_smem()
-        for first in range(
-            0, HEADS, 8
-        ):  # of the block's columns only a tile's height lies together
-            lines = pl.ds(first, 8)
-            plgpu.copy_smem_to_gmem(shared.at[lines], part.at[lines])
-        plgpu.wait_smem_to_gmem(0)
-
-    def step(i, carry, q_shared, row_shared, index_shared, full, empty):
+    def step(self, i, carry, scratch):
         """One block of rows: (out [HEADS, half], peak, total [HEADS]) with it; the peak in units of log2."""
         out, peak, total = carry
         slot = lax.rem(i, _SLOTS)
-        plgpu.barrier_wait(full.at[slot])
+        plgpu.barrier_wait(scratch.full.at[slot])
 
-        logits = _logits(q_shared, row_shared.at[slot], interpret)
-        bias = jnp.where(index_shared[i] >= 0, jnp.float32(0), jnp.float32(-jnp.inf))
-        logits = logits * log2_scale + lax.broadcast_in_dim(bias, logits.shape, [1])
+        logits = _logits(scratch.queries, scratch.rows.at[slot], self.interpret)
+        bias = jnp.where(scratch.addresses[i] >= 0, jnp.float32(0), jnp.float32(-jnp.inf))
+        logits = logits * self.log2_scale + lax.broadcast_in_dim(bias, logits.shape, [1])
         before, peak = peak, jnp.maximum(peak, logits.max(axis=1))
         weights = jnp.exp2(logits - lax.broadcast_in_dim(peak, logits.shape, [0]))
         share = jnp.exp2(before - peak)
         total = total * share + weights.sum(axis=1)
         out = out * lax.broadcast_in_dim(share, out.shape, [0])
-        weights = weights.astype(q.dtype)
-        begin = pl.multiple_of(lax.axis_index("warpgroup") * half, 64)
+        weights = weights.astype(self.dtype)
+        begin = pl.multiple_of(lax.axis_index("warpgroup") * self.half, 64)
 
-        values = row_shared.at[slot, :, pl.ds(begin, half)]
-        out = _add_product(out, weights, values, interpret)
-        plgpu.barrier_arrive(empty.at[slot])
+        values = scratch.rows.at[slot, :, pl.ds(begin, self.half)]
+        out = _add_product(out, weights, values, self.interpret)
+        plgpu.barrier_arrive(scratch.empty.at[slot])
         return out, peak, total
 
-    def body(q_ref, cached, own, numbers, pages, layer, out_ref, lse_ref, *scratch):
-        (
-            q_shared,
-            row_shared,
-            index_shared,
-            last,
-            q_ready,
-            index_ready,
-            addressed,
-            full,
-            empty,
-            done,
-        ) = scratch
-        block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
-        # The blocks of a query's heads are neighbours: they read the same rows at the same time.
-        part, head = lax.div(block, head_blocks), lax.rem(block, head_blocks)
-        query, split = lax.div(part, splits), lax.rem(part, splits)
-        head_rows = pl.ds(head * HEADS, HEADS)
 
-        @pl.when(warpgroup == _CONSUMERS)
-        def _produce():
-            if interpret is None:
-                plgpu.set_max_registers(config.producer_registers, action="decrease")
-            plgpu.copy_gmem_to_smem(numbers.at[part], index_shared, index_ready)
-            plgpu.copy_gmem_to_smem(q_ref.at[query, head_rows], q_shared, q_ready)
-            plgpu.barrier_wait(index_ready)
-            address(index_shared, last, pages, layer, query)
-            plgpu.commit_smem()
-            plgpu.barrier_arrive(addressed)
-            steps = _steps(last)
-
-            @pl.loop(0, steps)
-            def _(i):
-                slot = lax.rem(i, _SLOTS)
-                if config.prefetch and interpret is None:
-
-                    @pl.when(i + 1 < steps)
-                    def _():
-                        _rows_ptx.prefetch_rows(cached, own, index_shared.at[i + 1])
-
-                @pl.when(i >= _SLOTS)
-                def _():
-                    plgpu.barrier_wait(empty.at[slot])
-
-                produce(cached, own, index_shared.at[i], row_shared.at[slot])
-                plgpu.commit_smem()
-                plgpu.barrier_arrive(full.at[slot])
-
-            @pl.loop(jnp.maximum(steps - _SLOTS, 0), steps)
-            def _(i):
-                plgpu.barrier_wait(empty.at[lax.rem(i, _SLOTS)])
-
-        @pl.when(warpgroup < _CONSUMERS)
-        def _consume():
-            if interpret is None:
-                plgpu.set_max_registers(config.consumer_registers, action="increase")
-            plgpu.barrier_wait(addressed)
-            plgpu.barrier_wait(q_ready)
-            steps = _steps(last)
-            start = (
-                jnp.zeros((HEADS, half), jnp.float32),
-                jnp.full((HEADS,), _LOWEST, jnp.float32),
-                jnp.zeros((HEADS,), jnp.float32),
-            )
-            one = functools.partial(
-                step,
-                q_shared=q_shared,
-                row_shared=row_shared,
-                index_shared=index_shared,
-                full=full,
-                empty=empty,
-            )
-            out, peak, total = lax.fori_loop(0, steps, one, start)
-            safe = jnp.where(total > 0, total, jnp.float32(1))
-            out = out * lax.broadcast_in_dim(1 / safe, out.shape, [0])
-            values = pl.ds(pl.multiple_of(warpgroup * half, 64), half)
-            part = out_ref.at[split, query, head_rows, values]
-            if splits > 1:
-                part[...] = out
-            else:
-                plgpu.barrier_arrive(done)
-                plgpu.barrier_wait(done)  # the other one reads rows until here
-                store(out, row_shared.at[0, :, values], part)
-
-            @pl.when(warpgroup == 0)
-            def _():
-                lse = peak * math.log(2) + jnp.log(safe)
-                lse_ref[split, query, head_rows] = jnp.where(total > 0, lse, -jnp.inf)
-
-    return plgpu.kernel(
-        body,
-        out_type=[
-            jax.ShapeDtypeStruct((splits, queries, heads, value_dim), out_dtype),
-            jax.ShapeDtypeStruct((splits, queries, heads), jnp.float32),
-        ],
-        scratch_types=[
-            plgpu.SMEM((HEADS, size), q.dtype, transforms=_pallas.SWIZZLED),
-            plgpu.SMEM((_SLOTS, BLOCK, size), q.dtype, transforms=_pallas.SWIZZLED),
-            plgpu.SMEM((per_split // BLOCK, BLOCK), jnp.int32),
-            plgpu.SMEM((_numbers_ptx.WARPS,), jnp.int32),
-            plgpu.Barrier(),
-            plgpu.Barrier(),
-            plgpu.Barrier(),
-            plgpu.Barrier(num_barriers=_SLOTS),
-            plgpu.Barrier(num_arrivals=_CONSUMERS, num_barriers=_SLOTS),
-            plgpu.Barrier(num_arrivals=_CONSUMERS),
-        ],
-        grid=(queries * splits * head_blocks,),
-        grid_names=("block",),
-        num_threads=_CONSUMERS + 1,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(
-            lowering_semantics=_pallas.WARPGROUP,
-            approx_math=True,
-            reduction_scratch_bytes=512,  # less than the default: only threads of a warp reduce
-        ),
-        interpret=interpret,
-    )
+def _store(out, shared, target):
+    """By TMA: a thread has two neighbours, which are less than memory writes at once."""
+    shared[...] = out.astype(shared.dtype)
+    plgpu.commit_smem()
+    # Of some of a block's columns no more lie together than the height of a tile.
+    for first in range(0, HEADS, 8):
+        lines = pl.ds(first, 8)
+        plgpu.copy_smem_to_gmem(shared.at[lines], target.at[lines])
+    plgpu.wait_smem_to_gmem(0)
 
 
 def _steps(last):
