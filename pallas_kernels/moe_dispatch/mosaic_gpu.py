@@ -66,8 +66,8 @@ def gather_rows(
       NotImplementedError: for rows that TMA cannot move whole or shared memory cannot hold, and off Hopper.
     """
     interpret = _pallas.interpret_gpu() if interpret == "auto" else interpret
-    if not (x.shape[0] and index.shape[0]):
-        return reference.gather_rows(x, index, target, payload)
+    if not (x.size and index.size):
+        raise NotImplementedError(f"nothing to do; got x {x.shape} and {index.size} rows")
     if payload is not None and _fuses(x.shape[1], payload):
         chosen = config or configs.of_rows("encode", x.shape[1] * x.dtype.itemsize)
         if chosen.fuse:
@@ -109,8 +109,10 @@ def weighted_sum(
         raise NotImplementedError(
             f"rows are summed in float32, bfloat16 or float16; got {rows.dtype}"
         )
-    if not (position.size and rows.shape[0]):
-        return reference.weighted_sum(rows, position, weights)
+    if not (position.size and rows.size):
+        raise NotImplementedError(
+            f"nothing to do; got rows {rows.shape}, position {position.shape}"
+        )
     view = _view(rows)
     config = config or configs.of_rows("sum", rows.shape[1] * rows.dtype.itemsize)
     row = jax.ShapeDtypeStruct(view.shape[1:], rows.dtype)

@@ -39,6 +39,8 @@ def sefp_matmul(
       interpret: of ``plgpu.kernel``; "auto" for the platform's.
     """
     rows, (_, columns) = x.shape[0], s.shape
+    if 0 in (*x.shape, *s.shape):
+        raise NotImplementedError(f"nothing to do; got x {x.shape} and s {s.shape}")
     if x.dtype != jnp.bfloat16:
         raise NotImplementedError(f"the tensor cores take x in bfloat16; got {x.dtype}")
     if rows > _MOST_ROWS:
@@ -164,6 +166,8 @@ def sefp_truncate(
     """See ``api.sefp_truncate``: a thread holds one or two columns of a group in registers between reading and writing them."""
     inner, columns = w.shape[-2:]
     across = 128 * max(1, 4 // w.dtype.itemsize)  # a word for each thread
+    if not w.size:
+        raise NotImplementedError(f"nothing to do; got w {w.shape}")
     if axis != w.ndim - 2:
         raise NotImplementedError(
             f"groups must lie along the last axis but one; got axis {axis} of {w.ndim}"
