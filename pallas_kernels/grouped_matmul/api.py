@@ -6,14 +6,15 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import _checks, _implementation, fp8
 from pallas_kernels.grouped_matmul import mosaic_gpu, mosaic_tpu, native, reference, xla
+from pallas_kernels.grouped_matmul.once import once
 from pallas_kernels.grouped_matmul.weights import Quantised, Weights
 
 _BACKENDS = {
     "reference": reference.grouped_matmul,
-    "native": native.grouped_matmul,
-    "mosaic_gpu": mosaic_gpu.grouped_matmul,
-    "mosaic_tpu": mosaic_tpu.grouped_matmul,
-    "xla": xla.grouped_matmul,
+    "native": once(native.grouped_matmul),
+    "mosaic_gpu": once(mosaic_gpu.grouped_matmul),
+    "mosaic_tpu": once(mosaic_tpu.grouped_matmul),
+    "xla": once(xla.grouped_matmul),
     "ragged_dot": xla.ragged_dot,
 }
 _PREFERENCE = {

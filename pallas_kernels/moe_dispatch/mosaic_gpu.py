@@ -45,7 +45,6 @@ def gather_rows(
     payload: Payload | None = None,
     *,
     config: configs.Config | None = None,
-    interpret: Any = "auto",
 ) -> tuple[jax.Array, ...]:
     """out[r] = x[index[r]], encoded; a negative index gives a row of zeros.
 
@@ -57,7 +56,6 @@ def gather_rows(
       target: see there.
       payload: see there.
       config: the pipeline; None for the heuristic's.
-      interpret: of ``plgpu.kernel``; "auto" for the platform's.
 
     Returns:
       (rows [R, D],), or (values, scales).
@@ -65,7 +63,7 @@ def gather_rows(
     Raises:
       NotImplementedError: for rows that TMA cannot move whole or shared memory cannot hold, and off Hopper.
     """
-    interpret = _pallas.interpret_gpu() if interpret == "auto" else interpret
+    interpret = _pallas.interpret_gpu()
     if not (x.size and index.size):
         raise NotImplementedError(f"nothing to do; got x {x.shape} and {index.size} rows")
     if payload is not None and _fuses(x.shape[1], payload):
@@ -85,7 +83,6 @@ def weighted_sum(
     weights: jax.Array,
     *,
     config: configs.Config | None = None,
-    interpret: Any = "auto",
 ) -> jax.Array:
     """out[t] = sum_k weights[t, k] * rows[position[t, k]], added in the order of k, in float32.
 
@@ -94,12 +91,11 @@ def weighted_sum(
       position: [T, A] int32; a negative one adds nothing, whatever rows or weights hold there.
       weights: [T, A].
       config: the pipeline; None for the heuristic's.
-      interpret: of ``plgpu.kernel``; "auto" for the platform's.
 
     Raises:
       NotImplementedError: for rows that TMA cannot move whole, or registers or shared memory cannot hold, and off Hopper.
     """
-    interpret = _pallas.interpret_gpu() if interpret == "auto" else interpret
+    interpret = _pallas.interpret_gpu()
     tokens, active = position.shape
     if rows.shape[1] > 8192:
         raise NotImplementedError(

@@ -2,7 +2,10 @@
 
 import dataclasses
 
-_SHARED_MEMORY = 200 * 1024  # bytes of a block's ring of slots, of 227 KB
+from pallas_kernels._pallas import SHARED_MEMORY
+
+# Bytes of a block's ring of slots. The rest is for the pipeline's barriers and alignment, with room to spare.
+_RING = SHARED_MEMORY - 27 * 1024
 _MOST_STAGES = 16
 
 
@@ -45,5 +48,5 @@ def tiling(groups: int, columns: int, rows: int, planes: int, multiprocessors: i
         warpgroups,
         splits,
         at_a_time,
-        max(1, min(_MOST_STAGES, _SHARED_MEMORY // slot, steps // at_a_time)),
+        max(1, min(_MOST_STAGES, _RING // slot, steps // at_a_time)),
     )

@@ -46,7 +46,7 @@ def sparse_mla(
     kv: Float[Array, "B S C"],
     indices: Int[Array, "B T K"],
     *,
-    scale: float,
+    scale: float | Float[Array, ""],
     value_dim: int,
     implementation: _implementation.Implementation = None,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B T H"]]:
@@ -98,7 +98,7 @@ def sparse_mla_step(
     own: Shaped[Array, "Bo O Z"],
     rows: Int[Array, "B T K"],
     *,
-    scale: float,
+    scale: float | Float[Array, ""],
     value_dim: int,
     pages: Int[Array, "B W"] | None = None,
     implementation: _implementation.Implementation = None,

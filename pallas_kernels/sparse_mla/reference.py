@@ -34,7 +34,9 @@ class Softmax(NamedTuple):
     total: jax.Array
 
 
-def accumulate(before: Softmax | None, q: jax.Array, part: Part, scale: float) -> Softmax:
+def accumulate(
+    before: Softmax | None, q: jax.Array, part: Part, scale: float | jax.Array
+) -> Softmax:
     """The softmax of ``before`` and one more part; rows of it that are not valid must still be finite."""
     precision = precision_of(q.dtype)
     dot = functools.partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
@@ -62,7 +64,9 @@ def finish(softmax: Softmax, dtype: Any) -> tuple[jax.Array, jax.Array]:
     return (softmax.out / safe_total).astype(dtype), lse[..., 0]
 
 
-def attend(q: jax.Array, parts: Sequence[Part], scale: float) -> tuple[jax.Array, jax.Array]:
+def attend(
+    q: jax.Array, parts: Sequence[Part], scale: float | jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """Softmax attention of H heads that share their keys and values, over all parts jointly.
 
     Args:
@@ -81,7 +85,7 @@ def attend(q: jax.Array, parts: Sequence[Part], scale: float) -> tuple[jax.Array
 
 
 def sparse_mla(
-    q: jax.Array, kv: jax.Array, indices: jax.Array, scale: float, value_dim: int
+    q: jax.Array, kv: jax.Array, indices: jax.Array, scale: float | jax.Array, value_dim: int
 ) -> tuple[jax.Array, jax.Array]:
     """See ``api.sparse_mla``."""
     if 0 in (*q.shape, *kv.shape):
@@ -96,7 +100,7 @@ def sparse_mla_step(
     own: jax.Array,
     rows: jax.Array,
     pages: jax.Array | None,
-    scale: float,
+    scale: float | jax.Array,
     value_dim: int,
 ) -> tuple[jax.Array, jax.Array]:
     """See ``api.sparse_mla_step``."""
@@ -111,7 +115,7 @@ def sparse_mla_step(
 
 
 def _over_own(
-    q: jax.Array, own: jax.Array, rows: jax.Array, scale: float, value_dim: int
+    q: jax.Array, own: jax.Array, rows: jax.Array, scale: float | jax.Array, value_dim: int
 ) -> tuple[jax.Array, jax.Array]:
     """``sparse_mla_step`` without a cache."""
     if 0 in own.shape:
@@ -127,7 +131,7 @@ def _nothing(q: jax.Array, value_dim: int) -> tuple[jax.Array, jax.Array]:
 
 
 def _attend_rows(
-    q: jax.Array, table: addresses.Rows, scale: float, value_dim: int
+    q: jax.Array, table: addresses.Rows, scale: float | jax.Array, value_dim: int
 ) -> tuple[jax.Array, jax.Array]:
     """Gathers and attends, as many queries at a time as ``chunks`` allows."""
     count, columns = table.cached.shape[0], table.address.shape[1]
