@@ -84,7 +84,7 @@ class Sefp:
         Raises:
           ValueError, TypeError: if it isn't.
         """
-        hint = "Encode again for a higher one."
+        hint = f"{self.width} is stored; encode again for more."
         return _checks.static_int("Sefp", "width", width, BASE_WIDTH, self.width, hint)
 
     def __repr__(self) -> str:
