@@ -19,6 +19,11 @@ def on_accelerator() -> bool:
     return jax.default_backend() != "cpu"
 
 
+def hashable(implementation: Implementation) -> Implementation:
+    """``implementation`` as ``jax.custom_vjp`` wants what is no operand: a list as a tuple."""
+    return tuple(implementation) if isinstance(implementation, list) else implementation
+
+
 def call(
     op: str,
     backends: Mapping[str, Callable[..., Any]],
@@ -46,11 +51,11 @@ def call(
         names: Sequence[str] = (
             preference[jax.default_backend()] if jax.default_backend() in preference else ("xla",)
         )
-    elif isinstance(implementation, str):
-        names = (implementation,)
-    else:
+    elif isinstance(implementation, Sequence) and not isinstance(implementation, str):
         names = tuple(implementation)
-    unknown = [n for n in names if n not in backends]
+    else:
+        names = (implementation,)
+    unknown = [n for n in names if not isinstance(n, str) or n not in backends]
     if unknown or not names:
         raise ValueError(
             f"{op}: implementation must name one of {sorted(backends)}; got {implementation!r}. Use None for the default."

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from pallas_kernels import _checks
+
 BLOCK = 128
 LARGEST = 448.0
 
@@ -54,13 +56,14 @@ def encode(w: Float[Array, "*batch K N"]) -> Fp8Block:
       w: [..., in, out].
 
     Raises:
-      ValueError: if w is not at least a matrix.
+      ValueError, TypeError: if w is not at least a matrix, or of no floating type.
 
     Example:
       >>> import jax.numpy as jnp
       >>> encode(jnp.ones((2, 256, 130)))
       Fp8Block(shape=(2, 256, 130), 66592 bytes)
     """
+    _checks.floating("encode", w=w)
     if w.ndim < 2:
         raise ValueError(f"encode: w must be [..., K, N]; got shape {w.shape}. Add an axis.")
     return _encode(w)
@@ -71,7 +74,8 @@ def _encode(w: jax.Array) -> Fp8Block:
     *batch, inner, columns = w.shape
     more = [(0, -size % BLOCK) for size in (inner, columns)]
     blocks = jnp.pad(w.astype(jnp.float32), [(0, 0)] * len(batch) + more)
-    blocks = blocks.reshape(*batch, -1, BLOCK, blocks.shape[-1] // BLOCK, BLOCK)
+    tall, wide = (size // BLOCK for size in blocks.shape[-2:])
+    blocks = blocks.reshape(*batch, tall, BLOCK, wide, BLOCK)
     scales = jnp.abs(blocks).max((-3, -1)) / LARGEST
     # Of a block of zeros, or of numbers so small that what they are divided by has no inverse.
     scales = jnp.where(scales < jnp.finfo(jnp.float32).tiny, 1.0, scales)
@@ -83,8 +87,28 @@ def _encode(w: jax.Array) -> Fp8Block:
 
 
 def decode(w: Fp8Block, dtype: DTypeLike = jnp.bfloat16) -> Float[Array, "*batch K N"]:
-    """Values times scales: the float32 product, then rounded to ``dtype``."""
+    """Values times scales: the float32 product, then rounded to ``dtype``.
+
+    Raises:
+      ValueError, TypeError: if the parts of ``w`` do not fit together.
+    """
+    check("decode", w)
     return (w.values.astype(jnp.float32) * _of_weights(w.scales, w.shape)).astype(dtype)
+
+
+def check(op: str, w: Fp8Block) -> None:
+    """Raises ValueError or TypeError, for ``op``, unless values and scales are as ``Fp8Block`` says."""
+    found = f"values {w.values.dtype}{w.values.shape} and scales {w.scales.dtype}{w.scales.shape}"
+    if (w.values.dtype, w.scales.dtype) != (jnp.float8_e4m3fn, jnp.float32):
+        raise TypeError(
+            f"{op}: an Fp8Block has values of float8_e4m3fn and scales of float32; got {found}. Use fp8.encode."
+        )
+    *batch, inner, columns = w.values.shape
+    scales = (*batch, -(-inner // BLOCK), -(-columns // BLOCK))
+    if w.scales.shape != scales:
+        raise ValueError(
+            f"{op}: an Fp8Block has a scale for each {BLOCK} x {BLOCK} values, here {scales}; got {found}. Use fp8.encode."
+        )
 
 
 def _of_weights(scales: jax.Array, shape: tuple[int, ...]) -> jax.Array:

@@ -13,23 +13,30 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from pallas_kernels import cache_rows
+from pallas_kernels import _checks, cache_rows
 
 BLOCK_ROWS = 2048  # cached rows of a sequence that XLA's backends copy at a time
 
 
-def check(op: str, q_shape: tuple[int, ...], cached, own, pages, values: int) -> None:
-    """Raises ValueError unless a step's cache, own rows and pages fit queries [B, T, heads, size].
+def check(op: str, q_shape: tuple[int, ...], cached, layer, own, pages, values: int) -> None:
+    """Raises ValueError or TypeError unless a step's cache, own rows and pages fit queries [B, T, heads, size].
 
     Args:
       op: for the message.
       q_shape: shape of the queries.
       cached: the cache.
+      layer: which of its layers.
       own: the step's own rows.
       pages: or None.
       values: of a row, as in ``cache_rows``.
     """
     batch = q_shape[0]
+    _checks.arrays(op, cached=cached, own=own)
+    _checks.integers(op, pages=pages)
+    if cached.dtype != jnp.uint8 and not jnp.issubdtype(cached.dtype, jnp.floating):
+        raise TypeError(
+            f"{op}: cached must be stored in {', '.join(cache_rows.FORMATS)} (uint8); got {cached.dtype}. Use cache_rows.encode."
+        )
     size = cache_rows.stored_size(q_shape[-1], values, cached.dtype)
     shapes = f"q {q_shape}, cached {cached.dtype}{cached.shape}, own {own.dtype}{own.shape}"
     if cached.ndim != 4 or own.ndim != 3 or cached.shape[3] != size or own.shape[2] != size:
@@ -48,6 +55,7 @@ def check(op: str, q_shape: tuple[int, ...], cached, own, pages, values: int) ->
         )
     if pages is not None and (pages.ndim != 2 or pages.shape[0] != batch):
         raise ValueError(f"{op}: pages must be [B, W] with q's B; got {pages.shape} and {shapes}.")
+    _checks.scalar_int(op, "layer", layer, 0, cached.shape[0] - 1, "Layers count from 0.")
 
 
 def capacity_of(cached: jax.Array, pages: jax.Array | None) -> int:

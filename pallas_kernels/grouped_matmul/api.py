@@ -4,16 +4,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import _implementation
+from pallas_kernels import _checks, _implementation, fp8
 from pallas_kernels.grouped_matmul import mosaic_gpu, mosaic_tpu, native, reference, xla
+from pallas_kernels.grouped_matmul.once import once
 from pallas_kernels.grouped_matmul.weights import Quantised, Weights
 
 _BACKENDS = {
     "reference": reference.grouped_matmul,
-    "native": native.grouped_matmul,
-    "mosaic_gpu": mosaic_gpu.grouped_matmul,
-    "mosaic_tpu": mosaic_tpu.grouped_matmul,
-    "xla": xla.grouped_matmul,
+    "native": once(native.grouped_matmul),
+    "mosaic_gpu": once(mosaic_gpu.grouped_matmul),
+    "mosaic_tpu": once(mosaic_tpu.grouped_matmul),
+    "xla": once(xla.grouped_matmul),
     "ragged_dot": xla.ragged_dot,
 }
 _PREFERENCE = {
@@ -25,37 +26,35 @@ _PREFERENCE = {
 }
 
 
-def _check(x: jax.Array, w: Weights, group_sizes: jax.Array, group_offset: jax.Array | int) -> None:
+def check(
+    op: str, x: jax.Array, w: Weights, group_sizes: jax.Array, group_offset: jax.Array | int
+) -> None:
+    """Raises ValueError or TypeError, for ``op``, unless these are as ``grouped_matmul`` says."""
+    _checks.floating(op, x=x)
+    _checks.integers(op, group_sizes=group_sizes)
+    if isinstance(w, fp8.Fp8Block):
+        fp8.check(op, w)
+    elif not isinstance(w, Quantised):
+        _checks.arrays(op, w=w)
     if x.ndim != 2 or len(w.shape) != 3 or group_sizes.ndim != 1:
         raise ValueError(
-            "grouped_matmul: x must be [M, K], w [G, K, N] and group_sizes [E]; got shapes "
+            f"{op}: x must be [M, K], w [G, K, N] and group_sizes [E]; got shapes "
             f"{x.shape}, {w.shape} and {group_sizes.shape}. Flatten leading dimensions of x first."
         )
     if x.shape[1] != w.shape[1]:
         raise ValueError(
-            f"grouped_matmul: x's K ({x.shape[1]}) must equal w's K ({w.shape[1]}); weights are [group, in, out]."
+            f"{op}: x's K ({x.shape[1]}) must equal w's K ({w.shape[1]}); weights are [group, in, out]."
         )
     if group_sizes.shape[0] > w.shape[0]:
         raise ValueError(
-            f"grouped_matmul: group_sizes has {group_sizes.shape[0]} groups but w holds {w.shape[0]} matrices; "
+            f"{op}: group_sizes has {group_sizes.shape[0]} groups but w holds {w.shape[0]} matrices; "
             "pass one size per matrix used."
         )
     last = w.shape[0] - group_sizes.shape[0]
-    if isinstance(group_offset, int) and not 0 <= group_offset <= last:
-        raise ValueError(
-            f"grouped_matmul: group_offset must be from 0 to {last}, so that w's {w.shape[0]} matrices hold "
-            f"{group_sizes.shape[0]} groups from there on; got {group_offset}."
-        )
-    if not jnp.issubdtype(group_sizes.dtype, jnp.integer):
-        raise TypeError(
-            f"grouped_matmul: group_sizes must be integers; got {group_sizes.dtype}. Cast to int32."
-        )
+    hint = f"From there on w's {w.shape[0]} matrices must hold {group_sizes.shape[0]} groups."
+    _checks.scalar_int(op, "group_offset", group_offset, 0, last, hint)
     if not isinstance(w, Quantised) and x.dtype != w.dtype:
-        raise TypeError(
-            f"grouped_matmul: x is {x.dtype} but w is {w.dtype}; cast one to the other's dtype."
-        )
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise TypeError(f"grouped_matmul: x must be of a floating type; got {x.dtype}. Cast it.")
+        raise TypeError(f"{op}: x is {x.dtype} but w is {w.dtype}; cast one to the other's dtype.")
 
 
 def grouped_matmul(
@@ -95,7 +94,7 @@ def grouped_matmul(
       >>> grouped_matmul(x, w, jnp.array([1, 2])).tolist()
       [[1.0, 1.0], [2.0, 2.0], [2.0, 2.0]]
     """
-    _check(x, w, group_sizes, group_offset)
+    check("grouped_matmul", x, w, group_sizes, group_offset)
     return _implementation.call(
         "grouped_matmul",
         _BACKENDS,

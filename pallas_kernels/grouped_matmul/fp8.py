@@ -14,7 +14,8 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import _implementation
 from pallas_kernels.cache_rows import scale_exponents
 from pallas_kernels.fp8 import BLOCK
-from pallas_kernels.grouped_matmul.api import grouped_matmul
+from pallas_kernels.grouped_matmul.api import check, grouped_matmul
+from pallas_kernels.grouped_matmul.weights import Quantised
 from pallas_kernels.numerics import power_of_two
 
 
@@ -28,7 +29,8 @@ def rounded(x: Float[Array, "*batch R C"], rows: int, columns: int) -> Float[Arr
     more = [(0, 0)] * len(batch) + [(0, -height % rows), (0, -width % columns)]
     tiles = jnp.pad(x.astype(jnp.float32), more)
     padded = tiles.shape
-    tiles = tiles.reshape(*batch, -1, rows, padded[-1] // columns, columns).swapaxes(-3, -2)
+    tall, wide = padded[-2] // rows, padded[-1] // columns
+    tiles = tiles.reshape(*batch, tall, rows, wide, columns).swapaxes(-3, -2)
     flat = tiles.reshape(*tiles.shape[:-2], rows * columns)
     exponent = scale_exponents(flat)[..., None]
     values = (flat * power_of_two(-exponent)).astype(jnp.float8_e4m3fn).astype(jnp.float32)
@@ -58,8 +60,13 @@ def grouped_matmul_fp8(
     Raises:
       ValueError, TypeError, NotImplementedError, ExceptionGroup: as ``grouped_matmul``.
     """
+    if isinstance(w, Quantised):
+        raise TypeError(
+            f"grouped_matmul_fp8: w must be an array, which it rounds itself; got {type(w).__name__}. Give that to grouped_matmul."
+        )
+    check("grouped_matmul_fp8", x, w, group_sizes, group_offset)
     offset = jnp.asarray(group_offset, jnp.int32)
-    return _product(x, w, group_sizes, offset, implementation)
+    return _product(x, w, group_sizes, offset, _implementation.hashable(implementation))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))

@@ -1,9 +1,10 @@
 """Public lightning-index selection."""
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
-from pallas_kernels import _implementation, paged
+from pallas_kernels import _checks, _implementation, paged
 from pallas_kernels.index_topk import mosaic_gpu, mosaic_tpu, native, reference, xla
 
 _BACKENDS = {
@@ -36,7 +37,7 @@ def index_topk(
     """Positions of the ``topk`` keys with the largest index score for each query (DeepSeek-V3.2, spec 3.1).
 
     The score of key s for query t is sum_i weights[t, i] * relu(q[t, i] . k[s]), in float32. Exact; ties go to the lower
-    position. Forward only (a selection has no gradient).
+    position. Forward only: a selection has no gradient, and none passes here.
 
     Args:
       q: index queries, rotated.
@@ -50,8 +51,7 @@ def index_topk(
       int32 positions, best first; -1 fills rows with fewer visible keys.
 
     Raises:
-      ValueError: if shapes disagree or topk < 1.
-      TypeError: if dtypes disagree.
+      ValueError, TypeError: for shapes, a topk or dtypes that don't fit, naming them.
 
     Example:
       >>> import jax.numpy as jnp
@@ -59,6 +59,8 @@ def index_topk(
       >>> index_topk(jnp.ones((1, 1, 1, 1)), keys, jnp.ones((1, 1, 1)), 2).tolist()
       [[[1, 2]]]
     """
+    _checks.floating("index_topk", q=q, k=k, weights=weights)
+    _checks.integers("index_topk", visible=visible)
     if q.ndim != 4 or k.ndim != 3 or weights.shape != q.shape[:3]:
         raise ValueError(
             f"index_topk: q must be [B, T, I, K], k [B, S, K], weights [B, T, I]; got {q.shape}, {k.shape}, {weights.shape}."
@@ -69,8 +71,7 @@ def index_topk(
         raise TypeError(
             f"index_topk: q is {q.dtype} but k is {k.dtype}; cast one to the other's dtype."
         )
-    if topk < 1:
-        raise ValueError(f"index_topk: topk must be >= 1; got {topk}.")
+    topk = _checks.static_int("index_topk", "topk", topk, 1)
     if visible is None:
         ahead = k.shape[1] - q.shape[1]
         if ahead < 0:
@@ -82,6 +83,7 @@ def index_topk(
         raise ValueError(
             f"index_topk: visible must have q's [B, T], {q.shape[:2]}; got {visible.shape}."
         )
+    q, k, weights = jax.lax.stop_gradient((q, k, weights))
     return _implementation.call(
         "index_topk", _BACKENDS, _PREFERENCE, implementation, q, k, weights, topk, visible
     )
@@ -119,11 +121,13 @@ def index_topk_step(
       int32 rows in ascending order: below the capacity cached ones, from there on the step's own; -1 after the last.
 
     Raises:
-      ValueError: if shapes disagree or topk is out of range.
+      ValueError, TypeError: for shapes, numbers or dtypes that don't fit, naming them.
     """
+    _checks.floating("index_topk_step", q=q, weights=weights)
+    _checks.integers("index_topk_step", lengths=lengths, spans=spans)
     if q.ndim != 4:
         raise ValueError(f"index_topk_step: q must be [B, T, I, K]; got {q.shape}.")
-    paged.check("index_topk_step", q.shape, cached, own, pages, q.shape[3])
+    paged.check("index_topk_step", q.shape, cached, layer, own, pages, q.shape[3])
     if spans is None and own.shape[:2] != q.shape[:2]:
         raise ValueError(
             f"index_topk_step: own must have a row per query, {q.shape[:2]}; got {own.shape}. Pass spans for others."
@@ -137,8 +141,9 @@ def index_topk_step(
             f"index_topk_step: weights must be [B, T, I] and lengths [B], as in q {q.shape}; got {weights.shape}, {lengths.shape}."
         )
     most = paged.capacity_of(cached, pages) + own.shape[1]
-    if not 1 <= topk <= most:
-        raise ValueError(f"index_topk_step: topk must be in 1..{most} (capacity + O); got {topk}.")
+    hint = "The last is the capacity + O."
+    topk = _checks.static_int("index_topk_step", "topk", topk, 1, most, hint)
+    q, cached, own, weights = jax.lax.stop_gradient((q, cached, own, weights))
     return _implementation.call(
         "index_topk_step",
         _STEP_BACKENDS,

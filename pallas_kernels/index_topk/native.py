@@ -8,9 +8,7 @@ from pallas_kernels import native, paged
 
 def _call(q, cached, layer, own, weights, visible, spans, pages, topk, *, best_first):
     native.require(q, stored=(cached, own))
-    # A selection has no gradient, and a foreign call no derivative to ask for.
-    operands = jax.lax.stop_gradient((q, cached, own, weights.astype(jnp.float32)))
-    q, cached, own, weights = operands
+    weights = weights.astype(jnp.float32)
     result = jax.ShapeDtypeStruct((*q.shape[:2], topk), jnp.int32)
     layer = jnp.asarray(layer, jnp.int32)
     return native.call(

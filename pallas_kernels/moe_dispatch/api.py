@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import _implementation
+from pallas_kernels import _checks, _implementation
 from pallas_kernels.moe_dispatch import config, mosaic_gpu, mosaic_tpu, reference
 from pallas_kernels.moe_dispatch.payload import Encoded, Payload, payload_of
 
@@ -130,6 +130,8 @@ def _unpermute_backward(implementation, residuals, dy):
     del implementation
     rows, position, weights = residuals
     tokens, active = position.shape
+    if not position.size:
+        return jnp.zeros_like(rows), None, jnp.zeros_like(weights)
     # Scatter the pairs' indices once (cheap integers), then move rows by gathers only.
     flat = jnp.where(position >= 0, position, rows.shape[0]).reshape(-1)
     pair = jnp.full(rows.shape[0] + 1, -1, jnp.int32)
@@ -161,7 +163,7 @@ def dispatch(
 
     Args:
       x: tokens.
-      expert_ids: chosen experts in [0, num_experts); -1 for no expert (padding).
+      expert_ids: chosen experts in [0, num_experts); -1, and any other number, for no expert (padding).
       num_experts: E.
       dtype: what rows become on their way: None for x's dtype, a floating dtype, float8_e4m3fn for values with a float32 scale per
         128 of them (the smallest power of two that is at least 1e-4 and 1/448 of the largest magnitude), or a ``Payload``.
@@ -171,7 +173,7 @@ def dispatch(
       ``Dispatched(rows, group_sizes, position)``; with scales, rows are ``Encoded(values, scales)``.
 
     Raises:
-      ValueError: if shapes disagree, or for a dtype that is none of those.
+      ValueError, TypeError: for shapes or types that don't fit, naming them.
 
     Example:
       >>> import jax.numpy as jnp
@@ -179,15 +181,20 @@ def dispatch(
       >>> d.rows.tolist(), d.group_sizes.tolist(), d.position.tolist()
       ([[2.0], [1.0]], [1, 1], [[1], [0]])
     """
+    _checks.arrays("dispatch", x=x)
+    _checks.integers("dispatch", expert_ids=expert_ids)
+    num_experts = _checks.static_int("dispatch", "num_experts", num_experts, 1)
     if x.ndim != 2 or expert_ids.ndim != 2 or x.shape[0] != expert_ids.shape[0]:
         raise ValueError(
             f"dispatch: x must be [T, D] and expert_ids [T, A] with one T; got {x.shape} and {expert_ids.shape}."
         )
     ids = expert_ids.reshape(-1).astype(jnp.int32)
+    ids = jnp.where(ids < num_experts, ids, -1)
     pair_of_row, row_of_pair, group_sizes = _order(ids, num_experts)
     used = jnp.arange(ids.shape[0]) < group_sizes.sum()
     index = jnp.where(used, pair_of_row // max(expert_ids.shape[1], 1), -1)
     target = jnp.where(ids >= 0, row_of_pair, ~row_of_pair).reshape(expert_ids.shape)
+    implementation = _implementation.hashable(implementation)
     rows = _permute(implementation, payload_of(dtype, x.dtype), x, index, target)
     return Dispatched(rows, group_sizes, jnp.maximum(target, -1))
 
@@ -214,11 +221,16 @@ def combine(
       [T, D] in rows' dtype.
 
     Raises:
-      ValueError: if shapes disagree.
+      ValueError, TypeError: for shapes or types that don't fit, naming them.
     """
+    if isinstance(rows, Encoded):
+        raise TypeError("combine: rows must be an array; got Encoded. Call decode_rows first.")
+    _checks.arrays("combine", rows=rows, weights=weights)
+    _checks.integers("combine", position=position)
     if rows.ndim != 2 or position.shape != weights.shape or position.ndim != 2:
         raise ValueError(
             "combine: rows must be [R, D], position and weights both [T, A]; got "
             f"{rows.shape}, {position.shape} and {weights.shape}."
         )
+    implementation = _implementation.hashable(implementation)
     return _unpermute(implementation, rows, position.astype(jnp.int32), weights)

@@ -3,10 +3,12 @@
 import dataclasses
 
 from pallas_kernels import _tuned
+from pallas_kernels._pallas import SHARED_MEMORY
 
-_SHARED_MEMORY = 226 * 1024  # bytes of a multiprocessor that its blocks can share
 _RESERVED = 2048  # of a block's: barriers, and what is aligned
 _BLOCKS = 2
+# Bytes of a multiprocessor that its blocks share: 1 KB more than what one alone can have, and each of them takes 1 KB for itself.
+_SHARED_MEMORY = SHARED_MEMORY - (_BLOCKS - 1) * 1024
 
 # Bytes of rows that a block can hold. One that takes more than its share of a multiprocessor has it to itself.
 MOST = _SHARED_MEMORY - _RESERVED

@@ -45,7 +45,6 @@ def gather_rows(
     payload: Payload | None = None,
     *,
     config: configs.Config | None = None,
-    interpret: Any = "auto",
 ) -> tuple[jax.Array, ...]:
     """out[r] = x[index[r]], encoded; a negative index gives a row of zeros.
 
@@ -57,7 +56,6 @@ def gather_rows(
       target: see there.
       payload: see there.
       config: the pipeline; None for the heuristic's.
-      interpret: of ``plgpu.kernel``; "auto" for the platform's.
 
     Returns:
       (rows [R, D],), or (values, scales).
@@ -65,9 +63,9 @@ def gather_rows(
     Raises:
       NotImplementedError: for rows that TMA cannot move whole or shared memory cannot hold, and off Hopper.
     """
-    interpret = _pallas.interpret_gpu() if interpret == "auto" else interpret
-    if not (x.shape[0] and index.shape[0]):
-        return reference.gather_rows(x, index, target, payload)
+    interpret = _pallas.interpret_gpu()
+    if not (x.size and index.size):
+        raise NotImplementedError(f"nothing to do; got x {x.shape} and {index.size} rows")
     if payload is not None and _fuses(x.shape[1], payload):
         chosen = config or configs.of_rows("encode", x.shape[1] * x.dtype.itemsize)
         if chosen.fuse:
@@ -85,7 +83,6 @@ def weighted_sum(
     weights: jax.Array,
     *,
     config: configs.Config | None = None,
-    interpret: Any = "auto",
 ) -> jax.Array:
     """out[t] = sum_k weights[t, k] * rows[position[t, k]], added in the order of k, in float32.
 
@@ -94,12 +91,11 @@ def weighted_sum(
       position: [T, A] int32; a negative one adds nothing, whatever rows or weights hold there.
       weights: [T, A].
       config: the pipeline; None for the heuristic's.
-      interpret: of ``plgpu.kernel``; "auto" for the platform's.
 
     Raises:
       NotImplementedError: for rows that TMA cannot move whole, or registers or shared memory cannot hold, and off Hopper.
     """
-    interpret = _pallas.interpret_gpu() if interpret == "auto" else interpret
+    interpret = _pallas.interpret_gpu()
     tokens, active = position.shape
     if rows.shape[1] > 8192:
         raise NotImplementedError(
@@ -109,8 +105,10 @@ def weighted_sum(
         raise NotImplementedError(
             f"rows are summed in float32, bfloat16 or float16; got {rows.dtype}"
         )
-    if not (position.size and rows.shape[0]):
-        return reference.weighted_sum(rows, position, weights)
+    if not (position.size and rows.size):
+        raise NotImplementedError(
+            f"nothing to do; got rows {rows.shape}, position {position.shape}"
+        )
     view = _view(rows)
     config = config or configs.of_rows("sum", rows.shape[1] * rows.dtype.itemsize)
     row = jax.ShapeDtypeStruct(view.shape[1:], rows.dtype)

@@ -19,6 +19,8 @@ def gather_rows(
 ) -> tuple[jax.Array, ...]:
     """out[r] = x[index[r]]; a negative index gives a row of zeros. See ``reference``."""
     del target
+    if not (x.size and index.size):
+        raise NotImplementedError(f"nothing to do; got x {x.shape} and {index.size} rows")
     return tuple(_gather(part, index) for part in encode(x, payload))
 
 
@@ -51,6 +53,10 @@ def weighted_sum(rows: jax.Array, position: jax.Array, weights: jax.Array) -> ja
     """out[t] = sum_k weights[t, k] * rows[position[t, k]], added in the order of k, in float32."""
     tokens, active = position.shape
     size = rows.shape[1]
+    if not (position.size and rows.size):
+        raise NotImplementedError(
+            f"nothing to do; got rows {rows.shape}, position {position.shape}"
+        )
 
     def kernel(position_ref, weight_ref, row_ref, out_ref):
         t, k = pl.program_id(0), pl.program_id(1)

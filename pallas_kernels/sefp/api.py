@@ -1,13 +1,13 @@
 """Public SEFP operations."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import _implementation
+from pallas_kernels import _checks, _implementation
 from pallas_kernels.sefp import format as sefp
 from pallas_kernels.sefp import mosaic_gpu, mosaic_tpu, native, reference, xla
 
@@ -16,6 +16,16 @@ _TRUNCATE = {
     "xla": xla.sefp_truncate,
     "mosaic_gpu": mosaic_gpu.sefp_truncate,
     "mosaic_tpu": mosaic_tpu.sefp_truncate,
+}
+
+
+def _no_kernel(*_: object) -> sefp.Sefp:
+    raise NotImplementedError("planes of a Sefp are dropped without a kernel")
+
+
+# Of a Sefp.
+_DROP = {name: _no_kernel for name in _TRUNCATE} | {
+    name: sefp.Sefp.truncate for name in ("xla", "reference")
 }
 _MATMUL = {
     "reference": reference.sefp_matmul,
@@ -63,17 +73,18 @@ def sefp_truncate(
     rounding: str = "truncate",
     implementation: _implementation.Implementation = None,
 ) -> Float[Array, "..."] | sefp.Sefp:
-    """``w`` as SEFP has it at ``width``, in its own dtype and in one pass; exact.
+    """``w`` as SEFP has it at ``width``, in its own dtype; exact.
 
     The gradient passes straight through, dQ/dw = 1. NaN stays NaN and does not touch its group; infinity becomes 65504; 2^17 and
     more saturates. Stored weights lose planes, without a copy.
 
     Args:
       w: weights [..., K, N], or a ``Sefp``.
-      width: 1 to 8; may be traced, so that one program serves all (then it isn't checked). Of a ``Sefp``: 3 to what it stores.
+      width: 1 to 8; may be traced, so that one program serves all (then it isn't checked). Of a ``Sefp``: 3 to what it stores, an int.
       axis: the contracted one, along which groups of 64 lie.
       rounding: "truncate", "nearest" (half to even) or "nested", as of ``encode``.
-      implementation: None, "xla", "mosaic_gpu" (Hopper), "mosaic_tpu", "reference", or a sequence of these.
+      implementation: None, "xla", "mosaic_gpu" (Hopper), "mosaic_tpu", "reference", or a sequence of these. Of a ``Sefp`` the
+        kernels refuse.
 
     Returns:
       As ``w``.
@@ -86,27 +97,16 @@ def sefp_truncate(
       >>> sefp_truncate(jnp.array([[0.8125], [-0.40625], [0.1]]), 3)[:, 0].tolist()
       [0.75, -0.375, 0.0]
     """
-    static = isinstance(width, int | np.integer)
     if isinstance(w, sefp.Sefp):
-        if not static:
-            raise TypeError(
-                "sefp_truncate: the width of a Sefp must be a Python int; it decides what is read."
-            )
-        return w.truncate(int(width))
-    if not jnp.issubdtype(w.dtype, jnp.floating):
-        raise TypeError(f"sefp_truncate: w must be of a floating type; got {w.dtype}. Cast it.")
+        return _implementation.call("sefp_truncate", _DROP, {}, implementation, w, width)
+    _checks.floating("sefp_truncate", w=w)
     if not -w.ndim <= axis < w.ndim or w.ndim < 2:
         raise ValueError(
             f"sefp_truncate: axis {axis} is not one of w's of shape {w.shape}, or w isn't at least 2-D."
         )
-    if static and not 1 <= width <= sefp.MASTER_WIDTH:
-        raise ValueError(
-            f"sefp_truncate: width must be from 1 to {sefp.MASTER_WIDTH}; got {width}."
-        )
+    _checks.scalar_int("sefp_truncate", "width", width, 1, sefp.MASTER_WIDTH)
     sefp.check_rounding(rounding)
-    if w.size == 0:
-        return w
-    implementation = tuple(implementation) if isinstance(implementation, list) else implementation
+    implementation = _implementation.hashable(implementation)
     return _truncate(axis % w.ndim, rounding, implementation, w, jnp.asarray(width, jnp.int32))
 
 
@@ -150,6 +150,11 @@ def sefp_matmul(
       >>> sefp_matmul(jnp.ones((64,)), s, width=3).tolist()
       [48.0, 48.0]
     """
+    if not isinstance(s, sefp.Sefp):
+        raise TypeError(
+            f"sefp_matmul: s must be a Sefp; got {type(s).__name__}. Make one of an array with sefp.encode."
+        )
+    _checks.arrays("sefp_matmul", x=x)
     if len(s.shape) != 2:
         raise ValueError(
             f"sefp_matmul: s must hold [K, N]; got {s.shape}. Index, scan or vmap over leading axes."
@@ -159,8 +164,6 @@ def sefp_matmul(
     if x.dtype not in (jnp.float32, jnp.bfloat16):  # what holds every weight exactly
         raise TypeError(f"sefp_matmul: x must be float32 or bfloat16; got {x.dtype}. Cast it.")
     s = s if width is None else s.truncate(width)
-    rows, columns = x.reshape(-1, s.shape[0]), s.shape[1]
-    if rows.size == 0 or columns == 0:
-        return jnp.zeros((*x.shape[:-1], columns), x.dtype)
-    implementation = tuple(implementation) if isinstance(implementation, list) else implementation
-    return _matmul(implementation, rows, s).reshape(*x.shape[:-1], columns)
+    batch, (inner, columns) = x.shape[:-1], s.shape
+    rows = x.reshape(math.prod(batch), inner)
+    return _matmul(_implementation.hashable(implementation), rows, s).reshape(*batch, columns)

@@ -5,8 +5,10 @@ import itertools
 from collections.abc import Iterator
 
 from pallas_kernels import _tuned
+from pallas_kernels._pallas import SHARED_MEMORY
 
-_SHARED_MEMORY = 200 * 1024  # bytes of a block's ring of slots, of 227 KB
+# Bytes of a block's ring of slots. The rest is for the pipeline's barriers and alignment, with room to spare.
+_RING = SHARED_MEMORY - 27 * 1024
 _MOST_STAGES = 16
 
 
@@ -51,7 +53,7 @@ def tilings(
 
 def _stages(steps: int, at_a_time: int, warpgroups: int, rows: int, planes: int) -> int:
     slot = at_a_time * (64 * warpgroups * (33 + 8 * planes) + 128 * rows)
-    return max(1, min(_MOST_STAGES, _SHARED_MEMORY // slot, steps // at_a_time))
+    return max(1, min(_MOST_STAGES, _RING // slot, steps // at_a_time))
 
 
 def tiling(groups: int, columns: int, rows: int, planes: int, multiprocessors: int) -> Tiling:

@@ -27,6 +27,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Integer, Num
 
+from pallas_kernels import _checks
 from pallas_kernels.numerics import power_of_two
 
 GROUP = 64
@@ -81,13 +82,10 @@ class Sefp:
         """``width`` if it is stored here.
 
         Raises:
-          ValueError: if it isn't.
+          ValueError, TypeError: if it isn't.
         """
-        if not BASE_WIDTH <= width <= self.width:
-            raise ValueError(
-                f"width must be from {BASE_WIDTH} to the stored {self.width}; got {width}. Encode again for a higher one."
-            )
-        return width
+        hint = f"{self.width} is stored; encode again for more."
+        return _checks.static_int("Sefp", "width", width, BASE_WIDTH, self.width, hint)
 
     def __repr__(self) -> str:
         return f"Sefp(E5M{self.width}, shape={self.shape}, {self.nbytes()} bytes)"
@@ -180,7 +178,7 @@ def encode(
       The stored form. In traced code NaN becomes zero, infinity 65504 and more than 2^17 saturates; ``unrepresentable`` counts them.
 
     Raises:
-      ValueError: for a width or rounding that there isn't, or NaN or infinity in an array that isn't traced.
+      ValueError, TypeError: for a width, rounding or type that there isn't, or NaN or infinity in an array that isn't traced.
 
     Example:
       >>> import jax.numpy as jnp
@@ -188,10 +186,10 @@ def encode(
       >>> s, s.truncate(3).nbytes() / (64 * 2) * 8
       (Sefp(E5M8, shape=(64, 2), 146 bytes), 4.125)
     """
+    _checks.floating("encode", w=w)
     if w.ndim < 2:
         raise ValueError(f"encode: w must be [..., K, N]; got shape {w.shape}. Add an axis.")
-    if not BASE_WIDTH <= width <= MASTER_WIDTH:
-        raise ValueError(f"encode: width must be from {BASE_WIDTH} to {MASTER_WIDTH}; got {width}.")
+    width = _checks.static_int("encode", "width", width, BASE_WIDTH, MASTER_WIDTH)
     check_rounding(rounding)
     if not isinstance(w, jax.core.Tracer) and not bool(jnp.isfinite(w).all()):
         raise ValueError("encode: w holds NaN or infinity; replace them first.")
@@ -245,14 +243,14 @@ def _signs_turned(words: jax.Array, left: int) -> jax.Array:
 
 def _gathered(parts: jax.Array, number: int, bits: int) -> jax.Array:
     """uint32 words of ``number`` neighbours of so many bits, the first one lowest."""
-    parts = parts.reshape(*parts.shape[:-1], -1, number)
+    parts = parts.reshape(*parts.shape[:-1], parts.shape[-1] // number, number)
     return (parts << _places(parts.ndim, number, bits)).sum(-1, dtype=jnp.uint32)
 
 
 def _scattered(words: jax.Array, number: int, bits: int) -> jax.Array:
     """What ``_gathered`` took, with whatever stands above it in the word."""
     words = words[..., None] >> _places(words.ndim + 1, number, bits)
-    return words.reshape(*words.shape[:-2], -1)
+    return words.reshape(*words.shape[:-2], words.shape[-2] * number)
 
 
 def _places(rank: int, number: int, bits: int) -> jax.Array:

@@ -27,18 +27,17 @@ _MOST_ROWS = 64
 _ROWS = plgpu.Layout.WGMMA.reduce(1)
 
 
-def sefp_matmul(
-    x: jax.Array, s: Sefp, *, tiling: configs.Tiling | None = None, interpret: Any = "auto"
-) -> jax.Array:
+def sefp_matmul(x: jax.Array, s: Sefp, *, tiling: configs.Tiling | None = None) -> jax.Array:
     """See ``api.sefp_matmul``.
 
     Args:
       x: bfloat16 [B, K], B at most 64.
       s: [K, N], N a multiple of 64.
       tiling: None for the heuristic's.
-      interpret: of ``plgpu.kernel``; "auto" for the platform's.
     """
     rows, (_, columns) = x.shape[0], s.shape
+    if 0 in (*x.shape, *s.shape):
+        raise NotImplementedError(f"nothing to do; got x {x.shape} and s {s.shape}")
     if x.dtype != jnp.bfloat16:
         raise NotImplementedError(f"the tensor cores take x in bfloat16; got {x.dtype}")
     if rows > _MOST_ROWS:
@@ -47,7 +46,7 @@ def sefp_matmul(
         )
     if columns % TILE:
         raise NotImplementedError(f"N must be a multiple of {TILE}; got {columns}")
-    interpret = _pallas.interpret_gpu() if isinstance(interpret, str) else interpret
+    interpret = _pallas.interpret_gpu()
     padded = -(-rows // 8) * 8
     if tiling is None:
         groups, sms = s.exponent.shape[0], _pallas.multiprocessors()
@@ -153,17 +152,12 @@ def _partial_sums(x: jax.Array, s: Sefp, tiling: configs.Tiling, interpret: Any)
     )(ordered(x), s.exponent, *(a.reshape(groups, columns // 2, -1) for a in (s.base, *s.planes)))
 
 
-def sefp_truncate(
-    w: jax.Array,
-    width: jax.Array,
-    *,
-    axis: int,
-    rounding: str,
-    interpret: Any = "auto",
-) -> jax.Array:
+def sefp_truncate(w: jax.Array, width: jax.Array, *, axis: int, rounding: str) -> jax.Array:
     """See ``api.sefp_truncate``: a thread holds one or two columns of a group in registers between reading and writing them."""
     inner, columns = w.shape[-2:]
     across = 128 * max(1, 4 // w.dtype.itemsize)  # a word for each thread
+    if not w.size:
+        raise NotImplementedError(f"nothing to do; got w {w.shape}")
     if axis != w.ndim - 2:
         raise NotImplementedError(
             f"groups must lie along the last axis but one; got axis {axis} of {w.ndim}"
@@ -176,7 +170,7 @@ def sefp_truncate(
         raise NotImplementedError(
             f"K must be a multiple of {GROUP} and N of {across}; got {inner} and {columns}"
         )
-    interpret = _pallas.interpret_gpu() if isinstance(interpret, str) else interpret
+    interpret = _pallas.interpret_gpu()
     flat = w.reshape(-1, columns)
 
     layout = _columns(across)

@@ -30,6 +30,8 @@ def exact_group(
 
 def sefp_truncate(w: jax.Array, width: int | jax.Array, *, axis: int, rounding: str) -> jax.Array:
     """See ``api.sefp_truncate``: one group after another."""
+    if not w.size:
+        raise NotImplementedError(f"nothing to do; got w {w.shape}")
     moved = jnp.moveaxis(w.astype(jnp.float32), axis, 0)
     parts = [
         sefp.quantized(moved[start : start + sefp.GROUP], width, rounding, 0)

@@ -46,7 +46,7 @@ def sefp_matmul_transposed(dy: jax.Array, s: sefp.Sefp) -> jax.Array:
         precision=precision_of(dy.dtype),
         preferred_element_type=jnp.float32,
     )
-    return dx.reshape(dy.shape[0], -1)[:, : s.inner]
+    return dx.reshape(dy.shape[0], dx.shape[1] * sefp.GROUP)[:, : s.inner]
 
 
 def groups_of_rows(x: jax.Array, s: sefp.Sefp) -> jax.Array:

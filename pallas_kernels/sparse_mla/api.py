@@ -1,22 +1,42 @@
 """Public sparse latent attention."""
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
-from pallas_kernels import _implementation, paged
+from pallas_kernels import _checks, _implementation, paged
 from pallas_kernels.sparse_mla import gradient, mosaic_gpu, mosaic_tpu, native, reference
 
-_BACKENDS = {
-    "native": native.sparse_mla,
-    "mosaic_gpu": mosaic_gpu.sparse_mla,
-    "mosaic_tpu": mosaic_tpu.sparse_mla,
-    "xla": gradient.differentiable(reference.sparse_mla),
+_KERNELS = {"native": native, "mosaic_gpu": mosaic_gpu, "mosaic_tpu": mosaic_tpu}
+
+
+def _kernel(backend: Callable[..., Any]) -> Callable[..., Any]:
+    """A backend that refuses what no kernel can do, of the op or of its step."""
+
+    @functools.wraps(backend)
+    def op(q: jax.Array, cached: jax.Array, *others: Any) -> tuple[jax.Array, jax.Array]:
+        scale = others[-2]
+        table = others[3] if len(others) > 3 else None  # a step's page table
+        if isinstance(scale, jax.core.Tracer):
+            raise NotImplementedError(
+                "the scale is compiled into the kernel, and this one is traced"
+            )
+        if 0 in (*q.shape, *cached.shape, *(() if table is None else table.shape)):
+            raise NotImplementedError(f"nothing to do; got q {q.shape}, rows {cached.shape}")
+        return backend(q, cached, *others)
+
+    return op
+
+
+_BACKENDS = {name: _kernel(module.sparse_mla) for name, module in _KERNELS.items()} | {
+    "xla": gradient.differentiable(reference.sparse_mla)
 }
-_STEP_BACKENDS = {
-    "native": native.sparse_mla_step,
-    "mosaic_gpu": mosaic_gpu.sparse_mla_step,
-    "mosaic_tpu": mosaic_tpu.sparse_mla_step,
-    "xla": reference.sparse_mla_step,
+_STEP_BACKENDS = {name: _kernel(module.sparse_mla_step) for name, module in _KERNELS.items()} | {
+    "xla": reference.sparse_mla_step
 }
 _PREFERENCE = {"cpu": ("native", "xla"), "gpu": ("mosaic_gpu", "xla"), "tpu": ("xla",)}
 
@@ -26,7 +46,7 @@ def sparse_mla(
     kv: Float[Array, "B S C"],
     indices: Int[Array, "B T K"],
     *,
-    scale: float,
+    scale: float | Float[Array, ""],
     value_dim: int,
     implementation: _implementation.Implementation = None,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B T H"]]:
@@ -39,7 +59,7 @@ def sparse_mla(
       q: absorbed queries, latent part first, then the rotary part.
       kv: cached rows of q's dtype, normalised latent then rotated key.
       indices: rows to attend to; -1 is no row. Distinct where not -1.
-      scale: softmax scale (``ModelConfig.softmax_scale``).
+      scale: softmax scale (``ModelConfig.softmax_scale``); traced, only "xla" takes it.
       value_dim: length of the latent part.
       implementation: None, "native" (C++ on CPU), "mosaic_gpu" (Hopper, bfloat16), "mosaic_tpu", "xla", or a sequence.
 
@@ -50,6 +70,12 @@ def sparse_mla(
     Raises:
       ValueError, TypeError: if shapes or dtypes disagree.
     """
+    _checks.arrays("sparse_mla", q=q, kv=kv)
+    _checks.integers("sparse_mla", indices=indices)
+    if q.dtype != kv.dtype or not jnp.issubdtype(q.dtype, jnp.floating):
+        raise TypeError(
+            f"sparse_mla: q and kv must have one floating dtype; got {q.dtype} and {kv.dtype}. Cast one, and decode stored rows (pallas_kernels.cache_rows) or give them to sparse_mla_step."
+        )
     if q.ndim != 4 or kv.ndim != 3 or indices.ndim != 3:
         raise ValueError(
             f"sparse_mla: q must be [B, T, H, C], kv [B, S, C], indices [B, T, K]; got {q.shape}, {kv.shape}, {indices.shape}."
@@ -58,14 +84,8 @@ def sparse_mla(
         raise ValueError(
             f"sparse_mla: B, T and C must agree; got q {q.shape}, kv {kv.shape}, indices {indices.shape}."
         )
-    if not 0 < value_dim <= kv.shape[2]:
-        raise ValueError(
-            f"sparse_mla: value_dim must be in 1..{kv.shape[2]} (kv's last size); got {value_dim}."
-        )
-    if q.dtype != kv.dtype or not jnp.issubdtype(q.dtype, jnp.floating):
-        raise TypeError(
-            f"sparse_mla: q and kv must have one floating dtype; got {q.dtype} and {kv.dtype}. Cast one, and decode stored rows (pallas_kernels.cache_rows) or give them to sparse_mla_step."
-        )
+    size, hint = kv.shape[2], "The last is the size of a row."
+    value_dim = _checks.static_int("sparse_mla", "value_dim", value_dim, 1, size, hint)
     return _implementation.call(
         "sparse_mla", _BACKENDS, _PREFERENCE, implementation, q, kv, indices, scale, value_dim
     )
@@ -78,7 +98,7 @@ def sparse_mla_step(
     own: Shaped[Array, "Bo O Z"],
     rows: Int[Array, "B T K"],
     *,
-    scale: float,
+    scale: float | Float[Array, ""],
     value_dim: int,
     pages: Int[Array, "B W"] | None = None,
     implementation: _implementation.Implementation = None,
@@ -91,7 +111,7 @@ def sparse_mla_step(
       layer: which of them; may be traced.
       own: the step's own latent rows, stored alike.
       rows: ``index_topk_step``'s result: below the capacity cached rows, from there on the step's own, -1 for none.
-      scale: softmax scale.
+      scale: softmax scale; traced, only "xla" takes it.
       value_dim: V, the latent part of a row.
       pages: the sequences' pages; default page b for sequence b.
       implementation: None, "native" (C++ on CPU), "mosaic_gpu" (Hopper, bfloat16), "mosaic_tpu", "xla", or a sequence.
@@ -100,16 +120,17 @@ def sparse_mla_step(
       (out, lse) as in ``sparse_mla``.
 
     Raises:
-      ValueError: if shapes disagree.
+      ValueError, TypeError: for shapes, numbers or dtypes that don't fit, naming them.
     """
+    _checks.floating("sparse_mla_step", q=q)
+    _checks.integers("sparse_mla_step", rows=rows)
     if q.ndim != 4 or rows.ndim != 3 or rows.shape[:2] != q.shape[:2]:
         raise ValueError(
             f"sparse_mla_step: q must be [B, T, H, C] and rows [B, T, K]; got {q.shape} and {rows.shape}."
         )
-    size = q.shape[3]
-    if not 0 < value_dim <= size:
-        raise ValueError(f"sparse_mla_step: value_dim must be in 1..{size} (C); got {value_dim}.")
-    paged.check("sparse_mla_step", q.shape, cached, own, pages, value_dim)
+    size, hint = q.shape[3], "The last is the size of a row."
+    value_dim = _checks.static_int("sparse_mla_step", "value_dim", value_dim, 1, size, hint)
+    paged.check("sparse_mla_step", q.shape, cached, layer, own, pages, value_dim)
     return _implementation.call(
         "sparse_mla_step",
         _STEP_BACKENDS,

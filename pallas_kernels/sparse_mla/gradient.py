@@ -74,6 +74,8 @@ def of_oracle(
 def _backward(residuals, cotangents, scale, value_dim) -> tuple[jax.Array, jax.Array]:
     """(dq, dkv). With P the softmax, D the gradient of a logit: D = P (d_out . v - d_out . out + d_lse)."""
     q, kv, indices, out, lse = residuals
+    if 0 in (*q.shape, *kv.shape):
+        return jnp.zeros_like(q), jnp.zeros_like(kv)
     d_out, d_lse = cotangents
     heads, size = q.shape[2:]
     table = addresses.of_sequences(kv, indices)

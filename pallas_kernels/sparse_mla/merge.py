@@ -14,7 +14,12 @@ def merge_partials(
 
     Returns:
       (out, lse) as if the softmax had run over all keys at once.
+
+    Raises:
+      ValueError: if there is no part.
     """
+    if not parts:
+        raise ValueError("merge_partials: parts must hold at least one (out, lse); got none.")
     lse = jnp.stack([part_lse for _, part_lse in parts])
     peak = jnp.maximum(lse.max(0), jnp.finfo(jnp.float32).min)
     share = jnp.exp(lse - peak[None])

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import cache_rows
+from pallas_kernels import cache_rows, paged
 from pallas_kernels.numerics import precision_of
 from pallas_kernels.sparse_mla import addresses, chunks
 
@@ -34,7 +34,9 @@ class Softmax(NamedTuple):
     total: jax.Array
 
 
-def accumulate(before: Softmax | None, q: jax.Array, part: Part, scale: float) -> Softmax:
+def accumulate(
+    before: Softmax | None, q: jax.Array, part: Part, scale: float | jax.Array
+) -> Softmax:
     """The softmax of ``before`` and one more part; rows of it that are not valid must still be finite."""
     precision = precision_of(q.dtype)
     dot = functools.partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
@@ -62,7 +64,9 @@ def finish(softmax: Softmax, dtype: Any) -> tuple[jax.Array, jax.Array]:
     return (softmax.out / safe_total).astype(dtype), lse[..., 0]
 
 
-def attend(q: jax.Array, parts: Sequence[Part], scale: float) -> tuple[jax.Array, jax.Array]:
+def attend(
+    q: jax.Array, parts: Sequence[Part], scale: float | jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """Softmax attention of H heads that share their keys and values, over all parts jointly.
 
     Args:
@@ -81,9 +85,11 @@ def attend(q: jax.Array, parts: Sequence[Part], scale: float) -> tuple[jax.Array
 
 
 def sparse_mla(
-    q: jax.Array, kv: jax.Array, indices: jax.Array, scale: float, value_dim: int
+    q: jax.Array, kv: jax.Array, indices: jax.Array, scale: float | jax.Array, value_dim: int
 ) -> tuple[jax.Array, jax.Array]:
     """See ``api.sparse_mla``."""
+    if 0 in (*q.shape, *kv.shape):
+        return _nothing(q, value_dim)
     return _attend_rows(q, addresses.of_sequences(kv, indices), scale, value_dim)
 
 
@@ -94,18 +100,38 @@ def sparse_mla_step(
     own: jax.Array,
     rows: jax.Array,
     pages: jax.Array | None,
-    scale: float,
+    scale: float | jax.Array,
     value_dim: int,
 ) -> tuple[jax.Array, jax.Array]:
     """See ``api.sparse_mla_step``."""
+    if 0 in q.shape:
+        return _nothing(q, value_dim)
+    if 0 in cached.shape or not paged.capacity_of(cached, pages):  # only own rows are numbered
+        return _over_own(q, own, rows, scale, value_dim)
     # Address rows of the whole stacked cache, so that only the selected ones are read; the step's own rows
     # take their places in the gathered set, so that one softmax covers both.
     table = addresses.of_step(cached, layer, own, rows, pages)
     return _attend_rows(q, table, scale, value_dim)
 
 
+def _over_own(
+    q: jax.Array, own: jax.Array, rows: jax.Array, scale: float | jax.Array, value_dim: int
+) -> tuple[jax.Array, jax.Array]:
+    """``sparse_mla_step`` without a cache."""
+    if 0 in own.shape:
+        return _nothing(q, value_dim)
+    own = jnp.broadcast_to(own, (q.shape[0], *own.shape[1:]))
+    return _attend_rows(q, addresses.of_sequences(own, rows), scale, value_dim)
+
+
+def _nothing(q: jax.Array, value_dim: int) -> tuple[jax.Array, jax.Array]:
+    """The result where there are no rows, or no queries."""
+    out = jnp.zeros((*q.shape[:3], value_dim), q.dtype)
+    return out, jnp.full(q.shape[:3], -jnp.inf, jnp.float32)
+
+
 def _attend_rows(
-    q: jax.Array, table: addresses.Rows, scale: float, value_dim: int
+    q: jax.Array, table: addresses.Rows, scale: float | jax.Array, value_dim: int
 ) -> tuple[jax.Array, jax.Array]:
     """Gathers and attends, as many queries at a time as ``chunks`` allows."""
     count, columns = table.cached.shape[0], table.address.shape[1]

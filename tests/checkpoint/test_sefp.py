@@ -84,7 +84,7 @@ def test_what_is_no_such_directory_is_refused_in_one_line(tmp_path):
         checkpoint.load(tmp_path)
     checkpoint.save_sefp(tmp_path, quant.at_width(stored(DENSE), 4), DENSE)
     assert checkpoint.load(tmp_path)[0]["lm_head"]["weight"].width == 4
-    with pytest.raises(ValueError, match="width must be from 3 to the stored 4; got 5"):
+    with pytest.raises(ValueError, match="width must be from 3 to 4; got 5. 4 is stored"):
         checkpoint.load(tmp_path, width=5)
 
 

@@ -10,6 +10,7 @@ from pallas_kernels import _implementation
 from pallas_kernels.grouped_matmul import api as grouped_matmul_api
 from pallas_kernels.index_topk import api as index_topk_api
 from pallas_kernels.moe_dispatch import api as moe_dispatch_api
+from pallas_kernels.sefp import api as sefp_api
 from pallas_kernels.sparse_mla import api as sparse_mla_api
 
 
@@ -69,7 +70,8 @@ def test_if_all_refuse_the_group_carries_every_name_and_reason():
     assert all(isinstance(error, NotImplementedError) for error in caught.value.exceptions)
 
 
-@pytest.mark.parametrize("unknown", ["cuda", ("xla", "cuda"), ()])
+@pytest.mark.misuse
+@pytest.mark.parametrize("unknown", ["cuda", ("xla", "cuda"), (), 3, (["xla"],)])
 def test_an_unknown_or_missing_name_raises_with_the_known_ones(unknown):
     with pytest.raises(ValueError, match=r"my_op: implementation must name one of .*'fast'.*None"):
         call(unknown, {})
@@ -88,7 +90,10 @@ def test_an_error_that_is_no_refusal_is_not_swallowed(implementation):
         (index_topk_api._BACKENDS, index_topk_api._PREFERENCE),
         (moe_dispatch_api._GATHER, moe_dispatch_api._PREFERENCE),
         (moe_dispatch_api._SUM, moe_dispatch_api._PREFERENCE),
+        (index_topk_api._STEP_BACKENDS, index_topk_api._PREFERENCE),
         (sparse_mla_api._BACKENDS, sparse_mla_api._PREFERENCE),
+        (sparse_mla_api._STEP_BACKENDS, sparse_mla_api._PREFERENCE),
+        (sefp_api._MATMUL, sefp_api._PREFERENCE),
     ],
 )
 def test_every_platform_of_every_op_ends_at_xla(backends, preference):
@@ -101,9 +106,29 @@ def test_every_platform_of_every_op_ends_at_xla(backends, preference):
 def _ops():
     f32, i32 = jnp.float32, jnp.int32
     ids = jnp.zeros((2, 1), i32)
+    stored = pallas_kernels.sefp.encode(jnp.ones((3, 4), f32))
+    cached, own = jnp.ones((1, 1, 2, 3), f32), jnp.ones((1, 2, 3), f32)
     return {
         "grouped_matmul": lambda i: pallas_kernels.grouped_matmul(
             jnp.ones((2, 3), f32), jnp.ones((1, 3, 4), f32), jnp.array([2], i32), implementation=i
+        ),
+        "grouped_matmul_fp8": lambda i: pallas_kernels.grouped_matmul_fp8(
+            jnp.ones((2, 3), f32), jnp.ones((1, 3, 4), f32), jnp.array([2], i32), implementation=i
+        ),
+        "sefp_matmul": lambda i: pallas_kernels.sefp_matmul(
+            jnp.ones((2, 3), f32), stored, implementation=i
+        ),
+        "sefp_truncate": lambda i: pallas_kernels.sefp_truncate(
+            jnp.full((3, 4), 0.8125, f32), 3, implementation=i
+        ),
+        "index_topk_step": lambda i: pallas_kernels.index_topk_step(
+            *(jnp.ones((1, 2, 1, 3), f32), cached, 0, own, jnp.ones((1, 2, 1), f32)),
+            *(jnp.array([1], i32), 2),
+            implementation=i,
+        ),
+        "sparse_mla_step": lambda i: pallas_kernels.sparse_mla_step(
+            *(jnp.ones((1, 2, 1, 3), f32), cached, 0, own, jnp.zeros((1, 2, 1), i32)),
+            **dict(scale=1.0, value_dim=2, implementation=i),
         ),
         "dispatch": lambda i: pallas_kernels.dispatch(
             jnp.ones((2, 3), f32), ids, 1, implementation=i
@@ -133,5 +158,17 @@ def _ops():
 def test_every_op_runs_with_none_and_with_a_sequence_and_names_itself_on_an_unknown_name(op):
     run = jax.jit(_ops()[op], static_argnums=0)
     jax.tree.map(np.testing.assert_array_equal, run(None), run(("xla",)))
-    with pytest.raises(ValueError, match=f"{op}: implementation must name one of .*nothing"):
+    jax.tree.map(np.testing.assert_array_equal, run(None), _ops()[op](["xla"]))
+    # That of 8 bits is a product of rounded operands.
+    name = op.removesuffix("_fp8")
+    with pytest.raises(ValueError, match=f"{name}: implementation must name one of .*nothing"):
         run("nothing")
+
+
+def test_every_op_is_tried_above():
+    takes = {
+        name
+        for name in pallas_kernels.__all__
+        if "implementation" in getattr(getattr(pallas_kernels, name), "__annotations__", {})
+    }
+    assert takes == set(_ops())

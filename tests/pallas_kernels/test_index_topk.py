@@ -389,7 +389,7 @@ def test_index_scores_of_bfloat16_inputs_are_float32(rng):
         ((1, 2, 4), (1, 2, 4), (1, 2, 3), 1, r"q must be \[B, T, I, K\].*\(1, 2, 4\)"),
         ((1, 2, 3, 4), (1, 2, 4), (1, 2, 5), 1, r"weights \[B, T, I\]; got .*\(1, 2, 5\)"),
         ((1, 2, 3, 4), (1, 2, 5), (1, 2, 3), 1, r"q and k must share B and K; got .*\(1, 2, 5\)"),
-        ((1, 2, 3, 4), (1, 2, 4), (1, 2, 3), 0, r"topk must be >= 1; got 0"),
+        ((1, 2, 3, 4), (1, 2, 4), (1, 2, 3), 0, r"topk must be at least 1; got 0"),
         ((1, 3, 3, 4), (1, 2, 4), (1, 3, 3), 1, r"3 queries but 2 keys; pass visible="),
     ],
 )

@@ -197,6 +197,12 @@ def test_the_default_on_a_gpu_moves_little_by_xla():
     assert api._choose("mosaic_gpu", 1) == "mosaic_gpu"
 
 
+@pytest.fixture
+def for_cuda(monkeypatch):
+    """Kernels are compiled, not simulated."""
+    monkeypatch.setattr(mosaic_gpu._pallas, "interpret_gpu", lambda: None)
+
+
 def lowered(run, *shapes):
     """The CUDA module's bytes; needs no GPU."""
     arguments = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
@@ -204,25 +210,25 @@ def lowered(run, *shapes):
 
 
 @pytest.mark.parametrize("size", [8192, 16384])
-def test_the_longest_float32_rows_lower(size):
+def test_the_longest_float32_rows_lower(for_cuda, size):
     x, indices = ((512, size), jnp.float32), (((1024,), jnp.int32), ((512, 2), jnp.int32))
-    gather = functools.partial(mosaic_gpu.gather_rows, interpret=None)
+    gather = mosaic_gpu.gather_rows
     assert lowered(gather, x, *indices)
     if size == 8192:
-        add = functools.partial(mosaic_gpu.weighted_sum, interpret=None)
+        add = mosaic_gpu.weighted_sum
         assert lowered(add, x, indices[1], ((512, 2), jnp.float32))
 
 
 @pytest.mark.parametrize("size", [1024, 1408, 7168, 8192])
-def test_kernels_lower_at_the_sizes_they_are_for(size):
+def test_kernels_lower_at_the_sizes_they_are_for(for_cuda, size):
     tokens, active = 16384, 8
     indices = ((tokens * active,), jnp.int32), ((tokens, active), jnp.int32)
     x = (tokens, size), jnp.bfloat16
-    gather = functools.partial(mosaic_gpu.gather_rows, interpret=None)
+    gather = mosaic_gpu.gather_rows
     assert lowered(gather, x, *indices)
     assert lowered(functools.partial(gather, payload=payload.FP8), x, *indices)
     if size % 1024 == 0:
         assert lowered(functools.partial(gather, payload=sefp_payload(3)), x, *indices)
-    add = functools.partial(mosaic_gpu.weighted_sum, interpret=None)
+    add = mosaic_gpu.weighted_sum
     rows = (tokens * active, size), jnp.bfloat16
     assert lowered(add, rows, indices[1], ((tokens, active), jnp.float32))

@@ -127,9 +127,11 @@ def test_an_offset_outside_the_matrices_is_an_error_and_no_read(rng):
         with pytest.raises(ValueError, match=f"group_offset must be from 0 to 0.*got {offset}"):
             grouped_matmul(x, w, sizes, group_offset=offset, implementation="native")
         with pytest.raises(jax.errors.JaxRuntimeError, match="group_offset"):  # known when it runs
-            grouped_matmul(
-                x, w, sizes, group_offset=jnp.int32(offset), implementation="native"
-            ).block_until_ready()
+            jax.jit(
+                lambda offset: grouped_matmul(
+                    x, w, sizes, group_offset=offset, implementation="native"
+                )
+            )(offset).block_until_ready()
 
 
 @needs_compiler

@@ -139,9 +139,12 @@ def abstract(inner, columns, width):
     ("rows", "inner", "columns", "width"),
     [(1, 4096, 4096, 3), (8, 4096, 14336, 8), (64, 14336, 4096, 5)],
 )
-def test_the_gpu_product_lowers_at_the_sizes_of_real_layers(rows, inner, columns, width):
+def test_the_gpu_product_lowers_at_the_sizes_of_real_layers(
+    monkeypatch, rows, inner, columns, width
+):
+    monkeypatch.setattr(mosaic_gpu._pallas, "interpret_gpu", lambda: None)
     tiling = config.tiling(inner // 64, columns, -(-rows // 8) * 8, width - 3, 132)
-    run = functools.partial(mosaic_gpu.sefp_matmul, tiling=tiling, interpret=None)
+    run = functools.partial(mosaic_gpu.sefp_matmul, tiling=tiling)
     x = jax.ShapeDtypeStruct((rows, inner), jnp.bfloat16)
     jax.export.export(jax.jit(run), platforms=["cuda"])(x, abstract(inner, columns, width))
 
@@ -215,8 +218,9 @@ def test_the_factors_of_the_tensor_cores_operand_are_exact():
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_the_gpu_truncation_lowers_at_the_sizes_of_real_layers(dtype):
-    run = functools.partial(mosaic_gpu.sefp_truncate, axis=0, rounding="truncate", interpret=None)
+def test_the_gpu_truncation_lowers_at_the_sizes_of_real_layers(monkeypatch, dtype):
+    monkeypatch.setattr(mosaic_gpu._pallas, "interpret_gpu", lambda: None)
+    run = functools.partial(mosaic_gpu.sefp_truncate, axis=0, rounding="truncate")
     w, width = jax.ShapeDtypeStruct((4096, 14336), dtype), jax.ShapeDtypeStruct((), jnp.int32)
     jax.export.export(jax.jit(run), platforms=["cuda"])(w, width)
 

@@ -327,8 +327,8 @@ def test_memory_of_a_gradient_follows_the_chunk_and_not_the_queries(monkeypatch)
         ((2, 3, 4), (2, 5, 4), (2, 3, 1), 2, r"q must be \[B, T, H, C\].*\(2, 3, 4\)"),
         ((2, 3, 1, 4), (2, 5, 6), (2, 3, 1), 2, r"B, T and C must agree; got q .*\(2, 5, 6\)"),
         ((2, 3, 1, 4), (2, 5, 4), (2, 7, 1), 2, r"B, T and C must agree; .*\(2, 7, 1\)"),
-        ((2, 3, 1, 4), (2, 5, 4), (2, 3, 1), 5, r"value_dim must be in 1..4 .*; got 5"),
-        ((2, 3, 1, 4), (2, 5, 4), (2, 3, 1), 0, r"value_dim must be in 1..4 .*; got 0"),
+        ((2, 3, 1, 4), (2, 5, 4), (2, 3, 1), 5, r"value_dim must be from 1 to 4; got 5"),
+        ((2, 3, 1, 4), (2, 5, 4), (2, 3, 1), 0, r"value_dim must be from 1 to 4; got 0"),
     ],
 )
 def test_arguments_that_do_not_fit_are_named(q, kv, indices, value_dim, message):

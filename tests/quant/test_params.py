@@ -36,7 +36,7 @@ def test_pinned_modules_keep_their_width_and_share_their_arrays(stored):
         ({"attention": 8}, "'attention' matches no parameter in SEFP"),
         ({"norm": 8}, "'norm' matches no parameter in SEFP"),
         ({"[": 8}, r"'\[' is not a regular expression"),
-        ({"lm_head": 9}, "lm_head/weight: width must be from 3 to the stored 8; got 9"),
+        ({"lm_head": 9}, "lm_head/weight: Sefp: width must be from 3 to 8; got 9. 8 is stored"),
     ],
 )
 def test_a_module_width_that_cannot_be_is_refused(stored, widths, message):
