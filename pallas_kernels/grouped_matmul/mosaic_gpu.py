@@ -3,6 +3,8 @@
 A tile belongs to one group and is one *block* of rows for each multiplying warpgroup. Copies address rows by eights, so the first
 block of a group may begin with up to seven rows of the group before, and the last, which ends where the group ends and repeats rows
 of its neighbour bit for bit, may end with as many of the next: those are multiplied, each on its own, and not stored.
+
+Quantised weights become an array of x's dtype first, those of all groups at once.
 """
 
 import functools
@@ -28,6 +30,8 @@ from pallas_kernels.grouped_matmul._pipeline import (
 from pallas_kernels.grouped_matmul.config import Tiling
 from pallas_kernels.grouped_matmul.weights import Weights
 
+# That quantised matrices may take once they are decoded; 7168 x 2048, as of DeepSeek-V3's experts, 146 of them.
+_DECODED_BYTES = 2**32
 _Shaped = jax.Array | jax.ShapeDtypeStruct
 
 
@@ -234,7 +238,9 @@ def groups_outer(
     return run(x, x_edges, dy, dy_edges, table)
 
 
-def _tilings(x: _Shaped, w: _Shaped, groups: int) -> tuple[Tiling, Tiling, Tiling]:
+def _tilings(
+    x: _Shaped, w: _Shaped | weights.Quantised, groups: int
+) -> tuple[Tiling, Tiling, Tiling]:
     """For the product, the gradient of the rows and that of the matrices.
 
     Raises:
@@ -285,13 +291,59 @@ def _backward(tilings, interpret, residuals, dy):
 _grouped_matmul.defvjp(_forward, _backward)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _grouped_quantised(x, w, group_sizes, group_offset, tilings, interpret) -> jax.Array:
+    """Decodes the groups' matrices ahead, and again for dx, so that nothing but what is stored is kept between."""
+    return _rows_times_decoded(
+        x, w, group_sizes, group_offset, transpose=False, tiling=tilings[0], interpret=interpret
+    )
+
+
+def _rows_times_decoded(x, w, group_sizes, group_offset, **how) -> jax.Array:
+    w = weights.matrices(w, group_offset, group_sizes.shape[0], x.dtype)
+    return rows_times_groups(x, w, group_sizes, jnp.int32(0), **how)
+
+
+def _quantised_forward(x, w, group_sizes, group_offset, tilings, interpret):
+    y = _grouped_quantised(x, w, group_sizes, group_offset, tilings, interpret)
+    return y, (w, group_sizes, group_offset)
+
+
+def _quantised_backward(tilings, interpret, residuals, dy):
+    dx = _rows_times_decoded(dy, *residuals, transpose=True, tiling=tilings[1], interpret=interpret)
+    return dx, None, None, None
+
+
+_grouped_quantised.defvjp(_quantised_forward, _quantised_backward)
+
+
+def _check_quantised(x: jax.Array, w: weights.Quantised, groups: int) -> None:
+    """Refuses where decoding all groups' matrices would cost more than XLA's loop, which decodes those in use one by one.
+
+    Raises:
+      NotImplementedError: with the reason.
+    """
+    if x.dtype not in (jnp.bfloat16, jnp.float16):
+        weights.require_array(w)
+    if x.shape[0] < groups:
+        raise NotImplementedError(
+            f"all matrices are decoded, which {x.shape[0]} rows for {groups} groups are too few for"
+        )
+    needed = groups * w.shape[1] * w.shape[2] * x.dtype.itemsize
+    if needed > _DECODED_BYTES:
+        raise NotImplementedError(
+            f"the matrices are decoded to at most {_DECODED_BYTES} bytes; {groups} of {w.shape[1:]} need {needed}"
+        )
+
+
 def grouped_matmul(
     x: jax.Array, w: Weights, group_sizes: jax.Array, group_offset: jax.Array | int
 ) -> jax.Array:
     """See ``api.grouped_matmul``."""
-    weights.require_array(w)
+    quantised = isinstance(w, weights.Quantised)
+    if quantised:
+        _check_quantised(x, w, group_sizes.shape[0])
     interpret = _pallas.interpret_gpu()
     tilings = _tilings(x, w, group_sizes.shape[0])
-    return _grouped_matmul(
-        x, w, group_sizes, jnp.asarray(group_offset, jnp.int32), tilings, interpret
-    )
+    run = _grouped_quantised if quantised else _grouped_matmul
+    return run(x, w, group_sizes, jnp.asarray(group_offset, jnp.int32), tilings, interpret)

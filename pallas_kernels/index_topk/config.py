@@ -7,6 +7,7 @@ from pallas_kernels import _tuned
 from pallas_kernels._pallas import SHARED_MEMORY
 
 ROWS = 64  # keys of a product: what a warpgroup multiplies
+COLUMNS = 64  # of a product, or a multiple: its queries' heads
 _RESERVED = 3 * 1024  # of a block's shared memory: 2 KB for sums across threads, and barriers
 
 
@@ -47,9 +48,14 @@ class Config:
                 f"Config: together must divide queries; got {self.together} and {self.queries}."
             )
 
+    def padded(self, heads: int) -> int:
+        """Heads of a query, with those that fill up products."""
+        step = COLUMNS // math.gcd(COLUMNS, self.together)
+        return -(-heads // step) * step
+
     def shared_bytes(self, heads: int, size: int) -> int:
         """Of a thread block that scores: its queries, their weights, and tiles of keys on the way."""
-        columns, tiles = self.queries * heads, self.warpgroups * self.depth
+        columns, tiles = self.queries * self.padded(heads), self.warpgroups * self.depth
         weights = math.ceil(4 * columns / 1024) * 1024
         return 2 * size * (columns + tiles * ROWS) + weights + _RESERVED
 

@@ -62,6 +62,11 @@ def score_keys(
     Returns:
       [B, T, width] int32, as ``selection.ordered_keys``; anything from ``visible`` on.
     """
+    # Heads without weight add nothing to scores of finite keys.
+    more = config.padded(q.shape[2]) - q.shape[2]
+    if more:
+        q = jnp.pad(q, ((0, 0), (0, 0), (0, more), (0, 0)))
+        weights = jnp.pad(weights, ((0, 0), (0, 0), (0, more)))
     batch, tokens, heads, size = q.shape
     page = cached.shape[2]
     number, groups = config.queries, tokens // config.queries
@@ -338,10 +343,12 @@ def _checked(q: jax.Array, cached: jax.Array, keys: int, config: Config | None) 
     if size % 64 or size > 256:
         raise NotImplementedError(f"the kernel takes K of 64, 128, 192 or 256; got {size}")
     config = config or chosen(q.shape, keys, multiprocessors())
-    columns = config.together * heads
-    if heads % 8 or columns % 64 or columns > 256:
+    padded = config.padded(heads)
+    columns = config.together * padded
+    if columns > 256 or padded > 2 * heads:
         raise NotImplementedError(
-            f"the kernel multiplies 64, 128, 192 or 256 queries' heads at once; got {columns} ({heads} heads)"
+            f"the kernel multiplies 64, 128, 192 or 256 queries' heads at once, at least half of them real; "
+            f"got {columns} ({heads} heads, padded to {padded})"
         )
     if cached.shape[2] % ROWS:
         raise NotImplementedError(

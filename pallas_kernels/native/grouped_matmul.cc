@@ -11,7 +11,7 @@ namespace {
 constexpr int64_t kTileRows = kVectorSize == 16 ? 12 : 6;
 constexpr int64_t kPanel = 2 * kVectorSize;    // columns of a tile; of one with few rows twice as many
 constexpr int64_t kSum = 32;                   // products that are added one after another: a longer chain rounds more
-constexpr int64_t kDepth = 2048 / kPanel;      // products in a pass: a panel's weights and a tile's x stay in the L1 cache
+constexpr int64_t kDepth = 128;                // products in a pass: a panel's weights and a tile's x stay in the L1 cache
 constexpr int64_t kRowBlock = 24 * kTileRows;  // rows of a work item: x of a pass stays in the L2 cache
 
 // A matrix in someone else's memory, element (i, j) at data[i * row + j * column].
@@ -82,13 +82,49 @@ void TileOf(int64_t rows, View x, int64_t depth, const float* w, int64_t w_strid
   }
 }
 
+// Rows r and r + kVectorSize / 2 of a square of vectors, interleaved: its lower or its upper half.
+inline Vector Interleaved(Vector a, Vector b, bool upper) {
+#if defined(__AVX512F__)
+  return upper ? __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)
+               : __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+#else
+  return upper ? __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15)
+               : __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+#endif
+}
+
+// to[k * width + n] = from[n * stride + k] for a square of kVectorSize. Each step takes the highest bit of a number's row to the
+// lowest of its column, so that after all of them rows are columns.
+inline void Transpose(const float* from, int64_t stride, int64_t width, float* to) {
+  constexpr int64_t kSteps = kVectorSize == 16 ? 4 : 3;
+  Vector square[kSteps + 1][kVectorSize];
+#pragma GCC unroll 16
+  for (int64_t n = 0; n < kVectorSize; ++n) square[0][n] = Load(from + n * stride);
+#pragma GCC unroll 4
+  for (int64_t step = 0; step < kSteps; ++step)
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < kVectorSize / 2; ++i) {
+      const Vector a = square[step][i], b = square[step][i + kVectorSize / 2];
+      square[step + 1][2 * i] = Interleaved(a, b, false);
+      square[step + 1][2 * i + 1] = Interleaved(a, b, true);
+    }
+#pragma GCC unroll 16
+  for (int64_t k = 0; k < kVectorSize; ++k) Store(to + k * width, square[kSteps][k]);
+}
+
 // The first `columns` columns of w's first `depth` rows as a dense [depth, width], zeros after the last column.
 void Copy(View w, int64_t depth, int64_t columns, int64_t width, float* to) {
   if (w.column == 1) {
     for (int64_t k = 0; k < depth; ++k) std::memcpy(to + k * width, w.data + k * w.row, columns * sizeof(float));
-  } else {  // transposed: w's columns lie side by side
+  } else {  // transposed: a column's numbers lie side by side; those of the next panel are called into the cache
+    const int64_t squares = columns / kVectorSize * kVectorSize, whole = depth / kVectorSize * kVectorSize;
+    for (int64_t n = 0; n < squares; n += kVectorSize)
+      for (int64_t k = 0; k < whole; k += kVectorSize) {
+        for (int64_t i = 0; i < kVectorSize; ++i) __builtin_prefetch(w.data + (width + n + i) * w.column + k, 0, 2);
+        Transpose(w.data + n * w.column + k, w.column, width, to + k * width + n);
+      }
     for (int64_t n = 0; n < columns; ++n)
-      for (int64_t k = 0; k < depth; ++k) to[k * width + n] = w.data[n * w.column + k * w.row];
+      for (int64_t k = n < squares ? whole : 0; k < depth; ++k) to[k * width + n] = w.data[n * w.column + k];
   }
   if (columns == width) return;
   for (int64_t k = 0; k < depth; ++k) std::memset(to + k * width + columns, 0, (width - columns) * sizeof(float));

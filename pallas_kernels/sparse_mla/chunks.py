@@ -6,7 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import cache_rows
 from pallas_kernels._implementation import on_accelerator
+from pallas_kernels.sparse_mla import addresses
 
 GATHERED_BYTES = 2**28  # of a chunk's rows
 # On CPU, where what was gathered should still be in the cache when it is used, and pages that are new to the process cost more
@@ -18,6 +20,19 @@ def size(queries: int, row_bytes: int) -> int:
     """Queries of a chunk, for gathered rows of ``row_bytes`` a query."""
     limit = GATHERED_BYTES if on_accelerator() else CACHED_BYTES
     return max(1, min(queries, limit // max(row_bytes, 1)))
+
+
+def gather(
+    table: addresses.Rows, address: jax.Array, value_dim: int, dtype: Any
+) -> tuple[jax.Array, jax.Array]:
+    """Rows [..., K, C] in ``dtype`` of addresses [..., K], and which of them there are; the others are zeros."""
+    count, valid = table.cached.shape[0], address >= 0
+    rows = table.cached.at[jnp.clip(address, 0, count - 1)].get(mode="promise_in_bounds")
+    if table.own is not table.cached:
+        own = table.own.at[jnp.maximum(address - count, 0)].get(mode="promise_in_bounds")
+        rows = jnp.where((address >= count)[..., None], own, rows)
+    rows = cache_rows.decode(rows, value_dim, dtype)
+    return jnp.where(valid[..., None], rows, jnp.zeros((), rows.dtype)), valid
 
 
 def scan(

@@ -35,7 +35,12 @@ def differentiable(kernel: Callable[..., tuple[jax.Array, jax.Array]]) -> Callab
             return (out, lse), (q, kv, indices, out, lse)
 
         def backward(residuals, cotangents):
-            return (*_backward(residuals, cotangents, scale, value_dim), None)
+            q, kv, indices, out, lse = residuals
+            if 0 in (*q.shape, *kv.shape):
+                return jnp.zeros_like(q), jnp.zeros_like(kv), None
+            table = addresses.of_sequences(kv, indices)
+            dq, d_kv, _ = _backward(q, table, out, lse, cotangents, scale, value_dim)
+            return dq, d_kv.reshape(kv.shape).astype(kv.dtype), None
 
         run.defvjp(forward, backward)
         return run(q, kv, indices)
@@ -43,62 +48,79 @@ def differentiable(kernel: Callable[..., tuple[jax.Array, jax.Array]]) -> Callab
     return op
 
 
-def of_oracle(
-    oracle: Callable[..., Any],
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Gives a kernel the gradient of ``oracle``, which has its signature: operands, then scale and value_dim."""
+def differentiable_step(kernel: Callable[..., tuple[jax.Array, jax.Array]]) -> Callable[..., Any]:
+    """Gives a backend of ``sparse_mla_step`` its gradient in q and, unless they are stored as bytes, in both kinds of rows."""
 
-    def decorate(kernel: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(kernel)
-        def op(*arguments: Any) -> tuple[jax.Array, jax.Array]:
-            operands, static = arguments[:-2], arguments[-2:]
+    @functools.wraps(kernel)
+    def op(q, cached, layer, own, rows, pages, scale, value_dim):
+        @jax.custom_vjp
+        def run(*operands):
+            return kernel(*operands, scale, value_dim)
 
-            @jax.custom_vjp
-            def run(*operands):
-                return kernel(*operands, *static)
+        def forward(*operands):
+            out, lse = checkpoint_name(run(*operands), SAVED)
+            return (out, lse), (operands, out, lse)
 
-            def forward(*operands):
-                return run(*operands), operands
+        def backward(residuals, cotangents):
+            (q, *step), out, lse = residuals
+            table = addresses.of_step(*step)
+            dq, d_cached, d_own = _backward(q, table, out, lse, cotangents, scale, value_dim)
+            cached, _, own, _, _ = step
+            if d_cached is not None:
+                d_cached = d_cached.reshape(cached.shape).astype(cached.dtype)
+                d_own = d_own.reshape(own.shape).astype(own.dtype)
+            return dq, d_cached, None, d_own, None, None
 
-            def backward(operands, cotangents):
-                return jax.vjp(lambda *x: oracle(*x, *static), *operands)[1](cotangents)
+        run.defvjp(forward, backward)
+        return run(q, cached, layer, own, rows, pages)
 
-            run.defvjp(forward, backward)
-            return run(*operands)
-
-        return op
-
-    return decorate
+    return op
 
 
-def _backward(residuals, cotangents, scale, value_dim) -> tuple[jax.Array, jax.Array]:
-    """(dq, dkv). With P the softmax, D the gradient of a logit: D = P (d_out . v - d_out . out + d_lse)."""
-    q, kv, indices, out, lse = residuals
-    if 0 in (*q.shape, *kv.shape):
-        return jnp.zeros_like(q), jnp.zeros_like(kv)
+def _backward(
+    q: jax.Array,
+    table: addresses.Rows,
+    out: jax.Array,
+    lse: jax.Array,
+    cotangents: tuple[jax.Array, jax.Array],
+    scale: float,
+    value_dim: int,
+) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+    """Gradients of q, of ``table.cached`` and of ``table.own``, the latter two in float32; None of rows stored as bytes.
+
+    With P the softmax, D the gradient of a logit: D = P (d_out . v - d_out . out + d_lse).
+    """
     d_out, d_lse = cotangents
-    heads, size = q.shape[2:]
-    table = addresses.of_sequences(kv, indices)
+    size = q.shape[3]
     total, columns = table.cached.shape[0], table.address.shape[1]
+    floating = jnp.issubdtype(table.cached.dtype, jnp.floating)
+    # Without rows of its own a step's table has none, and no address reaches them.
+    tables = (table.cached, table.own[:0] if table.own is table.cached else table.own)
     dot = functools.partial(
         jnp.einsum, precision=precision_of(q.dtype), preferred_element_type=jnp.float32
     )
 
-    def body(d_rows, arrays):
+    def body(d_tables, arrays):
         q, address, lse, d_out, shift = arrays
-        valid = (address >= 0)[..., None]
-        rows = table.cached.at[jnp.maximum(address, 0)].get(mode="promise_in_bounds")
-        rows = jnp.where(valid, rows, jnp.zeros((), rows.dtype))
+        rows, valid = chunks.gather(table, address, value_dim, q.dtype)
         logits = dot("qhc,qkc->qhk", q, rows) * jnp.float32(scale)
-        weights = jnp.where(valid[:, None, :, 0], jnp.exp(logits - lse[..., None]), 0.0)
+        weights = jnp.where(valid[:, None], jnp.exp(logits - lse[..., None]), 0.0)
         d_weights = dot("qhv,qkv->qhk", d_out, rows[..., :value_dim])
         d_logits = weights * (d_weights + shift[..., None]) * jnp.float32(scale)
         d_logits, weights = d_logits.astype(q.dtype), weights.astype(q.dtype)
+        dq = dot("qhk,qkc->qhc", d_logits, rows).astype(q.dtype)
+        if not floating:
+            return d_tables, dq
         d_row = dot("qhk,qhc->qkc", d_logits, q)
         d_row = d_row.at[..., :value_dim].add(dot("qhk,qhv->qkv", weights, d_out))
+        d_cached, d_own = d_tables
         # An address past the end drops what would else be added to the last row.
-        d_rows = d_rows.at[jnp.where(address >= 0, address, total)].add(d_row, mode="drop")
-        return d_rows, dot("qhk,qkc->qhc", d_logits, rows).astype(q.dtype)
+        places = jnp.where(valid & (address < total), address, total)
+        d_cached = d_cached.at[places].add(d_row, mode="drop")
+        if d_own.shape[0]:
+            places = jnp.where(address >= total, address - total, d_own.shape[0])
+            d_own = d_own.at[places].add(d_row, mode="drop")
+        return (d_cached, d_own), dq
 
     flat = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731
     shift = d_lse - (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
@@ -106,7 +128,7 @@ def _backward(residuals, cotangents, scale, value_dim) -> tuple[jax.Array, jax.A
     has_rows = jnp.isfinite(lse)
     lse, shift = jnp.where(has_rows, lse, 0.0), jnp.where(has_rows, shift, 0.0)
     arrays = (flat(q), table.address, flat(lse), flat(d_out.astype(q.dtype)), flat(shift))
-    start = jnp.zeros(table.cached.shape, jnp.float32)
+    start = tuple(jnp.zeros(x.shape, jnp.float32) for x in tables) if floating else (None, None)
     chunk = chunks.size(arrays[0].shape[0], 4 * columns * size)
-    d_rows, dq = chunks.scan(body, start, arrays, (0, -1, 0, 0, 0), chunk)
-    return dq.reshape(q.shape), d_rows.reshape(kv.shape).astype(kv.dtype)
+    (d_cached, d_own), dq = chunks.scan(body, start, arrays, (0, -1, 0, 0, 0), chunk)
+    return dq.reshape(q.shape), d_cached, d_own

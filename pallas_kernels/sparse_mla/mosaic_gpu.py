@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _pallas, cache_rows
-from pallas_kernels.sparse_mla import _numbers_ptx, _rows_ptx, addresses, gradient, reference
+from pallas_kernels.sparse_mla import _numbers_ptx, _rows_ptx, addresses, gradient
 from pallas_kernels.sparse_mla import config as configs
 from pallas_kernels.sparse_mla.config import BLOCK, HEADS
 from pallas_kernels.sparse_mla.merge import merge_partials
@@ -39,7 +39,7 @@ def sparse_mla(
     return _over_tokens(q, rows, scale, value_dim, interpret)
 
 
-@gradient.of_oracle(reference.sparse_mla_step)
+@gradient.differentiable_step
 def sparse_mla_step(
     q: jax.Array,
     cached: jax.Array,

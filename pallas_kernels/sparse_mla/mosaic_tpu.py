@@ -10,7 +10,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import _pallas
 from pallas_kernels.numerics import precision_of
-from pallas_kernels.sparse_mla import addresses, gradient, reference
+from pallas_kernels.sparse_mla import addresses, gradient
 
 BLOCK = 128  # rows in flight and in one product
 
@@ -23,7 +23,7 @@ def sparse_mla(
     return _attend(q, addresses.of_sequences(kv, indices), scale, value_dim)
 
 
-@gradient.of_oracle(reference.sparse_mla_step)
+@gradient.differentiable_step
 def sparse_mla_step(
     q: jax.Array,
     cached: jax.Array,

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import native, paged
-from pallas_kernels.sparse_mla import gradient, reference
+from pallas_kernels.sparse_mla import gradient
 
 
 def _call(q, cached, layer, own, rows, pages, scale, value_dim):
@@ -28,7 +28,7 @@ def sparse_mla(
     return _call(q, kv[None], 0, none, indices, None, scale, value_dim)
 
 
-@gradient.of_oracle(reference.sparse_mla_step)
+@gradient.differentiable_step
 def sparse_mla_step(
     q: jax.Array,
     cached: jax.Array,

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import cache_rows, paged
+from pallas_kernels import paged
 from pallas_kernels.numerics import precision_of
-from pallas_kernels.sparse_mla import addresses, chunks
+from pallas_kernels.sparse_mla import addresses, chunks, gradient
 
 
 class Part(NamedTuple):
@@ -108,6 +108,11 @@ def sparse_mla_step(
         return _nothing(q, value_dim)
     if 0 in cached.shape or not paged.capacity_of(cached, pages):  # only own rows are numbered
         return _over_own(q, own, rows, scale, value_dim)
+    return _over_cache(q, cached, layer, own, rows, pages, scale, value_dim)
+
+
+@gradient.differentiable_step
+def _over_cache(q, cached, layer, own, rows, pages, scale, value_dim):
     # Address rows of the whole stacked cache, so that only the selected ones are read; the step's own rows
     # take their places in the gathered set, so that one softmax covers both.
     table = addresses.of_step(cached, layer, own, rows, pages)
@@ -134,23 +139,17 @@ def _attend_rows(
     q: jax.Array, table: addresses.Rows, scale: float | jax.Array, value_dim: int
 ) -> tuple[jax.Array, jax.Array]:
     """Gathers and attends, as many queries at a time as ``chunks`` allows."""
-    count, columns = table.cached.shape[0], table.address.shape[1]
 
     def body(carry: None, arrays: tuple[jax.Array, ...]) -> tuple[None, Any]:
         q, address = arrays
-        rows = table.cached.at[jnp.clip(address, 0, count - 1)].get(mode="promise_in_bounds")
-        if table.own is not table.cached:
-            own = table.own.at[jnp.maximum(address - count, 0)].get(mode="promise_in_bounds")
-            rows = jnp.where((address >= count)[..., None], own, rows)
-        valid = address >= 0
-        rows = cache_rows.decode(rows, value_dim, q.dtype)
-        rows = jnp.where(valid[..., None], rows, jnp.zeros((), rows.dtype))
+        rows, valid = chunks.gather(table, address, value_dim, q.dtype)
         # The values are the first entries of the rows. Whole rows are summed and the result is cut: cutting
         # the rows would copy them all.
         out, lse = attend(q[:, None], [Part(rows, rows, valid[:, None])], scale)
         return carry, (out[:, 0, :, :value_dim], lse[:, 0])
 
-    chunk = chunks.size(q.shape[0] * q.shape[1], columns * q.shape[3] * q.dtype.itemsize)
+    row_bytes = table.address.shape[1] * q.shape[3] * q.dtype.itemsize
+    chunk = chunks.size(q.shape[0] * q.shape[1], row_bytes)
     arrays = (q.reshape(-1, *q.shape[2:]), table.address)
     _, (out, lse) = chunks.scan(body, None, arrays, (0, -1), chunk)
     return out.reshape(*q.shape[:3], value_dim), lse.reshape(q.shape[:3])
