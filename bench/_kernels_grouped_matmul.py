@@ -268,21 +268,3 @@ def runs(args: Any) -> Runs:
             continue
         found[name] = run, case.flops / 1e12, "TFLOP/s"
     return found
-
-
-def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Each kernel's median time over that of the batched product, and its speed over ``ragged_dot``, where both were timed."""
-    times: dict[str, dict[str, float]] = {}  # by what was computed, then by whom
-    for row in rows:
-        op, *parts = row["name"].split(", ")
-        if op == "grouped_matmul" and parts[-1] == "time":
-            side, product, tokens, _ = parts
-            times.setdefault(f"{product}, {tokens}", {})[side] = row["value"]
-    found = {}
-    for what, of in times.items():
-        for side, time in of.items():
-            if side != "batched" and "batched" in of:
-                found[f"{side}, {what}: time over batched"] = time / of["batched"]
-            if side not in ("batched", "ragged_dot") and "ragged_dot" in of:
-                found[f"{side}, {what}: speed over ragged_dot"] = of["ragged_dot"] / time
-    return found

@@ -78,8 +78,8 @@ def grouped_matmul(
       group_sizes: rows per group; must sum to at most M (not checked: it is data).
       group_offset: index in ``w`` of group 0's matrix; may be traced.
       implementation: None, "mosaic_gpu" (Hopper, 16 bits), "mosaic_tpu", "native" (C++, float32 on CPU), "xla" (block loop),
-        "ragged_dot" (jax.lax), "reference", or a sequence of these. Quantised weights are for "xla", "reference" and, in SEFP,
-        "native".
+        "ragged_dot" (jax.lax), "reference", or a sequence of these. Quantised weights are for "xla", "reference", "mosaic_gpu"
+        (which multiplies what XLA decodes) and, in SEFP, "native".
 
     Returns:
       [M, N] in x's dtype.
