@@ -19,7 +19,7 @@ _BACKENDS = {
 }
 _PREFERENCE = {
     "cpu": ("native", "xla"),
-    # ragged_dot is neither exact about NaN nor faster there (docs/log.md, First GPU run).
+    # ragged_dot is not exact about NaN, and much slower than the kernel (docs/log.md, First GPU run).
     "gpu": ("mosaic_gpu", "xla"),
     # Nothing was ever measured on a TPU: its kernel is for those who name it.
     "tpu": ("ragged_dot", "xla"),
