@@ -369,7 +369,7 @@ class TruncateCases:
                 assert got.dtype == dtype
                 np.testing.assert_array_equal(got, expected)
                 assert not np.signbit(got[got == 0]).any()
-            assert truncated._cache_size() - before == 1
+            assert truncated._cache_size() - before <= 1
 
     def test_nan_stays_and_touches_nothing_else(self, rng):
         w = weights(rng, *self.shape)
