@@ -36,13 +36,15 @@ def oracle(x, w, sizes, offset, dy):
     return y, dx, dw
 
 
-@functools.partial(jax.jit, static_argnames="implementation")
-def run(x, w, sizes, offset, dy, implementation):
-    """(y, dx, dw), or (y, dx); sizes and offset are data, so that one compilation serves all of one shape."""
+@functools.partial(jax.jit, static_argnames=("implementation", "forward_only"))
+def run(x, w, sizes, offset, dy, implementation, forward_only=False):
+    """(y, dx, dw), (y, dx) or (y,); sizes and offset are data, so that one compilation serves all of one shape."""
 
     def forward(x, w):
         return grouped_matmul(x, w, sizes, group_offset=offset, implementation=implementation)
 
+    if forward_only:
+        return (forward(x, w),)
     if isinstance(w, jax.Array):
         y, pullback = jax.vjp(forward, x, w)
     else:
@@ -88,7 +90,8 @@ class Cases:
         dtype = dtype or self.dtype
         x, dy, w = jnp.asarray(x, dtype), jnp.asarray(dy, dtype), self.stored(w, dtype)
         sizes = jnp.asarray(sizes, jnp.int32)
-        got = run(x, w, sizes, jnp.int32(offset), dy, self.implementation)
+        forward_only = self.products == ("y",)
+        got = run(x, w, sizes, jnp.int32(offset), dy, self.implementation, forward_only)
         assert all(a.dtype == dtype for a in got)
         return [np.asarray(a, np.float32) for a in got]
 
@@ -283,17 +286,18 @@ def test_no_gradient_goes_to_quantised_weights(implementation):
     assert not any(np.asarray(a, np.float32).any() for a in jax.tree.leaves(gradient))
 
 
-@pytest.mark.skipif(
-    jax.default_backend() == "cpu" and not hasattr(plgpu, "InterpretGPUParams"),
-    reason="this JAX's simulator of a GPU has no transposed operands and takes ten seconds a call",
-)
+@pytest.mark.skipif(jax.default_backend() == "tpu", reason="refused there")
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # The simulator's, of NaN.
 class TestMosaicGpu(Cases):
     """In the simulator, which takes seconds to compile, every case is part of one shape."""
 
     implementation = "mosaic_gpu"
     dtype = "bfloat16"
-    rows, matrices, groups, size = 79, 9, 6, 64
+    rows, matrices, groups, size = 79, 12, 9, 64  # groups and the largest offset are 12
+    # Both gradients multiply transposed operands, of which jax 0.10's simulator knows nothing: its thread that meets
+    # one fails, and the others wait for that thread for ever.
+    gradients = jax.default_backend() != "cpu" or hasattr(plgpu, "InterpretGPUParams")
+    products = ("y", "dx", "dw") if gradients else ("y",)
 
     def random(self, rng, *shape):
         """As in ``Cases``, with all dimensions but the first rounded up."""
@@ -304,16 +308,19 @@ class TestMosaicGpu(Cases):
         """What is added is NaN: no product may read it."""
         if jax.default_backend() != "cpu":
             return super().run(x, w, sizes, offset, dy, dtype)
-        rows, matrices = self.rows - len(x), self.matrices - len(w)
-        if rows < 0 or len(sizes) > self.groups:
-            pytest.skip("another shape: see test_every_way_to_cut_it and the tests of schedules")
+        # Groups larger than a block need more rows, and have a shape of their own.
+        rows = max(self.rows - len(x), 0)
+        matrices = self.matrices - len(w)
         sizes = np.pad(sizes, (0, self.groups - len(sizes)))
         x, dy = (np.pad(a, ((0, rows), (0, 0)), constant_values=np.nan) for a in (x, dy))
         w = np.pad(w, ((0, matrices), (0, 0), (0, 0)), constant_values=np.nan)
-        y, dx, dw = super().run(x, w, sizes, offset, dy, dtype)
-        first, last = np.split(dw, [self.matrices - matrices])
-        assert not last.any()
-        return y[: self.rows - rows], dx[: self.rows - rows], first
+        y, *others = super().run(x, w, sizes, offset, dy, dtype)
+        kept = [a[: len(a) - rows] for a in (y, *others[:1])]
+        if self.gradients:
+            first, last = np.split(others[1], [self.matrices - matrices])
+            assert not last.any()
+            kept.append(first)
+        return kept
 
     test_a_static_offset_equals_a_traced_one = None  # The kernel is given an array in any case.
 

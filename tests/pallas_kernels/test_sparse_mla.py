@@ -73,6 +73,13 @@ def weighted(results, cotangents):
     return (out.astype(jnp.float32) * d_out).sum() + (lse * d_lse).sum()
 
 
+@functools.partial(jax.jit, static_argnames=("value_dim", "implementation"))
+def run_step(q, cached, own, rows, pages, value_dim, implementation):
+    """A step on the second layer."""
+    how = {"scale": SCALE, "value_dim": value_dim, "implementation": implementation}
+    return sparse_mla_step(q, cached, 1, own, rows, pages=pages, **how)
+
+
 def random_cotangents(rng, q, value_dim):
     """Of (out, lse), float32."""
     return tuple(rng.standard_normal((*q.shape[:3], *n), np.float32) for n in ((value_dim,), ()))
@@ -85,10 +92,10 @@ def step_gradients(q, cached, own, rows, pages, cotangents, value_dim, implement
     def loss(q, cached, own):
         if implementation is None:
             past = cached[1][jnp.maximum(pages, 0)].reshape(q.shape[0], -1, q.shape[3])
-            results = masked_dense(q, jnp.concatenate([past, own], 1), rows, value_dim)
+            mine = jnp.broadcast_to(own, (q.shape[0], *own.shape[1:]))
+            results = masked_dense(q, jnp.concatenate([past, mine], 1), rows, value_dim)
         else:
-            how = {"scale": SCALE, "value_dim": value_dim, "implementation": implementation}
-            results = sparse_mla_step(q, cached, 1, own, rows, pages=pages, **how)
+            results = run_step(q, cached, own, rows, pages, value_dim, implementation)
         return weighted(results, cotangents)
 
     return jax.grad(loss, (0, 1, 2))(q, cached, own)
@@ -107,7 +114,11 @@ CASES = {
     "all rows": (1, 2, 1, 6, 8, 8, 6, 0.0),
     "one row each": (2, 3, 2, 11, 7, 5, 1, 0.0),
     "fewer rows than columns": (2, 3, 5, 4, 7, 1, 4, 0.6),
+    "one query": (1, 1, 2, 11, 7, 5, 6, 0.3),
 }
+
+
+OWN = pytest.mark.parametrize("sets", [2, 1], ids=["own rows of each", "own rows of all"])
 
 
 class Cases:
@@ -117,6 +128,7 @@ class Cases:
     dtype = jnp.float32
     tolerance = FLOAT32
     widths: tuple[int, int] | None = None  # (size, value size) instead of a case's
+    step_tokens = 3
 
     def random(self, rng, *shape):
         return rng.standard_normal(shape, np.float32).astype(self.dtype)
@@ -153,15 +165,30 @@ class Cases:
         for a, b in zip(got, gradients(q, kv, indices, cotangents, value_dim, None), strict=True):
             self.assert_close(a, b)
 
-    def test_gradients_of_a_step_equal_those_of_masked_dense_attention(self, rng):
-        """Rows on scattered pages and of the step itself, gaps, and a query without any."""
+    def step_arrays(self, rng, sets):
+        """(q, cached, own, rows, pages, value_dim): rows on scattered pages and ``sets`` of the step's own, gaps, a query without any."""
         size, value_dim = self.widths or (7, 5)
-        q, own = self.random(rng, 2, 3, 5, size), self.random(rng, 2, 3, size)
+        q = self.random(rng, 2, self.step_tokens, 5, size)
+        own = self.random(rng, sets, 3, size)
         cached, pages = self.random(rng, 2, 6, 4, size), np.array([[5, 0], [2, -1]], np.int32)
-        rows = random_indices(rng, 2, 3, 6, 11, 0.2)
+        rows = random_indices(rng, 2, self.step_tokens, 6, 11, 0.2)
         rows[1, (rows[1] >= 4) & (rows[1] < 8)] = -1  # on the page that is not there
-        rows[1, 2] = -1
-        arrays = q, cached, own, rows, pages, random_cotangents(rng, q, value_dim), value_dim
+        rows[1, 2:] = -1
+        return q, cached, own, rows, pages, value_dim
+
+    @OWN
+    def test_a_step_equals_the_oracle(self, sets, rng):
+        q, cached, own, rows, pages, value_dim = arrays = self.step_arrays(rng, sets)
+        past = cached[1][np.maximum(pages, 0)].reshape(2, -1, cached.shape[3])
+        every = np.concatenate([past, np.broadcast_to(own, (2, *own.shape[1:]))], 1)
+        got = run_step(*arrays, self.implementation)
+        for a, b in zip(got, oracle(q, every, rows, value_dim), strict=True):
+            self.assert_close(a, b)
+
+    @OWN
+    def test_gradients_of_a_step_equal_those_of_masked_dense_attention(self, sets, rng):
+        *arrays, value_dim = self.step_arrays(rng, sets)
+        arrays = (*arrays, random_cotangents(rng, arrays[0], value_dim), value_dim)
         got = step_gradients(*arrays, self.implementation)
         for a, b in zip(got, step_gradients(*arrays, None), strict=True):
             assert np.asarray(b).any()
@@ -236,22 +263,19 @@ class TestNative(Cases):
     implementation = "native"
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(jax.default_backend() == "tpu", reason="a Hopper kernel")
 class TestMosaicGpu(Cases):
-    """Minutes in the simulator, which compiles every block of threads; ``test_sparse_mla_mosaic`` has what is quick there."""
+    """In the simulator, whose time goes by blocks of threads (a query each), most of it is slow: ``slow_cases.txt``."""
 
     implementation = "mosaic_gpu"
     dtype = jnp.bfloat16
     tolerance = BFLOAT16
     widths = 192, 128
+    step_tokens = 1 if jax.default_backend() == "cpu" else 3
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="a TPU kernel")
 class TestMosaicTpu(Cases):
-    """A minute in the simulator."""
-
     implementation = "mosaic_tpu"
 
 
