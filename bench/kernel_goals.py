@@ -159,7 +159,7 @@ SMALL = {
     "grouped_2048": _grouped("4 2 128", 16, 128),
     "grouped_1024": _grouped("4 2 128", 16, 64),
     "dispatch": _dispatch("4 2 256", 16),
-    "index_topk": _index_topk(64, 128, 1, 256, 16),
+    "index_topk": _index_topk(4, 128, 1, 256, 16),
     "sefp_square": _sefp("64x64"),
     "sefp_narrow": _sefp("128x64"),
 }
