@@ -77,8 +77,8 @@ def cases() -> list[Any]:
     Rows of the one op are longer than the kernel by default holds in shared memory, of the other shorter; but not in a simulator,
     where they would take minutes.
     """
-    random = np.random.default_rng(0)
-    keys, tokens, width, topk = (300, 3, 4, 64) if interpret_gpu() else (20000, 13, 80, 2048)
+    random, simulated = np.random.default_rng(0), jax.default_backend() == "cpu"
+    keys, tokens, width, topk = (300, 3, 4, 64) if simulated else (20000, 13, 80, 2048)
 
     def whole(*shape: int) -> jax.Array:
         return jnp.asarray(random.integers(-2, 3, shape), jnp.bfloat16)
@@ -181,12 +181,11 @@ def _prefill(args: Any, names: list[str], keys: int) -> Runs:
 def variants(
     args: Any,
 ) -> Iterator[tuple[tuple[int, int, int], list[tuple[dict[str, int], Callable[[], Any]]]]]:
-    """((batch, queries, keys), the kernel with the heuristic's sizes and with others) of every prefill and decode."""
-    changes: tuple[dict[str, int], ...] = ({}, *VARIANTS)
+    """((batch, queries, keys), the kernel with the heuristic's sizes and with others, all named) of every prefill and decode."""
     for keys in args.index_keys if args.index_queries else ():
         visible, inputs = _prefill_inputs(args, keys)
         runs = []
-        for change in changes:
+        for change in settings(1, args.index_queries, keys):
             select = _selection("mosaic_gpu", change, args.index_topk)
             run = jax.jit(functools.partial(select, visible=visible))
             runs.append((change, _cycled(run, inputs)))
@@ -194,12 +193,20 @@ def variants(
     for batch, context in itertools.product(args.index_batches, args.index_contexts):
         lengths, pages, operands = _decode_inputs(args, batch, context)
         runs = []
-        for change in changes:
-            if "queries" not in change:
-                select = _step_selection("mosaic_gpu", change, args.index_topk)
-                run = jax.jit(functools.partial(select, lengths=lengths, pages=pages))
-                runs.append((change, _cycled(run, operands)))
+        for change in settings(batch, 1, context + 1):
+            select = _step_selection("mosaic_gpu", change, args.index_topk)
+            run = jax.jit(functools.partial(select, lengths=lengths, pages=pages))
+            runs.append((change, _cycled(run, operands)))
         yield (batch, 1, context + 1), runs  # the step's own key is one of them
+
+
+def settings(batch: int, tokens: int, keys: int) -> list[dict[str, int]]:
+    """Sizes worth timing, the heuristic's first; whatever was measured before."""
+    sizes = config.heuristic(batch, tokens, keys, multiprocessors())
+    # A decode has one query to a sequence.
+    changes = ({}, *(c for c in VARIANTS if tokens > 1 or "queries" not in c))
+    found = [config.fitting(dataclasses.replace(sizes, **c), HEADS, SIZE) for c in changes]
+    return [vars(c) for c in dict.fromkeys(found)]
 
 
 def _kernels(args: Any, inputs: list[Any], visible: jax.Array) -> Runs:

@@ -6,6 +6,7 @@ Row numbers change from call to call, so that every call reads rows that are not
 """
 
 import argparse
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable
@@ -17,7 +18,7 @@ import numpy as np
 
 from bench._harness import Runs
 from pallas_kernels import _pallas, cache_rows, sparse_mla, sparse_mla_step
-from pallas_kernels.sparse_mla import addresses, mosaic_gpu
+from pallas_kernels.sparse_mla import addresses, config, mosaic_gpu
 from pallas_kernels.sparse_mla.config import Config
 
 SIDES, DTYPE = ("xla", "mosaic_gpu", "torch"), "bfloat16"
@@ -33,6 +34,7 @@ FULL = (
     Config(prefetch=True),
     Config(producer_registers=56, consumer_registers=224),
     Config(producer_registers=104, consumer_registers=200),
+    Config(prefetch=True, producer_registers=104, consumer_registers=200),
     Config(splits=2),
 )
 SPLITS = (1, 2, 4, 8, 16, 32)
@@ -162,12 +164,19 @@ def _named(c: Config) -> str:
     return f"splits {c.splits}, prefetch {c.prefetch}, registers {registers}"
 
 
+def settings(blocks: int, columns: int, *, eight_bit: bool) -> list[Config]:
+    """Those worth timing, the heuristic's first, whatever was measured before; arguments as of ``config.of_call``."""
+    multiprocessors = _pallas.multiprocessors()
+    chosen = config.heuristic(blocks, columns, multiprocessors, eight_bit=eight_bit)
+    found = [chosen, *FULL]
+    if blocks < multiprocessors:
+        splits = [s for s in SPLITS if s * blocks <= 4 * multiprocessors]
+        found += [dataclasses.replace(chosen, splits=s) for s in splits]
+    return list(dict.fromkeys(found))
+
+
 def variants(case: Decode, batch: int, context: int) -> list[tuple[Config, Callable[[], Any]]]:
     """The kernel in every setting that makes sense for the batch; each call has the next operands."""
-    blocks = batch * -(-case.args.heads // 64)
-    settings = FULL
-    if blocks < _pallas.multiprocessors():
-        settings = tuple(Config(splits=s) for s in SPLITS if s * blocks <= 4 * 132)
 
     def attend(q, *step, config):
         rows = addresses.chosen_of_step(*step)
@@ -178,7 +187,10 @@ def variants(case: Decode, batch: int, context: int) -> list[tuple[Config, Calla
         return out[:, None], lse[:, None]
 
     operands = case.operands(batch, context)
-    return [(c, _cycled(jax.jit(functools.partial(attend, config=c)), operands)) for c in settings]
+    return [
+        (c, _cycled(jax.jit(functools.partial(attend, config=c)), operands))
+        for c in dict.fromkeys(settings)
+    ]
 
 
 def _prefill(name: str, args: Any) -> Runs:

@@ -2,13 +2,14 @@
 
     python -m bench.kernels --op ceilings --json bench/results/kernels_ceilings.json
     python -m bench.kernels --op grouped_matmul --shape 256 8 7168 2048 --tokens 16384 --against mosaic_gpu,tokamax,torch
-    python -m bench.kernels --op dispatch sparse_mla sefp --against xla mosaic_gpu
+    python -m bench.kernels --op dispatch sparse_mla sefp --against xla,mosaic_gpu
 
 Times on the device, several calls queued. The ceilings, a large matrix product and a large copy, are measured in the same run, and
 each row says what part of its own it reaches. ``--op X --help`` lists the options of an op; each takes those that it knows. "dense"
 multiplies every token by every matrix, as GPUs do without a kernel; "batched" does the same work as a grouped product with groups
-of equal size; tokamax and torch are timed where they are installed and have the op. Types are bfloat16 on accelerators, float32 on
-CPU, unless --dtype says otherwise. The report's ratios are our speeds over the others'. ``bench.kernel_goals`` runs what has a goal.
+of equal size; tokamax and torch are timed where they are installed and have the op. Types of the grouped matmul and of SEFP's products
+are bfloat16 on accelerators and float32 on CPU unless --dtype says otherwise; the others' are bfloat16. The report's ratios are our
+speeds over those of others that moved or computed as much. ``bench.kernel_goals`` runs what has a goal.
 """
 
 import argparse
@@ -122,7 +123,8 @@ def options_of(module: Any | None) -> argparse.ArgumentParser:
     options.add_argument("--tokens", type=int, default=2048)
     options.add_argument("--calls", type=int, default=20, help="queued on an accelerator")
     _harness.add_dtype(options)
-    options.set_defaults(dtype="float32" if jax.default_backend() == "cpu" else "bfloat16")
+    default = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    options.set_defaults(dtype=getattr(module, "DTYPE", default))
     if hasattr(module, "add_arguments"):
         module.add_arguments(options)
     return options
@@ -175,11 +177,13 @@ def main() -> None:
     parsed = _parsed(modules)
     for op, module, args in zip(ops, modules, parsed, strict=False):
         args.against = _timed_sides(op, module, args)
-    rows = _rows(_ceilings(parsed[0].size), parsed[0], {})
+        if args.dtype != getattr(module, "DTYPE", args.dtype):
+            raise SystemExit(f"{op}: --dtype must be {module.DTYPE}; got {args.dtype}.")
+    base = _rows(_ceilings(parsed[0].size), parsed[0], {})
+    rows = list(base)
     for module, args in zip(modules, parsed, strict=False):
-        dtype = getattr(module, "DTYPE", args.dtype)  # of those that know only one
         ceilings = {
-            r["unit"]: r["value"] for r in rows if dtype in r["name"] or "copy" in r["name"]
+            r["unit"]: r["value"] for r in base if args.dtype in r["name"] or "copy" in r["name"]
         }
         rows += _rows(module.runs(args), args, ceilings)
     if parsed[0].json:

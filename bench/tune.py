@@ -54,8 +54,20 @@ class Candidate:
 Search = tuple[str, list[Candidate]]
 
 
-def _grouped_settings(product: str, columns: int, few: bool) -> Iterator[grouped_config.Tiling]:
-    """Tilings worth timing; ``few`` rows per group want one warpgroup."""
+def grouped_settings(
+    product: str, rows: int, groups: int, inner: int, columns: int
+) -> list[grouped_config.Tiling]:
+    """Tilings worth timing of a result with so many columns, the heuristic's first."""
+    if product == "dw":
+        default = grouped_config.outer_heuristic(inner, columns)
+    else:
+        default = grouped_config.rows_heuristic(rows, groups, columns)
+    found = [default, *_grouped_tilings(product, columns, rows <= 64 * groups)]
+    return [t for t in dict.fromkeys(found) if product != "dw" or inner % t.tile_rows == 0]
+
+
+def _grouped_tilings(product: str, columns: int, few: bool) -> Iterator[grouped_config.Tiling]:
+    """``few`` rows per group want one warpgroup."""
     shapes = [(64, 64, 1), (64, 128, 1), (64, 256, 1)] if few else []
     shapes += [(64, 256, 2), (128, 128, 2)]
     shapes += [(64, 128, 2)] if few or product == "dw" else []
@@ -90,9 +102,7 @@ def _grouped(args: Any) -> Iterator[Search]:
     for product in args.products:
         name, of, to = shapes[product]
         candidates = []
-        for tiling in _grouped_settings(product, to, rows <= 64 * groups):
-            if product == "dw" and inner % tiling.tile_rows:
-                continue
+        for tiling in grouped_settings(product, rows, groups, of, to):
             call = functools.partial(run, product=product, tiling=tiling)
             prepare = functools.partial(parts.checked, case, product, product, call)
             candidates.append(Candidate(vars(tiling), prepare))
@@ -227,9 +237,10 @@ def keep(path: pathlib.Path, key: str, settings: dict[str, Any]) -> None:
 def main() -> None:
     """Runs the search."""
     first = argparse.ArgumentParser(add_help=False)
-    first.add_argument("--op", choices=SEARCHES, required=True)
+    first.add_argument("--op")
     op = first.parse_known_args()[0].op
-    options = kernels.options_of(importlib.import_module(f"bench.{kernels.OPS[op]}"))
+    module = importlib.import_module(f"bench.{kernels.OPS[op]}") if op in SEARCHES else None
+    options = kernels.options_of(module)
     options.add_argument("--op", choices=SEARCHES, required=True)
     options.add_argument("--table", type=pathlib.Path, help="default: the package's own")
     options.set_defaults(dtype="bfloat16")
@@ -245,7 +256,9 @@ def main() -> None:
     path = args.table or _tuned.path_of(TABLES.get(op, op))
     for key, candidates in SEARCHES[op](args):
         settings = best_of(key, candidates, args)
-        if settings is not None:
+        if settings is None:
+            print(f"{key}: none of {len(candidates)} settings works; nothing is kept", flush=True)
+        else:
             keep(path, key, settings)
 
 

@@ -39,9 +39,10 @@ def check(op: str, q_shape: tuple[int, ...], cached, layer, own, pages, values: 
         )
     size = cache_rows.stored_size(q_shape[-1], values, cached.dtype)
     shapes = f"q {q_shape}, cached {cached.dtype}{cached.shape}, own {own.dtype}{own.shape}"
-    if cached.ndim != 4 or own.ndim != 3 or cached.shape[3] != size or own.shape[2] != size:
+    ranks = cached.ndim == 4 and own.ndim == 3
+    if not ranks or cached.shape[3] != size or own.shape[2] != size or not cached.shape[0]:
         raise ValueError(
-            f"{op}: cached must be [L, P, S, {size}] and own [B or 1, O, {size}], for rows of q's last size; got {shapes}."
+            f"{op}: cached must be [L, P, S, {size}] and own [B or 1, O, {size}], for rows of q's last size and at least one layer; got {shapes}."
         )
     if own.dtype != cached.dtype:
         raise ValueError(

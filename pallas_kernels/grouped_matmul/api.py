@@ -74,7 +74,8 @@ def grouped_matmul(
     Args:
       x: rows sorted by group.
       w: one matrix per group, [in, out]; may hold more than the E groups in use (a rank's slice, stacked layers). An array of
-        x's dtype, or quantised: ``fp8.Fp8Block`` or ``sefp.Sefp``, whose matrices become x's dtype one at a time, when used.
+        x's dtype, or quantised: ``fp8.Fp8Block`` or ``sefp.Sefp``, whose matrices become x's dtype: in
+        "xla" one at a time, when used; in "mosaic_gpu" those of all groups ahead; "native" multiplies by the bits.
       group_sizes: rows per group; must sum to at most M (not checked: it is data).
       group_offset: index in ``w`` of group 0's matrix; may be traced.
       implementation: None, "mosaic_gpu" (Hopper, 16 bits), "mosaic_tpu", "native" (C++, float32 on CPU), "xla" (block loop),

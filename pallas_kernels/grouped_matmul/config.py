@@ -60,14 +60,15 @@ def _measured(*shape: str | int) -> Tiling | None:
 
 
 def rows_tiling(rows: int, groups: int, inner: int, columns: int, product: str = "rows") -> Tiling:
-    """Of y = x @ w[group], or of dx = dy @ w[group]^T with ``product="rows transposed"``.
+    """Of y = x @ w[group], or of dx = dy @ w[group]^T with ``product="rows transposed"``."""
+    measured = _measured(product, rows, groups, inner, columns)
+    return measured or rows_heuristic(rows, groups, columns)
 
-    Few rows per group: one block of 64 rows, so that every matrix is read once, and so narrow that every multiprocessor has
+
+def rows_heuristic(rows: int, groups: int, columns: int) -> Tiling:
+    """Few rows per group: one block of 64 rows, so that every matrix is read once, and so narrow that every multiprocessor has
     several to read. Many: two warpgroups share columns as wide as registers hold.
     """
-    measured = _measured(product, rows, groups, inner, columns)
-    if measured is not None:
-        return measured
     if rows <= 64 * groups:
         wide = min(rows, groups) * columns >= 3 * 128 * _pallas.multiprocessors()
         return _tiling(64, _widest(columns, 128 if wide else 64), 1, columns)
@@ -77,7 +78,12 @@ def rows_tiling(rows: int, groups: int, inner: int, columns: int, product: str =
 def outer_tiling(rows: int, groups: int, inner: int, columns: int) -> Tiling:
     """Of dw[group] = x^T @ dy."""
     measured = _measured("outer", rows, groups, inner, columns)
-    return measured or _tiling(64, _widest(columns), 2 if inner % 128 == 0 else 1, columns)
+    return measured or outer_heuristic(inner, columns)
+
+
+def outer_heuristic(inner: int, columns: int) -> Tiling:
+    """Two warpgroups, if their rows divide the result's."""
+    return _tiling(64, _widest(columns), 2 if inner % 128 == 0 else 1, columns)
 
 
 def block_rows(rows: int, groups: int) -> int:

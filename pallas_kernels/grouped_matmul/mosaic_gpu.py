@@ -323,8 +323,6 @@ def _check_quantised(x: jax.Array, w: weights.Quantised, groups: int) -> None:
     Raises:
       NotImplementedError: with the reason.
     """
-    if x.dtype not in (jnp.bfloat16, jnp.float16):
-        weights.require_array(w)
     if x.shape[0] < groups:
         raise NotImplementedError(
             f"all matrices are decoded, which {x.shape[0]} rows for {groups} groups are too few for"

@@ -17,7 +17,7 @@ class Config:
 
     Attributes:
       queries: queries of a sequence that share a reading of its keys.
-      together: of them, how many one product scores: 64 heads each.
+      together: of them, how many one product scores; at most 8, as the heads of each are filled up to a multiple of 8.
       warpgroups: that score keys side by side, in a thread block.
       depth: key tiles that each of them has on the way.
       split: keys that a thread block scores, at most.
@@ -27,7 +27,7 @@ class Config:
       scores: that exist at once.
 
     Raises:
-      ValueError: if digits do not make up the 32 bits, or groups of ``together`` the queries.
+      ValueError: if digits do not make up the 32 bits, or groups of ``together`` the queries, or such a group is above 8.
     """
 
     queries: int = 4
@@ -43,9 +43,9 @@ class Config:
     def __post_init__(self) -> None:
         if 32 % self.digit:
             raise ValueError(f"Config: digit must divide 32; got {self.digit}.")
-        if self.queries % self.together:
+        if self.queries % self.together or self.together > 8:
             raise ValueError(
-                f"Config: together must divide queries; got {self.together} and {self.queries}."
+                f"Config: together must divide queries and be at most 8; got {self.together} and {self.queries}."
             )
 
     def padded(self, heads: int) -> int:

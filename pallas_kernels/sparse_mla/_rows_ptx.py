@@ -1,4 +1,4 @@
-"""Copying rows by index into shared memory, in PTX: the one thing of the kernel that Mosaic GPU has no operation for.
+"""Copying rows by index into shared memory, in PTX: Mosaic GPU has no operation for it.
 
 TMA copies whole boxes, and one row is not a box of the tiled and swizzled layout that wgmma reads: [64, C] lies as [8, C / 64]
 tiles of 8 x 64 numbers, 128 bytes a line, and line r has its eight 16-byte pieces in the order p ^ r. So each thread of a

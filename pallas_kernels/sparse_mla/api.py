@@ -14,20 +14,29 @@ from pallas_kernels.sparse_mla import gradient, mosaic_gpu, mosaic_tpu, native, 
 _KERNELS = {"native": native, "mosaic_gpu": mosaic_gpu, "mosaic_tpu": mosaic_tpu}
 
 
-def _kernel(backend: Callable[..., Any]) -> Callable[..., Any]:
-    """A backend that refuses what no kernel can do, of the op or of its step."""
+def _refuse(scale: Any, *operands: jax.Array | None) -> None:
+    """Raises NotImplementedError for what no kernel can do."""
+    if isinstance(scale, jax.core.Tracer):
+        raise NotImplementedError("the scale is compiled into the kernel, and this one is traced")
+    shapes = [x.shape for x in operands if x is not None]
+    if any(0 in shape for shape in shapes):
+        raise NotImplementedError(f"nothing to do; got {', '.join(map(str, shapes))}")
 
+
+def _kernel(backend: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(backend)
-    def op(q: jax.Array, cached: jax.Array, *others: Any) -> tuple[jax.Array, jax.Array]:
-        scale = others[-2]
-        table = others[3] if len(others) > 3 else None  # a step's page table
-        if isinstance(scale, jax.core.Tracer):
-            raise NotImplementedError(
-                "the scale is compiled into the kernel, and this one is traced"
-            )
-        if 0 in (*q.shape, *cached.shape, *(() if table is None else table.shape)):
-            raise NotImplementedError(f"nothing to do; got q {q.shape}, rows {cached.shape}")
-        return backend(q, cached, *others)
+    def op(q, kv, indices, scale, value_dim):
+        _refuse(scale, q, kv)
+        return backend(q, kv, indices, scale, value_dim)
+
+    return op
+
+
+def _step_kernel(backend: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(backend)
+    def op(q, cached, layer, own, rows, pages, scale, value_dim):
+        _refuse(scale, q, cached, pages)
+        return backend(q, cached, layer, own, rows, pages, scale, value_dim)
 
     return op
 
@@ -35,9 +44,9 @@ def _kernel(backend: Callable[..., Any]) -> Callable[..., Any]:
 _BACKENDS = {name: _kernel(module.sparse_mla) for name, module in _KERNELS.items()} | {
     "xla": gradient.differentiable(reference.sparse_mla)
 }
-_STEP_BACKENDS = {name: _kernel(module.sparse_mla_step) for name, module in _KERNELS.items()} | {
-    "xla": reference.sparse_mla_step
-}
+_STEP_BACKENDS = {
+    name: _step_kernel(module.sparse_mla_step) for name, module in _KERNELS.items()
+} | {"xla": reference.sparse_mla_step}
 _PREFERENCE = {"cpu": ("native", "xla"), "gpu": ("mosaic_gpu", "xla"), "tpu": ("xla",)}
 
 

@@ -45,7 +45,7 @@ def _power(count: int) -> int:
 
 
 def of_call(blocks: int, columns: int, multiprocessors: int, *, eight_bit: bool) -> Config:
-    """As measured, or else as many splits as multiprocessors would stand idle, of at least two steps each.
+    """As measured, or else the heuristic's.
 
     Args:
       blocks: queries times blocks of heads.
@@ -53,10 +53,19 @@ def of_call(blocks: int, columns: int, multiprocessors: int, *, eight_bit: bool)
       multiprocessors: of the GPU.
       eight_bit: whether rows are stored in 8 bits.
     """
-    needed = math.ceil(columns / MOST_COLUMNS)
     measured = _tuned.lookup("sparse_mla", key_of(blocks, columns, eight_bit))
-    if measured is not None:
-        return Config(**{**measured, "splits": max(needed, measured["splits"])})
+    if measured is None:
+        return heuristic(blocks, columns, multiprocessors, eight_bit=eight_bit)
+    return Config(**{**measured, "splits": max(_needed(columns), measured["splits"])})
+
+
+def _needed(columns: int) -> int:
+    return math.ceil(columns / MOST_COLUMNS)
+
+
+def heuristic(blocks: int, columns: int, multiprocessors: int, *, eight_bit: bool) -> Config:
+    """As many splits as multiprocessors would else stand idle, of at least two steps each; arguments as of ``of_call``."""
+    needed = _needed(columns)
     useful = max(1, columns // (2 * BLOCK))
     spare = max(1, multiprocessors // max(blocks, 1))
     config = _OF_8_BIT if eight_bit else _OF_BFLOAT16

@@ -26,6 +26,9 @@ def differentiable(kernel: Callable[..., tuple[jax.Array, jax.Array]]) -> Callab
 
     @functools.wraps(kernel)
     def op(q, kv, indices, scale, value_dim):
+        if isinstance(scale, jax.core.Tracer):  # XLA's, whose gradient may be asked for as well
+            return kernel(q, kv, indices, scale, value_dim)
+
         @jax.custom_vjp
         def run(q, kv, indices):
             return kernel(q, kv, indices, scale, value_dim)
@@ -53,6 +56,9 @@ def differentiable_step(kernel: Callable[..., tuple[jax.Array, jax.Array]]) -> C
 
     @functools.wraps(kernel)
     def op(q, cached, layer, own, rows, pages, scale, value_dim):
+        if isinstance(scale, jax.core.Tracer):
+            return kernel(q, cached, layer, own, rows, pages, scale, value_dim)
+
         @jax.custom_vjp
         def run(*operands):
             return kernel(*operands, scale, value_dim)
@@ -92,7 +98,7 @@ def _backward(
     """
     d_out, d_lse = cotangents
     size = q.shape[3]
-    total, columns = table.cached.shape[0], table.address.shape[1]
+    columns = table.address.shape[1]
     floating = jnp.issubdtype(table.cached.dtype, jnp.floating)
     # Without rows of its own a step's table has none, and no address reaches them.
     tables = (table.cached, table.own[:0] if table.own is table.cached else table.own)
@@ -111,16 +117,9 @@ def _backward(
         dq = dot("qhk,qkc->qhc", d_logits, rows).astype(q.dtype)
         if not floating:
             return d_tables, dq
-        d_row = dot("qhk,qhc->qkc", d_logits, q)
-        d_row = d_row.at[..., :value_dim].add(dot("qhk,qhv->qkv", weights, d_out))
-        d_cached, d_own = d_tables
-        # An address past the end drops what would else be added to the last row.
-        places = jnp.where(valid & (address < total), address, total)
-        d_cached = d_cached.at[places].add(d_row, mode="drop")
-        if d_own.shape[0]:
-            places = jnp.where(address >= total, address - total, d_own.shape[0])
-            d_own = d_own.at[places].add(d_row, mode="drop")
-        return (d_cached, d_own), dq
+        d_rows = dot("qhk,qhc->qkc", d_logits, q)
+        d_rows = d_rows.at[..., :value_dim].add(dot("qhk,qhv->qkv", weights, d_out))
+        return _added(d_tables, address, d_rows), dq
 
     flat = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731
     shift = d_lse - (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
@@ -132,3 +131,18 @@ def _backward(
     chunk = chunks.size(arrays[0].shape[0], 4 * columns * size)
     (d_cached, d_own), dq = chunks.scan(body, start, arrays, (0, -1, 0, 0, 0), chunk)
     return dq.reshape(q.shape), d_cached, d_own
+
+
+def _added(
+    d_tables: tuple[jax.Array, jax.Array], address: jax.Array, d_rows: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Gradients of both tables with those of rows [Q, K, C] at addresses [Q, K]."""
+    d_cached, d_own = d_tables
+    total = d_cached.shape[0]
+    # What isn't there goes past the end, where it is dropped.
+    places = jnp.where((address >= 0) & (address < total), address, total)
+    d_cached = d_cached.at[places].add(d_rows, mode="drop")
+    if d_own.shape[0]:
+        places = jnp.where(address >= total, address - total, d_own.shape[0])
+        d_own = d_own.at[places].add(d_rows, mode="drop")
+    return d_cached, d_own

@@ -10,8 +10,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from bench import kernel_goals, kernels, tune
+from bench import _kernels_index_topk, _kernels_sparse_mla, kernel_goals, kernels, tune
 from pallas_kernels import _tuned
+from pallas_kernels.grouped_matmul import config as grouped_config
+from pallas_kernels.index_topk import config as index_config
 from pallas_kernels.sefp import config as sefp_config
 from pallas_kernels.sparse_mla import config as sparse_mla_config
 
@@ -163,6 +165,35 @@ def test_a_measured_split_is_raised_to_what_shared_memory_needs(measured):
     settings = {"splits": 1, "prefetch": True, "producer_registers": 80, "consumer_registers": 208}
     measured("sparse_mla", sparse_mla_config.key_of(256, 4096, False), settings)
     assert sparse_mla_config.of_call(256, 4096, 132, eight_bit=False).splits == 2
+
+
+@pytest.mark.parametrize("columns", [192, 576, 1408, 2048])
+@pytest.mark.parametrize("rows", [100, 100_000])
+def test_the_heuristic_s_tiling_of_a_grouped_matmul_is_among_those_timed(rows, columns):
+    default = grouped_config.rows_heuristic(rows, 16, columns)
+    assert tune.grouped_settings("forward", rows, 16, 128, columns)[0] == default
+    default = grouped_config.outer_heuristic(192, columns)
+    assert tune.grouped_settings("dw", rows, 16, 192, columns)[0] == default
+
+
+@pytest.mark.parametrize("eight_bit", [False, True])
+@pytest.mark.parametrize("blocks", [1, 64, 256])
+def test_the_heuristic_s_sparse_mla_is_among_those_timed(measured, blocks, eight_bit):
+    found = _kernels_sparse_mla.settings(blocks, 2048, eight_bit=eight_bit)
+    default = sparse_mla_config.heuristic(blocks, 2048, 2, eight_bit=eight_bit)
+    assert found[0] == default and len(set(found)) == len(found)
+    measured("sparse_mla", sparse_mla_config.key_of(blocks, 2048, eight_bit), vars(found[-1]))
+    assert _kernels_sparse_mla.settings(blocks, 2048, eight_bit=eight_bit) == found
+
+
+@pytest.mark.parametrize(("batch", "tokens"), [(1, 2048), (16, 1)])
+def test_index_topk_s_sizes_are_kept_whole_and_don_t_depend_on_the_table(measured, batch, tokens):
+    found = _kernels_index_topk.settings(batch, tokens, 4096)
+    shape = batch, tokens, _kernels_index_topk.HEADS, _kernels_index_topk.SIZE
+    assert index_config.Config(**found[0]) == index_config.chosen(shape, 4096, 2)
+    measured("index_topk", index_config.key_of(batch, tokens, 4096), found[-1])
+    assert index_config.chosen(shape, 4096, 2) == index_config.Config(**found[-1])
+    assert _kernels_index_topk.settings(batch, tokens, 4096) == found
 
 
 def test_every_tiling_to_time_divides_the_weights_and_fits():
