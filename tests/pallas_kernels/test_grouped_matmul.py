@@ -269,9 +269,11 @@ def test_quantised_weights_are_decoded_one_matrix_at_a_time(encode):
 def test_who_takes_no_quantised_weights_says_so_and_none_finds_who_does(encode):
     x, w, sizes = jnp.ones((2, 64)), encode(jnp.ones((1, 64, 64))), jnp.array([2], jnp.int32)
     arrays_only = () if encode is sefp.encode else ("native",)
-    for name in (*arrays_only, "mosaic_gpu", "mosaic_tpu", "ragged_dot"):
+    for name in (*arrays_only, "mosaic_tpu", "ragged_dot"):
         with pytest.raises(NotImplementedError, match=f"it is stored as {type(w).__name__}"):
             grouped_matmul(x, w, sizes, implementation=name)
+    with pytest.raises(NotImplementedError, match="bfloat16 or float16; got float32"):
+        grouped_matmul(x, w, sizes, implementation="mosaic_gpu")
     np.testing.assert_allclose(grouped_matmul(x, w, sizes), 64, rtol=1e-6)
 
 
