@@ -114,7 +114,11 @@ def test_other_sizes_of_the_selection_lower(monkeypatch, change):
     ("change", "message"),
     [
         ({"digit": 3}, "digit must divide 32; got 3"),
-        ({"together": 3}, "together must divide queries; got 3 and 4"),
+        ({"together": 3}, "together must divide queries and be at most 8; got 3 and 4"),
+        (
+            {"queries": 16, "together": 16},
+            "together must divide queries and be at most 8; got 16 and 16",
+        ),
     ],
 )
 def test_sizes_that_would_select_wrongly_are_refused(change, message):
