@@ -36,6 +36,13 @@ def floating(op: str, **named: Any) -> None:
             raise TypeError(f"{op}: {name} must be of a floating type; got {x.dtype}. Cast it.")
 
 
+def not_empty(**named: Any) -> None:
+    """Raises NotImplementedError for arrays of which one has no element: XLA's backends do that work, not kernels."""
+    if any(0 in x.shape for x in named.values()):
+        shapes = ", ".join(f"{name} {x.shape}" for name, x in named.items())
+        raise NotImplementedError(f"nothing to do; got {shapes}")
+
+
 def static_int(
     op: str, name: str, value: Any, low: int, high: int | None = None, hint: str = ""
 ) -> int:

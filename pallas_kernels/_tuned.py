@@ -22,6 +22,11 @@ def path_of(op: str) -> pathlib.Path:
     return _FOLDER / f"{op}.json"
 
 
+def size_class(count: int) -> int:
+    """The power of two that ``count`` belongs to, for keys: settings measured at one size serve its neighbours."""
+    return 1 << (max(count, 1) - 1).bit_length()
+
+
 @functools.cache
 def _settings(op: str, device_kind: str) -> dict[str, dict[str, Any]]:
     path = path_of(op)

@@ -50,7 +50,7 @@ def _widest(columns: int, limit: int = 256) -> int:
 
 def key(product: str, rows: int, groups: int, inner: int, columns: int) -> str:
     """Of measured settings. Rows per group count by powers of two."""
-    per_group = 1 << (max(1, rows // max(groups, 1)) - 1).bit_length()
+    per_group = _tuned.size_class(rows // max(groups, 1))
     return f"{product} {groups} x {per_group} x {inner} x {columns}"
 
 

@@ -62,7 +62,7 @@ class Config:
 
 def key_of(batch: int, tokens: int, keys: int) -> str:
     """The class of shapes that measured sizes are kept for: powers of two."""
-    return f"{1 << (batch * tokens - 1).bit_length()} queries, {1 << (keys - 1).bit_length()} keys"
+    return f"{_tuned.size_class(batch * tokens)} queries, {_tuned.size_class(keys)} keys"
 
 
 def chosen(shape: tuple[int, ...], keys: int, multiprocessors: int) -> Config:

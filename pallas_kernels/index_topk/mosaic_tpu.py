@@ -14,7 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import _pallas
+from pallas_kernels import _checks, _pallas
 from pallas_kernels.index_topk import xla
 from pallas_kernels.index_topk.selection import (
     BITS,
@@ -40,8 +40,7 @@ def index_topk(
     """See ``api.index_topk``."""
     interpret = _pallas.interpret_tpu()
     keys, size = k.shape[1:]
-    if 0 in q.shape or 0 in k.shape:
-        raise NotImplementedError(f"nothing to do; got q {q.shape}, k {k.shape}")
+    _checks.not_empty(q=q, k=k)
     if 4 * QUERIES * _padded(keys) > SCORES_BYTES:
         most = SCORES_BYTES // (4 * QUERIES)
         raise NotImplementedError(f"vector memory holds the scores of {most} keys; got {keys}")

@@ -17,7 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import _pallas
+from pallas_kernels import _checks, _pallas
 from pallas_kernels.moe_dispatch import config as configs
 from pallas_kernels.moe_dispatch import reference
 from pallas_kernels.moe_dispatch.payload import Payload, encode
@@ -64,8 +64,7 @@ def gather_rows(
       NotImplementedError: for rows that TMA cannot move whole or shared memory cannot hold, and off Hopper.
     """
     interpret = _pallas.interpret_gpu()
-    if not (x.size and index.size):
-        raise NotImplementedError(f"nothing to do; got x {x.shape} and {index.size} rows")
+    _checks.not_empty(x=x, index=index)
     if payload is not None and _fuses(x.shape[1], payload):
         chosen = config or configs.of_rows("encode", x.shape[1] * x.dtype.itemsize)
         if chosen.fuse:
@@ -105,10 +104,7 @@ def weighted_sum(
         raise NotImplementedError(
             f"rows are summed in float32, bfloat16 or float16; got {rows.dtype}"
         )
-    if not (position.size and rows.size):
-        raise NotImplementedError(
-            f"nothing to do; got rows {rows.shape}, position {position.shape}"
-        )
+    _checks.not_empty(rows=rows, position=position)
     view = _view(rows)
     config = config or configs.of_rows("sum", rows.shape[1] * rows.dtype.itemsize)
     row = jax.ShapeDtypeStruct(view.shape[1:], rows.dtype)

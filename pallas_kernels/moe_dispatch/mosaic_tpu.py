@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import _pallas
+from pallas_kernels import _checks, _pallas
 from pallas_kernels.moe_dispatch.payload import Payload, encode
 
 
@@ -19,8 +19,7 @@ def gather_rows(
 ) -> tuple[jax.Array, ...]:
     """out[r] = x[index[r]]; a negative index gives a row of zeros. See ``reference``."""
     del target
-    if not (x.size and index.size):
-        raise NotImplementedError(f"nothing to do; got x {x.shape} and {index.size} rows")
+    _checks.not_empty(x=x, index=index)
     return tuple(_gather(part, index) for part in encode(x, payload))
 
 
@@ -53,10 +52,7 @@ def weighted_sum(rows: jax.Array, position: jax.Array, weights: jax.Array) -> ja
     """out[t] = sum_k weights[t, k] * rows[position[t, k]], added in the order of k, in float32."""
     tokens, active = position.shape
     size = rows.shape[1]
-    if not (position.size and rows.size):
-        raise NotImplementedError(
-            f"nothing to do; got rows {rows.shape}, position {position.shape}"
-        )
+    _checks.not_empty(rows=rows, position=position)
 
     def kernel(position_ref, weight_ref, row_ref, out_ref):
         t, k = pl.program_id(0), pl.program_id(1)

@@ -15,7 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import _pallas
+from pallas_kernels import _checks, _pallas
 from pallas_kernels.numerics import power_of_two
 from pallas_kernels.sefp import config as configs
 from pallas_kernels.sefp import format as sefp
@@ -36,8 +36,7 @@ def sefp_matmul(x: jax.Array, s: Sefp, *, tiling: configs.Tiling | None = None) 
       tiling: None for the heuristic's.
     """
     rows, (_, columns) = x.shape[0], s.shape
-    if 0 in (*x.shape, *s.shape):
-        raise NotImplementedError(f"nothing to do; got x {x.shape} and s {s.shape}")
+    _checks.not_empty(x=x, s=s)
     if x.dtype != jnp.bfloat16:
         raise NotImplementedError(f"the tensor cores take x in bfloat16; got {x.dtype}")
     if rows > _MOST_ROWS:
@@ -156,8 +155,7 @@ def sefp_truncate(w: jax.Array, width: jax.Array, *, axis: int, rounding: str) -
     """See ``api.sefp_truncate``: a thread holds one or two columns of a group in registers between reading and writing them."""
     inner, columns = w.shape[-2:]
     across = 128 * max(1, 4 // w.dtype.itemsize)  # a word for each thread
-    if not w.size:
-        raise NotImplementedError(f"nothing to do; got w {w.shape}")
+    _checks.not_empty(w=w)
     if axis != w.ndim - 2:
         raise NotImplementedError(
             f"groups must lie along the last axis but one; got axis {axis} of {w.ndim}"

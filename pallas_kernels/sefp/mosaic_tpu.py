@@ -6,7 +6,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import _pallas
+from pallas_kernels import _checks, _pallas
 from pallas_kernels.numerics import power_of_two, precision_of
 from pallas_kernels.sefp import format as sefp
 from pallas_kernels.sefp.format import GROUP, Sefp
@@ -19,8 +19,7 @@ _MOST_ROWS = 256
 def sefp_truncate(w: jax.Array, width: jax.Array, *, axis: int, rounding: str) -> jax.Array:
     """See ``api.sefp_truncate``."""
     inner, columns = w.shape[-2:]
-    if not w.size:
-        raise NotImplementedError(f"nothing to do; got w {w.shape}")
+    _checks.not_empty(w=w)
     if axis != w.ndim - 2:
         raise NotImplementedError(
             f"groups must lie along the last axis but one; got axis {axis} of {w.ndim}"
@@ -54,8 +53,7 @@ def sefp_truncate(w: jax.Array, width: jax.Array, *, axis: int, rounding: str) -
 def sefp_matmul(x: jax.Array, s: Sefp) -> jax.Array:
     """See ``api.sefp_matmul``: one group of 128 columns after another, added up in the output's block."""
     (groups, columns), rows = s.exponent.shape, x.shape[0]
-    if 0 in (*x.shape, *s.shape):
-        raise NotImplementedError(f"nothing to do; got x {x.shape} and s {s.shape}")
+    _checks.not_empty(x=x, s=s)
     if columns % _COLUMNS:
         raise NotImplementedError(f"N must be a multiple of {_COLUMNS}; got {columns}")
     if rows > _MOST_ROWS:

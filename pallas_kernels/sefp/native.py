@@ -3,14 +3,13 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import native
+from pallas_kernels import _checks, native
 from pallas_kernels.sefp.format import Sefp
 
 
 def sefp_matmul(x: jax.Array, s: Sefp) -> jax.Array:
     """See ``api.sefp_matmul``."""
-    if 0 in (*x.shape, *s.shape):
-        raise NotImplementedError(f"nothing to do; got x {x.shape} and s {s.shape}")
+    _checks.not_empty(x=x, s=s)
     every_row = jnp.full(1, x.shape[0], jnp.int32)
     return rows_times_groups(x, jax.tree.map(lambda a: a[None], s), every_row, jnp.int32(0))
 

@@ -7,6 +7,7 @@ from fractions import Fraction
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import _checks
 from pallas_kernels.sefp import format as sefp
 
 
@@ -30,8 +31,7 @@ def exact_group(
 
 def sefp_truncate(w: jax.Array, width: int | jax.Array, *, axis: int, rounding: str) -> jax.Array:
     """See ``api.sefp_truncate``: one group after another."""
-    if not w.size:
-        raise NotImplementedError(f"nothing to do; got w {w.shape}")
+    _checks.not_empty(w=w)
     moved = jnp.moveaxis(w.astype(jnp.float32), axis, 0)
     parts = [
         sefp.quantized(moved[start : start + sefp.GROUP], width, rounding, 0)

@@ -137,12 +137,10 @@ def chosen_of_step(
     capacity = paged.capacity_of(cached, pages)
     pages = paged.table_of(pages, rows.shape[0])
     count = own.shape[1]
-    if count == 0:
-        numbering = Numbering(rows.shape[1], page_size, number, capacity)
-        return Chosen(table, table, _flat(rows), pages, layer, numbering)
     stride = count if own.shape[0] > 1 else 0
     numbering = Numbering(rows.shape[1], page_size, number, capacity, count, stride)
-    return Chosen(table, own.reshape(-1, size), _flat(rows), pages, layer, numbering)
+    own = own.reshape(-1, size) if count else table
+    return Chosen(table, own, _flat(rows), pages, layer, numbering)
 
 
 def of_sequences(kv: jax.Array, indices: jax.Array) -> Rows:

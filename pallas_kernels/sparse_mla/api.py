@@ -14,19 +14,17 @@ from pallas_kernels.sparse_mla import gradient, mosaic_gpu, mosaic_tpu, native, 
 _KERNELS = {"native": native, "mosaic_gpu": mosaic_gpu, "mosaic_tpu": mosaic_tpu}
 
 
-def _refuse(scale: Any, *operands: jax.Array | None) -> None:
+def _refuse(scale: Any, **operands: jax.Array) -> None:
     """Raises NotImplementedError for what no kernel can do."""
     if isinstance(scale, jax.core.Tracer):
         raise NotImplementedError("the scale is compiled into the kernel, and this one is traced")
-    shapes = [x.shape for x in operands if x is not None]
-    if any(0 in shape for shape in shapes):
-        raise NotImplementedError(f"nothing to do; got {', '.join(map(str, shapes))}")
+    _checks.not_empty(**operands)
 
 
 def _kernel(backend: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(backend)
     def op(q, kv, indices, scale, value_dim):
-        _refuse(scale, q, kv)
+        _refuse(scale, q=q, kv=kv)
         return backend(q, kv, indices, scale, value_dim)
 
     return op
@@ -35,7 +33,7 @@ def _kernel(backend: Callable[..., Any]) -> Callable[..., Any]:
 def _step_kernel(backend: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(backend)
     def op(q, cached, layer, own, rows, pages, scale, value_dim):
-        _refuse(scale, q, cached, pages)
+        _refuse(scale, q=q, cached=cached, **({} if pages is None else {"pages": pages}))
         return backend(q, cached, layer, own, rows, pages, scale, value_dim)
 
     return op

@@ -37,11 +37,7 @@ _OF_BFLOAT16, _OF_8_BIT = (
 def key_of(blocks: int, columns: int, eight_bit: bool) -> str:
     """The class of calls that measured settings are kept for: powers of two."""
     stored = "8-bit" if eight_bit else "bfloat16"
-    return f"{_power(blocks)} blocks, {_power(columns)} {stored} rows"
-
-
-def _power(count: int) -> int:
-    return 1 << (max(count, 1) - 1).bit_length()
+    return f"{_tuned.size_class(blocks)} blocks, {_tuned.size_class(columns)} {stored} rows"
 
 
 def of_call(blocks: int, columns: int, multiprocessors: int, *, eight_bit: bool) -> Config:
